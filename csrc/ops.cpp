@@ -1,0 +1,30 @@
+// Every operator of torch.ops.rnp, on one screen. Kernels attach from csrc/cpu and csrc/cuda (STABLE_TORCH_LIBRARY_IMPL);
+// fake kernels, autograd and autocast rules attach from rnp_kernels/ops.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(rnp, m) {
+  // One copy of the weights in which every (input, output) prefix is contiguous runs: an opaque 1-D float tensor.
+  m.def("pack_weight(Tensor weight, int groups) -> Tensor");
+
+  // padding is (top, bottom, left, right). packed is pack_weight(weight, groups) or None: pack for this call only.
+  // Returns (output, pooled); pooled is (N, C_out) float32, or empty (0,) where `pooled` is false.
+  m.def(
+      "prefix_conv2d(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups,"
+      " Tensor? in_prefix, Tensor? out_prefix, Tensor? scale, Tensor? row, Tensor? residual, str activation, str tail,"
+      " bool pooled, Tensor? packed) -> (Tensor, Tensor)");
+
+  // Gradients of y = conv2d(input[:in_prefix], weight)[:out_prefix] alone, without scale, bias, residual or activation.
+  m.def(
+      "prefix_conv2d_input_grad(Tensor grad_output, Tensor weight, int[] input_size, int[] stride, int[] padding,"
+      " int[] dilation, int groups, Tensor? in_prefix, Tensor? out_prefix) -> Tensor");
+  m.def(
+      "prefix_conv2d_weight_grad(Tensor grad_output, Tensor input, int[] weight_size, int[] stride, int[] padding,"
+      " int[] dilation, int groups, Tensor? in_prefix, Tensor? out_prefix) -> Tensor");
+
+  // One decision of the agent for every sample: standardise, encode, one GRU step, decode, argmax of Q + (i - 1) * shift.
+  // Returns (hidden (N, H) float32, q (N, k) float32, action (N,) int32 counted from 1).
+  m.def(
+      "agent_step(Tensor pooled, Tensor? hidden, Tensor? previous_action, Tensor mean, Tensor inv_std,"
+      " Tensor encoder_weight, Tensor encoder_bias, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih, Tensor bias_hh,"
+      " Tensor decoder_weight, Tensor decoder_bias, float shift) -> (Tensor, Tensor, Tensor)");
+}
