@@ -21,6 +21,9 @@ STABLE_TORCH_LIBRARY(rnp, m) {
       "prefix_conv2d_weight_grad(Tensor grad_output, Tensor input, int[] weight_size, int[] stride, int[] padding,"
       " int[] dilation, int groups, Tensor? in_prefix, Tensor? out_prefix) -> Tensor");
 
+  // min(max(prefix, 0), limit) on the device, without reading it back. CUDA only.
+  m.def("clamp_prefix(Tensor prefix, int limit) -> Tensor");
+
   // One decision of the agent for every sample: standardise, encode, one GRU step, decode, argmax of Q + (i - 1) * shift.
   // Returns (hidden (N, H) float32, q (N, k) float32, action (N,) int32 counted from 1).
   m.def(

@@ -4,116 +4,64 @@
 #include <cstdlib>
 #include <stdexcept>
 
-namespace rnp {
+namespace rnp::cpu {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512};
-constexpr int kUnset = -1;
+bool supported(Isa isa) {
+#if defined(__x86_64__) || defined(_M_X64)
+  // These builtins also ask the operating system whether it saves the wide registers.
+  if (isa == Isa::kAvx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+  if (isa == Isa::kAvx2)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+  return isa == Isa::kPortable;
+}
 
-std::atomic<int> current{kUnset};
-
-Isa Best() {
-  Isa best = Isa::kPortable;
-  for (Isa isa : kAll) {
-    if (IsaSupported(isa)) best = isa;
+Isa choose(const std::string& name) {
+  const std::vector<Isa> all = available_isas();
+  if (name.empty() || name == "auto") return all.back();
+  std::string names = "auto";
+  for (Isa isa : all) {
+    if (name == isa_name(isa)) return isa;
+    names += std::string(", ") + isa_name(isa);
   }
-  return best;
+  throw std::runtime_error("set_isa: this machine offers " + names + "; got '" + name + "'");
 }
 
-std::string SupportedNames() {
-  std::string names;
-  for (Isa isa : SupportedIsas()) names += (names.empty() ? "" : ", ") + std::string(IsaName(isa));
-  return names;
-}
-
-// `where` names who asked, for the message: "RNP_ISA" or "set_isa".
-Isa Parse(const std::string& name, const char* where) {
-  if (name == "auto") return Best();
-  for (Isa isa : kAll) {
-    if (name != IsaName(isa)) continue;
-    if (!IsaSupported(isa)) {
-      throw std::runtime_error(std::string(where) + ": this machine or build has no '" + name + "' (it has " +
-                               SupportedNames() + ")");
-    }
-    return isa;
-  }
-  throw std::runtime_error(std::string(where) + ": unknown instruction set '" + name +
-                           "', expected auto, portable, avx2 or avx512");
-}
-
-Isa Default() {
-  const char* forced = std::getenv("RNP_ISA");
-  return forced != nullptr && forced[0] != '\0' ? Parse(forced, "RNP_ISA") : Best();
-}
+std::atomic<int> chosen{-1};
 
 }  // namespace
 
-const char* IsaName(Isa isa) {
+const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::kPortable:
-      return "portable";
-    case Isa::kAvx2:
-      return "avx2";
     case Isa::kAvx512:
       return "avx512";
-  }
-  throw std::logic_error("IsaName: not an instruction set: " + std::to_string(static_cast<int>(isa)));
-}
-
-// __builtin_cpu_supports asks cpuid and, for the wide registers, xgetbv: what the operating system does not save counts
-// as absent.
-bool IsaSupported(Isa isa) {
-  switch (isa) {
+    case Isa::kAvx2:
+      return "avx2";
     case Isa::kPortable:
-      return true;
-#if defined(__x86_64__)
-    case Isa::kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    case Isa::kAvx512:
-      return IsaSupported(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#else
-    case Isa::kAvx2:
-    case Isa::kAvx512:
-      return false;
-#endif
+      break;
   }
-  throw std::logic_error("IsaSupported: not an instruction set: " + std::to_string(static_cast<int>(isa)));
+  return "portable";
 }
 
-std::vector<Isa> SupportedIsas() {
-  std::vector<Isa> supported;
-  for (Isa isa : kAll) {
-    if (IsaSupported(isa)) supported.push_back(isa);
-  }
-  return supported;
+std::vector<Isa> available_isas() {
+  std::vector<Isa> out;
+  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512})
+    if (supported(isa)) out.push_back(isa);
+  return out;
 }
 
-// Two threads that meet here first both store the same value.
-Isa CurrentIsa() {
-  int isa = current.load(std::memory_order_relaxed);
-  if (isa == kUnset) {
-    isa = static_cast<int>(Default());
-    current.store(isa, std::memory_order_relaxed);
-  }
-  return static_cast<Isa>(isa);
+Isa current_isa() {
+  const int now = chosen.load(std::memory_order_relaxed);
+  if (now >= 0) return static_cast<Isa>(now);
+  const char* wanted = std::getenv("RNP_ISA");
+  const Isa isa = choose(wanted ? wanted : "auto");
+  chosen.store(static_cast<int>(isa), std::memory_order_relaxed);
+  return isa;
 }
 
-void SetIsa(const std::string& name) {
-  const Isa isa = name == "auto" ? Default() : Parse(name, "set_isa");
-  current.store(static_cast<int>(isa), std::memory_order_relaxed);
-}
+void set_isa(const std::string& name) { chosen.store(static_cast<int>(choose(name)), std::memory_order_relaxed); }
 
-std::vector<CpuFeature> CpuFeatures() {
-#if defined(__x86_64__)
-#define RNP_FEATURE(name) {name, static_cast<bool>(__builtin_cpu_supports(name))}
-  return {RNP_FEATURE("sse4.2"),   RNP_FEATURE("avx"),        RNP_FEATURE("avx2"),      RNP_FEATURE("fma"),
-          RNP_FEATURE("f16c"),     RNP_FEATURE("avx512f"),    RNP_FEATURE("avx512bw"),  RNP_FEATURE("avx512dq"),
-          RNP_FEATURE("avx512vl"), RNP_FEATURE("avx512vnni"), RNP_FEATURE("avx512bf16")};
-#undef RNP_FEATURE
-#else
-  return {};
-#endif
-}
-
-}  // namespace rnp
+}  // namespace rnp::cpu

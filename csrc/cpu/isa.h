@@ -1,43 +1,22 @@
-// The instruction set the CPU kernels run with: chosen once at run time, the best this processor and operating system
-// offer, unless the environment variable RNP_ISA or SetIsa forces another. One state for the whole process:
-// librnp_ops.so holds it and exports these functions, rnp_kernels._C calls them.
+// Which instruction set the CPU kernels use: the best that the machine offers, unless RNP_ISA or set_isa says
+// otherwise.
 #pragma once
 
 #include <string>
 #include <vector>
 
-#define RNP_EXPORT __attribute__((visibility("default")))
+namespace rnp::cpu {
 
-namespace rnp {
-
-// In ascending order of preference. kAvx2 means AVX2, FMA and F16C; kAvx512 means AVX-512 F, BW, DQ and VL on top of
-// that.
 enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
-// "portable", "avx2" or "avx512".
-RNP_EXPORT const char* IsaName(Isa isa);
+// Names are "portable", "avx2", "avx512".
+const char* isa_name(Isa isa);
+// What this machine can run and this build holds, slowest first; never empty.
+std::vector<Isa> available_isas();
+// The one in use. Reads RNP_ISA at the first call; throws std::runtime_error where it names an unknown or unavailable
+// ISA.
+Isa current_isa();
+// "auto" or one of the names. Throws std::runtime_error (and changes nothing) if this machine cannot run it.
+void set_isa(const std::string& name);
 
-// Whether the processor has the instructions, the operating system saves their registers, and the kernels were compiled
-// for them.
-RNP_EXPORT bool IsaSupported(Isa isa);
-
-// Every supported instruction set, ascending; kPortable is always among them.
-RNP_EXPORT std::vector<Isa> SupportedIsas();
-
-// The instruction set in use. The first call reads RNP_ISA; throws std::runtime_error where that names none, or one not
-// supported.
-RNP_EXPORT Isa CurrentIsa();
-
-// Forces one by its name; "auto" goes back to what RNP_ISA names, or else the best. Throws std::runtime_error and
-// changes nothing where the name is unknown or the instruction set is not supported. Not to be called while a kernel
-// runs.
-RNP_EXPORT void SetIsa(const std::string& name);
-
-// What the processor and operating system offer, by the names of the compiler ("avx2", "fma", "avx512f", …).
-struct CpuFeature {
-  const char* name;
-  bool present;
-};
-RNP_EXPORT std::vector<CpuFeature> CpuFeatures();
-
-}  // namespace rnp
+}  // namespace rnp::cpu

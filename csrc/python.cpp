@@ -1,0 +1,120 @@
+// rnp_kernels._C: what involves no tensor. Import it after torch: librnp_ops.so, which holds the state, needs libtorch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "build_info.h"
+#include "core/prefix_conv2d.h"
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Empty text stands for "none".
+py::object text_or_none(const std::string& text) {
+  if (text.empty()) return py::none();
+  return py::str(text);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = RNP_VERSION;
+  info["compiler"] = RNP_COMPILER;
+  info["build_type"] = RNP_BUILD_TYPE;
+  info["system"] = RNP_SYSTEM;
+  info["torch_headers"] = RNP_TORCH_HEADERS;
+  info["torch_abi"] = "stable, 2.10";
+  info["cuda_compiler"] = text_or_none(RNP_CUDA_COMPILER);
+  info["cuda_archs"] = text_or_none(RNP_CUDA_ARCHS);
+  info["cuda_reason"] = text_or_none(RNP_CUDA_REASON);
+  return info;
+}
+
+// Where the operating system does not save the wide registers, the compiler's builtin says that the instructions are
+// absent.
+py::dict cpu_features() {
+  py::dict features;
+#if defined(__x86_64__)
+#define RNP_FEATURE(name) features[name] = static_cast<bool>(__builtin_cpu_supports(name))
+  RNP_FEATURE("avx");
+  RNP_FEATURE("avx2");
+  RNP_FEATURE("fma");
+  RNP_FEATURE("avx512f");
+  RNP_FEATURE("avx512bw");
+  RNP_FEATURE("avx512dq");
+  RNP_FEATURE("avx512vl");
+  RNP_FEATURE("avx512vnni");
+  RNP_FEATURE("avx512bf16");
+#undef RNP_FEATURE
+#endif
+  return features;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (rnp::cpu::Isa isa : rnp::cpu::available_isas()) names.emplace_back(rnp::cpu::isa_name(isa));
+  return names;
+}
+
+void check(bool ok, const std::string& rule, int64_t value) {
+  if (!ok) throw py::value_error("macs: " + rule + ", got " + std::to_string(value));
+}
+
+std::vector<int64_t> macs(const std::vector<int64_t>& in_prefix, const std::vector<int64_t>& out_prefix,
+                          int64_t in_channels, int64_t out_channels, std::array<int64_t, 2> kernel_size,
+                          std::array<int64_t, 2> output_size, int64_t groups) {
+  check(groups >= 1, "groups must be positive", groups);
+  check(in_channels >= 0 && in_channels % groups == 0, "in_channels must be a multiple of groups", in_channels);
+  check(out_channels >= 0 && out_channels % groups == 0, "out_channels must be a multiple of groups", out_channels);
+  for (int64_t size : kernel_size) check(size >= 0, "kernel_size must not be negative", size);
+  for (int64_t size : output_size) check(size >= 0, "output_size must not be negative", size);
+  check(in_prefix.size() == out_prefix.size(), "out_prefix must be as long as in_prefix",
+        static_cast<int64_t>(out_prefix.size()));
+  for (int64_t r : in_prefix) check(r >= 0 && r <= in_channels, "in_prefix must be 0..in_channels", r);
+  for (int64_t r : out_prefix) check(r >= 0 && r <= out_channels, "out_prefix must be 0..out_channels", r);
+
+  const int64_t per_pair = kernel_size[0] * kernel_size[1] * output_size[0] * output_size[1];
+  std::vector<int64_t> result;
+  result.reserve(in_prefix.size());
+  for (size_t n = 0; n < in_prefix.size(); ++n) {
+    int64_t pairs = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      pairs += rnp::live_in_group(in_prefix[n], g, in_channels / groups) *
+               rnp::live_in_group(out_prefix[n], g, out_channels / groups);
+    }
+    result.push_back(pairs * per_pair);
+  }
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "What rnp_kernels needs from C++ that involves no tensor.";
+  m.def("build_info", &build_info,
+        "What this build is: version, compiler, build_type, system, torch_headers, torch_abi, cuda_compiler, "
+        "cuda_archs,\n"
+        "cuda_reason (why the CUDA library was not built). The last three are None where they do not apply.");
+  m.def("cpu_features", &cpu_features,
+        "Instruction sets that this processor and its operating system offer: name to bool.");
+  m.def("available_isas", &available_isas,
+        "The instruction sets the CPU kernels can run with here, in ascending order: 'portable', 'avx2', 'avx512'.");
+  m.def(
+      "isa", [] { return rnp::cpu::isa_name(rnp::cpu::current_isa()); },
+      "The instruction set in use. RuntimeError where the environment's RNP_ISA names one that cannot run.");
+  m.def("set_isa", &rnp::cpu::set_isa, py::arg("name"),
+        "Use 'auto' (the best), 'portable', 'avx2' or 'avx512' from now on, in the whole process.\n"
+        "RuntimeError, and no change, where this machine or build lacks it. Not to be called while an operator runs.");
+  m.def("macs", &macs, py::arg("in_prefix"), py::arg("out_prefix"), py::kw_only(), py::arg("in_channels"),
+        py::arg("out_channels"), py::arg("kernel_size"), py::arg("output_size"), py::arg("groups") = 1,
+        "Multiply-accumulates of each sample of a prefix convolution: the live input times the live output channels, "
+        "group\n"
+        "by group, times kernel area, times output positions. Prefixes are sequences of ints of one length N, "
+        "0..channels;\n"
+        "kernel_size and output_size are (height, width). Returns N ints. ValueError for anything out of range.");
+}
