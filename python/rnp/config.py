@@ -1,0 +1,147 @@
+"""The settings of :func:`rnp.train`, in one dataclass, each default with where it comes from.
+
+Sources: *RNP* is Lin et al., *Runtime Neural Pruning*, NIPS 2017; *ours* is a choice of this project.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a phase lasts: a number of steps (batches), or seconds of wall-clock time. Give exactly one.
+
+    Only a length in steps gives the same result in two runs. Time spent before an interruption counts after a resume.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.seconds is None):
+            raise ValueError(f"Length: give either steps or seconds, got steps={self.steps}, seconds={self.seconds}")
+        value = self.seconds if self.steps is None else self.steps
+        if value < 0:
+            raise ValueError(f"Length: must not be negative, got {value}")
+
+    def progress(self, steps: int, seconds: float) -> float:
+        """The share done, 0…1, after so many steps and seconds."""
+        done, whole = (seconds, self.seconds) if self.steps is None else (steps, self.steps)
+        return 1.0 if done >= whole else done / whole
+
+    def __str__(self) -> str:
+        return f"{self.seconds:g} s" if self.steps is None else f"{self.steps} steps"
+
+
+@dataclass
+class TrainConfig:
+    """Settings of Algorithm 1 of RNP. A *step* is one batch of the training loader in every phase.
+
+    The phases: ``pretrain`` (full width), ``sandwich`` (full, narrowest and random widths, then BatchNorm is
+    recalibrated), then ``rounds`` times ``agent`` + ``finetune``, and a last ``agent``.
+    """
+
+    pretrain: Length = Length(steps=0)
+    """Full-width training of the backbone; 0 steps for a network that is trained already."""
+    sandwich: Length = Length(steps=3200)
+    """Fine-tuning under random widths, so that every width works before the agent starts (*ours*)."""
+    agent: Length = Length(steps=1000)
+    """N1 of RNP: batches of episodes collected, in each round (the number is *ours*)."""
+    finetune: Length = Length(steps=1000)
+    """N2 of RNP: steps of the backbone under the agent's own paths, in each round (the number is *ours*)."""
+    rounds: int = 1
+    """M of RNP (the number is *ours*); 0 trains the agent once and leaves the backbone alone."""
+
+    lr: float = 4e-3
+    """Peak learning rate of pretrain and sandwich: AdamW under a one-cycle schedule (*ours*)."""
+    finetune_lr: float = 1e-3
+    """Peak learning rate of finetune (*ours*)."""
+    weight_decay: float = 1e-2
+    """Of AdamW, on weights of two and more dimensions; none on biases and BatchNorm (*ours*)."""
+    label_smoothing: float = 0.0
+    """Of the backbone's training loss; the agent's reward always uses the plain cross-entropy."""
+    max_grad_norm: float = 5.0
+    """Gradient clipping of the backbone (*ours*)."""
+    bfloat16: bool = False
+    """Autocast the backbone's training to bfloat16; evaluation and the agent stay in float32."""
+
+    recalibration_batches: int = 64
+    """Batches that measure the BatchNorm statistics of every width after sandwich; 0 keeps the running ones (*ours*)."""
+    statistics_batches: int = 16
+    """Batches of random widths that measure the mean and deviation of the agent's features, and α (*ours*)."""
+
+    penalty: float = -0.05
+    """p < 0, the reward for one more channel group (RNP recalls −0.1; −0.05 is *ours*, for networks of few layers)."""
+    gamma: float = 1.0
+    """Discount γ (*ours*: episodes are short)."""
+    epsilon_start: float = 1.0
+    """Exploration at the agent's start (RNP)."""
+    epsilon_end: float = 0.1
+    """Exploration after the fall (RNP)."""
+    epsilon_fraction: float = 0.6
+    """Share of an agent phase over which ε falls (*ours*)."""
+    epsilon_restart: float = 0.5
+    """ε at the start of every agent phase but the first: the agent continues on a changed backbone (*ours*)."""
+    agent_lr: float = 3e-3
+    """Learning rate of the agent, Adam (*ours*)."""
+    agent_batch: int = 256
+    """Episodes in one update (*ours*)."""
+    agent_updates: int = 2
+    """Updates after every batch collected (*ours*)."""
+    replay: int = 4000
+    """Episodes kept (*ours*; without replay the result was half a point worse)."""
+    agent_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of :class:`rnp.Agent`, for a network that has no agent yet."""
+
+    finetune_epsilon: float = 0.05
+    """Exploration while the paths for finetune are recorded (*ours*)."""
+    finetune_chunk: int = 8
+    """Batches whose paths are recorded at once; sorted by MACs they are cut into batches of alike images (*ours*)."""
+
+    epoch_steps: int | None = None
+    """Batches in an epoch, the unit of checkpoints; None: one pass over the training loader."""
+    seed: int = 0
+    """Of everything random here. A loader's order follows it too if it draws from torch's, numpy's or Python's global
+    generator, or has ``set_epoch``."""
+    checkpoint_dir: str | Path | None = None
+    """Where the training state goes after every epoch, and ``network.safetensors`` at the end; None: nowhere."""
+    resume: bool = False
+    """Continue from ``checkpoint_dir`` if a training state is there; start anew if not."""
+    progress: bool = True
+    """Progress bars on a terminal, a line a phase elsewhere; False: quiet."""
+    validation_batches: int = 8
+    """Batches of the validation loader looked at after each phase; 0: none."""
+
+    def __post_init__(self) -> None:
+        rules = [
+            ("rounds", self.rounds >= 0, "must not be negative"),
+            ("lr", self.lr > 0, "must be positive"),
+            ("finetune_lr", self.finetune_lr > 0, "must be positive"),
+            ("agent_lr", self.agent_lr > 0, "must be positive"),
+            ("penalty", self.penalty <= 0, "must not be positive: it is a negative reward"),
+            ("gamma", 0 <= self.gamma <= 1, "must lie in 0…1"),
+            ("epsilon_start", 0 <= self.epsilon_start <= 1, "must lie in 0…1"),
+            ("epsilon_end", 0 <= self.epsilon_end <= 1, "must lie in 0…1"),
+            ("epsilon_restart", 0 <= self.epsilon_restart <= 1, "must lie in 0…1"),
+            ("finetune_epsilon", 0 <= self.finetune_epsilon <= 1, "must lie in 0…1"),
+            ("replay", self.replay >= 1, "must be at least 1"),
+            ("agent_batch", self.agent_batch >= 1, "must be at least 1"),
+            ("agent_updates", self.agent_updates >= 0, "must not be negative"),
+            ("statistics_batches", self.statistics_batches >= 1, "must be at least 1"),
+            ("recalibration_batches", self.recalibration_batches >= 0, "must not be negative"),
+            ("finetune_chunk", self.finetune_chunk >= 1, "must be at least 1"),
+            ("epoch_steps", self.epoch_steps is None or self.epoch_steps >= 1, "must be at least 1"),
+        ]
+        for name, holds, rule in rules:
+            if not holds:
+                raise ValueError(f"TrainConfig: {name} {rule}, got {getattr(self, name)}")
+        if self.resume and self.checkpoint_dir is None:
+            raise ValueError("TrainConfig: resume needs checkpoint_dir, got None")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Every setting that the result depends on, as JSON values: what a resumed run must share."""
+        free = {"checkpoint_dir", "resume", "progress", "validation_batches"}
+        return {name: value for name, value in asdict(self).items() if name not in free}
