@@ -1,0 +1,66 @@
+// The packed weights: one copy, in which every input and output prefix is contiguous runs.
+//
+//   header (kHeaderWords int32) | fingerprint (c_out floats) | padding to a cache line | data
+//   data: [group][oc block of 32][ic block][kh][kw][ic][lanes]
+//
+// Lanes are 32 output channels; the last block of a group has 16 where 16 or fewer channels are left. Unused lanes hold
+// 0. An ic block is sized so that a panel (ic block x kh x kw x 32 floats, about 73 KB at 3x3) stays in L2 while the
+// output pixels of a band pass over it. Depthwise weights (one input and one output channel per group) are
+// [kh][kw][channel] instead. All ISAs read this one layout.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/prefix_conv2d.h"
+
+namespace rnp {
+
+struct PackedLayout {
+  static constexpr int64_t kLanes = 32, kHalfLanes = 16;
+  static constexpr int64_t kHeaderWords = 16;
+  static constexpr int32_t kMagic = 0x524e5057, kVersion = 1;
+
+  int64_t groups, icg, ocg, kh, kw, ic_block;
+
+  explicit PackedLayout(const ConvShape& s)
+      : groups(s.groups),
+        icg(s.group_in()),
+        ocg(s.group_out()),
+        kh(s.kh),
+        kw(s.kw),
+        ic_block(choose_ic_block(kh * kw)) {}
+
+  static constexpr int64_t choose_ic_block(int64_t area) {
+    return area == 1 ? 256 : area <= 9 ? 64 : area <= 25 ? 32 : 16;
+  }
+
+  bool depthwise() const { return icg == 1 && ocg == 1 && groups > 1; }
+  int64_t area() const { return kh * kw; }
+  int64_t oc_blocks() const { return (ocg + kLanes - 1) / kLanes; }
+  int64_t ic_blocks() const { return (icg + ic_block - 1) / ic_block; }
+  int64_t lanes(int64_t oc_block) const { return ocg - oc_block * kLanes <= kHalfLanes ? kHalfLanes : kLanes; }
+  int64_t ic_count(int64_t ib) const { return std::min(ic_block, icg - ib * ic_block); }
+
+  int64_t fingerprint_at() const { return kHeaderWords; }
+  int64_t data_at() const { return (kHeaderWords + groups * ocg + 15) / 16 * 16; }
+  int64_t group_floats() const {
+    const int64_t full = (oc_blocks() - 1) * kLanes + lanes(oc_blocks() - 1);
+    return full * icg * area();
+  }
+  int64_t total_floats() const {
+    return data_at() + (ocg == 0 || icg == 0 ? 0 : depthwise() ? groups * area() : groups * group_floats());
+  }
+
+  // First float of a panel: [kh][kw][ic][lanes] of one (group, oc block, ic block).
+  int64_t panel_at(int64_t g, int64_t ob, int64_t ib) const {
+    return data_at() + g * group_floats() + (ob * kLanes * icg + ib * ic_block * lanes(ob)) * area();
+  }
+
+  // Index within one filter (icg * kh * kw elements, in weight order) of the element that stands in the fingerprint.
+  int64_t sample_of(int64_t oc) const { return (oc * 40503 + 17) % (icg * area()); }
+
+  bool operator==(const PackedLayout&) const = default;
+};
+
+}  // namespace rnp

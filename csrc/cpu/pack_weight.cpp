@@ -1,0 +1,115 @@
+#include "cpu/pack_weight.h"
+
+#include <atomic>
+#include <bit>
+#include <cstring>
+
+#include "core/half.h"
+
+namespace rnp::cpu {
+namespace {
+
+template <typename T>
+void pack_block(const T* w, const Strides4& st, const PackedLayout& l, int64_t g, int64_t ob, float* packed) {
+  const int64_t lanes = l.lanes(ob), first = g * l.ocg + ob * PackedLayout::kLanes;
+  const int64_t live = std::min(lanes, l.ocg - ob * PackedLayout::kLanes);
+  for (int64_t ib = 0; ib < l.ic_blocks(); ++ib) {
+    float* panel = packed + l.panel_at(g, ob, ib);
+    const int64_t count = l.ic_count(ib);
+    std::memset(panel, 0, sizeof(float) * static_cast<size_t>(count * l.area() * lanes));
+    for (int64_t ic = 0; ic < count; ++ic)
+      for (int64_t oc = 0; oc < live; ++oc)
+        for (int64_t i = 0; i < l.kh; ++i)
+          for (int64_t j = 0; j < l.kw; ++j) {
+            const int64_t from = (first + oc) * st.n + (ib * l.ic_block + ic) * st.c + i * st.h + j * st.w;
+            panel[((i * l.kw + j) * count + ic) * lanes + oc] = static_cast<float>(to_float(w[from]));
+          }
+  }
+}
+
+template <typename T>
+float sample(const T* w, const Strides4& st, const PackedLayout& l, int64_t oc) {
+  const int64_t k = l.sample_of(oc), ic = k / l.area(), tap = k % l.area();
+  return static_cast<float>(to_float(w[oc * st.n + ic * st.c + tap / l.kw * st.h + tap % l.kw * st.w]));
+}
+
+template <typename T>
+void pack_typed(const T* w, const Strides4& st, const PackedLayout& l, float* packed, const Threads& threads) {
+  const int64_t c_out = l.groups * l.ocg;
+  for (int64_t oc = 0; oc < c_out; ++oc) packed[l.fingerprint_at() + oc] = sample(w, st, l, oc);
+  if (l.depthwise()) {
+    float* to = packed + l.data_at();
+    for (int64_t i = 0; i < l.kh; ++i)
+      for (int64_t j = 0; j < l.kw; ++j)
+        for (int64_t c = 0; c < c_out; ++c) *to++ = static_cast<float>(to_float(w[c * st.n + i * st.h + j * st.w]));
+    return;
+  }
+  const int64_t blocks = l.groups * l.oc_blocks();
+  std::atomic<int64_t> next{0};
+  threads(static_cast<int>(std::min<int64_t>(blocks, threads.count)), [&](int) {
+    for (int64_t b = next++; b < blocks; b = next++) pack_block(w, st, l, b / l.oc_blocks(), b % l.oc_blocks(), packed);
+  });
+}
+
+template <typename T>
+bool same_samples(const T* w, const Strides4& st, const PackedLayout& l, const float* packed) {
+  bool same = true;
+  for (int64_t oc = 0; oc < l.groups * l.ocg; ++oc)
+    same &= std::bit_cast<uint32_t>(sample(w, st, l, oc)) == std::bit_cast<uint32_t>(packed[l.fingerprint_at() + oc]);
+  return same;
+}
+
+struct Header {
+  int32_t words[PackedLayout::kHeaderWords];
+
+  explicit Header(const PackedLayout& l) : words{} {
+    const int64_t fields[] = {
+        PackedLayout::kMagic, PackedLayout::kVersion, l.groups, l.ocg, l.icg, l.kh, l.kw, l.ic_block};
+    for (size_t i = 0; i < std::size(fields); ++i) words[i] = static_cast<int32_t>(fields[i]);
+  }
+};
+static_assert(sizeof(Header) == sizeof(float) * PackedLayout::kHeaderWords);
+
+template <typename F>
+auto with_type(const WeightView& weight, F&& f) {
+  switch (weight.dtype) {
+    case DType::kFloat64:
+      return f(static_cast<const double*>(weight.data));
+    case DType::kBFloat16:
+      return f(static_cast<const BFloat16*>(weight.data));
+    case DType::kFloat16:
+      return f(static_cast<const Float16*>(weight.data));
+    case DType::kFloat32:
+      break;
+  }
+  return f(static_cast<const float*>(weight.data));
+}
+
+}  // namespace
+
+void pack_weight(const WeightView& weight, const PackedLayout& layout, float* packed, const Threads& threads) {
+  const Header header(layout);
+  std::memcpy(packed, &header, sizeof(header));
+  if (layout.icg == 0 || layout.ocg == 0) return;
+  with_type(weight, [&](const auto* w) { pack_typed(w, weight.stride, layout, packed, threads); });
+}
+
+const char* packed_mismatch(const float* packed, int64_t floats, const PackedLayout& layout) {
+  if (floats < PackedLayout::kHeaderWords) return "it is too small to be the result of pack_weight";
+  Header found(layout);
+  const Header expected(layout);
+  std::memcpy(static_cast<void*>(&found), packed, sizeof(found));
+  if (found.words[0] != expected.words[0]) return "it is not the result of pack_weight";
+  if (found.words[1] != expected.words[1]) return "it was packed by another version of this library";
+  if (std::memcmp(&found, &expected, sizeof(found)) != 0)
+    return "it was packed for another weight shape or number of groups";
+  if (floats != layout.total_floats()) return "its size does not belong to this weight";
+  return nullptr;
+}
+
+bool packed_is_fresh(const WeightView& weight, const PackedLayout& layout, const float* packed) {
+  if (layout.icg == 0 || layout.ocg == 0) return true;
+  return with_type(weight, [&](const auto* w) { return same_samples(w, weight.stride, layout, packed); });
+}
+
+}  // namespace rnp::cpu

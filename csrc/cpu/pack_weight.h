@@ -1,0 +1,25 @@
+// Writing and checking packed weights (core/packing.h).
+#pragma once
+
+#include "core/packing.h"
+#include "core/parallel.h"
+
+namespace rnp::cpu {
+
+struct WeightView {  // (c_out, c_in / groups, kh, kw)
+  const void* data;
+  DType dtype;
+  Strides4 stride;
+};
+
+void pack_weight(const WeightView& weight, const PackedLayout& layout, float* packed, const Threads& threads);
+
+// Null if `packed` (of `floats` floats) was written for this layout; otherwise what differs.
+const char* packed_mismatch(const float* packed, int64_t floats, const PackedLayout& layout);
+
+// False if the weights were edited after packing. One element of every filter is compared bit by bit, at a position
+// that varies from filter to filter: an optimizer step, `.data` edits of whole filters and loaded checkpoints are seen;
+// an edit that spares every sampled element (one single weight, say) is not.
+bool packed_is_fresh(const WeightView& weight, const PackedLayout& layout, const float* packed);
+
+}  // namespace rnp::cpu

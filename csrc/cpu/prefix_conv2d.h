@@ -1,0 +1,15 @@
+// CPU kernels of prefix_conv2d. Torch-free: arguments are checked by the binding (prefix_conv2d_torch.cpp).
+#pragma once
+
+#include "core/parallel.h"
+#include "core/prefix_conv2d.h"
+
+namespace rnp::cpu {
+
+// Computes one call. Throws std::bad_alloc (scratch) before anything is written, nothing else.
+void prefix_conv2d(const PrefixConv2dParams& params, const Threads& threads);
+
+// The plain kernel: any dtype, any strides; float64's only one, and the yardstick of the others in the C++ tests.
+void prefix_conv2d_plain(const PrefixConv2dParams& params, const Threads& threads);
+
+}  // namespace rnp::cpu

@@ -1,0 +1,308 @@
+// Binding of prefix_conv2d and pack_weight on the CPU: check every argument, allocate, fill the plain structs, run.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "core/half.h"
+#include "cpu/pack_weight.h"
+#include "cpu/prefix_conv2d.h"
+
+namespace rnp::cpu {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+std::string text(const Tensor& t) {
+  std::string out = "(";
+  for (int64_t d = 0; d < t.dim(); ++d) out += (d ? ", " : "") + std::to_string(t.size(d));
+  return out + ")";
+}
+
+DType dtype_of(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, float64, bfloat16 or float16; got ",
+                      torch::headeronly::toString(t.scalar_type()));
+  }
+  return DType::kFloat32;
+}
+
+Strides4 strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+
+// torch's own rule (is_channels_last_strides_2d): ambiguous strides count as contiguous.
+bool is_channels_last(const Tensor& t) {
+  int64_t least = 0;
+  if (t.stride(1) == 0) return false;
+  for (int d : {1, 3, 2, 0}) {
+    if (t.size(d) == 0 || t.stride(d) < least) return false;
+    if (d == 0 && least == t.stride(1)) return false;
+    least = t.stride(d) * (t.size(d) > 1 ? t.size(d) : 1);
+  }
+  return true;
+}
+
+Threads torch_threads() {
+  Threads threads;
+  threads.count = static_cast<int>(torch::stable::get_num_threads());
+  threads.run = [](int workers, const std::function<void(int)>& body) {
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(static_cast<int>(i));
+    });
+  };
+  return threads;
+}
+
+void check_cpu(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU like the input");
+}
+
+PackedLayout checked_layout(const char* op, const Tensor& weight, int64_t groups) {
+  STD_TORCH_CHECK(weight.dim() == 4, op, ": weight must be 4-D (C_out, C_in / groups, kH, kW); got ", text(weight));
+  STD_TORCH_CHECK(weight.numel() > 0, op, ": weight must not be empty; got ", text(weight));
+  STD_TORCH_CHECK(groups > 0, op, ": groups must be positive; got ", groups);
+  STD_TORCH_CHECK(weight.size(0) % groups == 0, op, ": output channels must be divisible by groups; got ",
+                  weight.size(0), " channels, ", groups, " groups");
+  ConvShape s;
+  s.groups = groups;
+  s.c_out = weight.size(0);
+  s.c_in = weight.size(1) * groups;
+  s.kh = weight.size(2);
+  s.kw = weight.size(3);
+  return PackedLayout(s);
+}
+
+WeightView view_of(const char* op, const Tensor& weight) {
+  return {weight.const_data_ptr(), dtype_of(op, "weight", weight), strides_of(weight)};
+}
+
+Tensor pack_weight_cpu(const Tensor& weight, int64_t groups) {
+  const PackedLayout layout = checked_layout("pack_weight", weight, groups);
+  const WeightView view = view_of("pack_weight", weight);
+  Tensor packed = torch::stable::empty({layout.total_floats()}, ScalarType::Float);
+  pack_weight(view, layout, static_cast<float*>(packed.mutable_data_ptr()), torch_threads());
+  return packed;
+}
+
+constexpr const char* kOp = "prefix_conv2d";
+
+ConvShape checked_shape(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
+                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
+  STD_TORCH_CHECK(input.dim() == 4, kOp, ": input must be 4-D (N, C, H, W); got ", text(input));
+  checked_layout(kOp, weight, groups);
+  STD_TORCH_CHECK(weight.scalar_type() == input.scalar_type(), kOp, ": weight must have the input's dtype ",
+                  torch::headeronly::toString(input.scalar_type()), "; got ",
+                  torch::headeronly::toString(weight.scalar_type()));
+  STD_TORCH_CHECK(weight.size(1) * groups == input.size(1), kOp, ": weight ", text(weight), " with groups=", groups,
+                  " needs ", weight.size(1) * groups, " input channels; got ", input.size(1));
+  STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, kOp, ": stride must be two positive integers");
+  STD_TORCH_CHECK(dilation.size() == 2 && dilation[0] > 0 && dilation[1] > 0, kOp,
+                  ": dilation must be two positive integers");
+  STD_TORCH_CHECK(padding.size() == 4, kOp, ": padding must be (top, bottom, left, right); got ", padding.size(),
+                  " values");
+  for (int64_t pad : padding) STD_TORCH_CHECK(pad >= 0, kOp, ": padding must not be negative; got ", pad);
+  ConvShape s;
+  s.n = input.size(0);
+  s.c_in = input.size(1);
+  s.h = input.size(2);
+  s.w = input.size(3);
+  s.c_out = weight.size(0);
+  s.kh = weight.size(2);
+  s.kw = weight.size(3);
+  s.stride_h = stride[0];
+  s.stride_w = stride[1];
+  s.pad_top = padding[0];
+  s.pad_bottom = padding[1];
+  s.pad_left = padding[2];
+  s.pad_right = padding[3];
+  s.dilation_h = dilation[0];
+  s.dilation_w = dilation[1];
+  s.groups = groups;
+  s.out_h = conv_output_size(s.h, s.kh, s.stride_h, s.pad_top, s.pad_bottom, s.dilation_h);
+  s.out_w = conv_output_size(s.w, s.kw, s.stride_w, s.pad_left, s.pad_right, s.dilation_w);
+  STD_TORCH_CHECK(s.out_h > 0 && s.out_w > 0, kOp, ": the dilated kernel must fit into the padded input; got input ",
+                  text(input), ", weight ", text(weight));
+  return s;
+}
+
+// An int32 vector with one entry per sample, read and checked against [0, limit].
+std::vector<int32_t> checked_indices(const char* name, const OptionalTensor& t, int64_t n, int64_t limit) {
+  std::vector<int32_t> out;
+  if (!t) return out;
+  check_cpu(kOp, name, *t);
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int, kOp, ": ", name, " must be int32; got ",
+                  torch::headeronly::toString(t->scalar_type()));
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == n, kOp, ": ", name, " must have shape (", n, ",); got ", text(*t));
+  const int32_t* data = static_cast<const int32_t*>(t->const_data_ptr());
+  const int64_t step = t->stride(0);
+  out.resize(static_cast<size_t>(n) + 1);  // never empty: an empty vector means "absent"
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t v = data[i * step];
+    STD_TORCH_CHECK(v >= 0 && v <= limit, kOp, ": ", name, " must lie in 0…", limit, "; got ", v, " for sample ", i);
+    out[static_cast<size_t>(i)] = v;
+  }
+  return out;
+}
+
+// A (C_out,) vector or (T, C_out) table of scale or bias, as the kernel reads it: float32 or float64, channels
+// contiguous.
+struct Table {
+  const void* data = nullptr;
+  int64_t row_stride = 0, rows = 0;  // rows 0: a plain vector or absent
+  std::vector<float> floats;
+  std::vector<double> doubles;
+};
+
+template <typename From, typename To>
+void copy_table(const Tensor& t, int64_t rows, int64_t channels, std::vector<To>& out) {
+  const From* from = static_cast<const From*>(t.const_data_ptr());
+  const int64_t row_step = t.dim() == 2 ? t.stride(0) : 0, step = t.stride(t.dim() - 1);
+  out.resize(static_cast<size_t>(rows * channels));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < channels; ++c)
+      out[static_cast<size_t>(r * channels + c)] = static_cast<To>(to_float(from[r * row_step + c * step]));
+}
+
+void read_table(const char* name, const OptionalTensor& t, DType dtype, int64_t channels, bool have_row, Table& out) {
+  if (!t) return;
+  check_cpu(kOp, name, *t);
+  const DType own = dtype_of(kOp, name, *t);
+  STD_TORCH_CHECK(own == dtype || (own == DType::kFloat32 && dtype != DType::kFloat64), kOp, ": ", name,
+                  " must have the input's dtype (or float32 beside a half input); got ",
+                  torch::headeronly::toString(t->scalar_type()));
+  STD_TORCH_CHECK((t->dim() == 1 || t->dim() == 2) && t->size(t->dim() - 1) == channels, kOp, ": ", name,
+                  " must have shape (C_out,) or (T, C_out) with C_out=", channels, "; got ", text(*t));
+  const int64_t rows = t->dim() == 2 ? t->size(0) : 1;
+  if (t->dim() == 2) {
+    STD_TORCH_CHECK(have_row, kOp, ": a table of ", name, " needs `row`, which names each sample's line; got ",
+                    text(*t));
+    out.rows = rows;
+    out.row_stride = channels;
+  }
+  if (own == DType::kFloat32 && t->stride(t->dim() - 1) == 1) {
+    out.data = t->const_data_ptr();
+    if (t->dim() == 2) out.row_stride = t->stride(0);
+  } else if (own == DType::kFloat64) {
+    copy_table<double>(*t, rows, channels, out.doubles);
+    out.data = out.doubles.data();
+  } else {
+    if (own == DType::kFloat32) copy_table<float>(*t, rows, channels, out.floats);
+    if (own == DType::kBFloat16) copy_table<BFloat16>(*t, rows, channels, out.floats);
+    if (own == DType::kFloat16) copy_table<Float16>(*t, rows, channels, out.floats);
+    out.data = out.floats.data();
+  }
+}
+
+// The packed weights to use: the caller's if they belong to the weight and are fresh, else a copy made for this call.
+Tensor usable_packed(const Tensor& weight, const PackedLayout& layout, const OptionalTensor& packed) {
+  const WeightView view = view_of(kOp, weight);
+  if (packed) {
+    check_cpu(kOp, "packed", *packed);
+    STD_TORCH_CHECK(packed->scalar_type() == ScalarType::Float && packed->dim() == 1 && packed->is_contiguous(), kOp,
+                    ": packed must be the 1-D float32 result of pack_weight; got shape ", text(*packed));
+    const float* data = static_cast<const float*>(packed->const_data_ptr());
+    const char* mismatch = packed_mismatch(data, packed->numel(), layout);
+    STD_TORCH_CHECK(!mismatch, kOp, ": packed does not belong to weight ", text(weight), " with groups=", layout.groups,
+                    ": ", mismatch ? mismatch : "");
+    if (packed_is_fresh(view, layout, data)) return *packed;
+  }
+  Tensor fresh = torch::stable::empty({layout.total_floats()}, ScalarType::Float);
+  pack_weight(view, layout, static_cast<float*>(fresh.mutable_data_ptr()), torch_threads());
+  return fresh;
+}
+
+std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                             const std::vector<int64_t>& dilation, int64_t groups,
+                                             const OptionalTensor& in_prefix, const OptionalTensor& out_prefix,
+                                             const OptionalTensor& scale, const OptionalTensor& row,
+                                             const OptionalTensor& residual, const std::string& activation,
+                                             const std::string& tail, bool pooled, const OptionalTensor& packed) {
+  PrefixConv2dParams p;
+  check_cpu(kOp, "weight", weight);
+  p.dtype = dtype_of(kOp, "input", input);
+  p.shape = checked_shape(input, weight, stride, padding, dilation, groups);
+  const ConvShape& s = p.shape;
+  STD_TORCH_CHECK(activation == "none" || activation == "relu", kOp,
+                  ": activation must be \"none\" or \"relu\"; got \"", activation, "\"");
+  STD_TORCH_CHECK(tail == "zero" || tail == "skip", kOp, ": tail must be \"zero\" or \"skip\"; got \"", tail, "\"");
+  STD_TORCH_CHECK(!(residual && tail == "skip"), kOp, ": tail=\"skip\" cannot be combined with a residual");
+  p.activation = activation == "relu" ? Activation::kRelu : Activation::kNone;
+  p.tail = tail == "skip" ? Tail::kSkip : Tail::kZero;
+
+  const std::vector<int32_t> in_values = checked_indices("in_prefix", in_prefix, s.n, s.c_in);
+  const std::vector<int32_t> out_values = checked_indices("out_prefix", out_prefix, s.n, s.c_out);
+  Table scale_table, bias_table;
+  read_table("scale", scale, p.dtype, s.c_out, row.has_value(), scale_table);
+  read_table("bias", bias, p.dtype, s.c_out, row.has_value(), bias_table);
+  STD_TORCH_CHECK(!(scale_table.rows && bias_table.rows) || scale_table.rows == bias_table.rows, kOp,
+                  ": tables of scale and bias must have the same number of lines; got ", scale_table.rows, " and ",
+                  bias_table.rows);
+  const int64_t lines = std::max(scale_table.rows, bias_table.rows);
+  const std::vector<int32_t> rows = checked_indices("row", row, s.n, lines > 0 ? lines - 1 : INT32_MAX);
+
+  const bool last = is_channels_last(input) || is_channels_last(weight);
+  if (residual) {
+    check_cpu(kOp, "residual", *residual);
+    STD_TORCH_CHECK(residual->scalar_type() == input.scalar_type(), kOp, ": residual must have the input's dtype; got ",
+                    torch::headeronly::toString(residual->scalar_type()));
+    STD_TORCH_CHECK(residual->dim() == 4 && residual->size(0) == s.n && residual->size(1) == s.c_out &&
+                        residual->size(2) == s.out_h && residual->size(3) == s.out_w,
+                    kOp, ": residual must have the output's shape (", s.n, ", ", s.c_out, ", ", s.out_h, ", ", s.out_w,
+                    "); got ", text(*residual));
+    p.residual = residual->const_data_ptr();
+    p.residual_stride = strides_of(*residual);
+  }
+  std::optional<Tensor> weights;
+  if (p.dtype != DType::kFloat64) {
+    weights = usable_packed(weight, PackedLayout(s), packed);
+    p.packed = static_cast<const float*>(weights->const_data_ptr());
+  }
+
+  Tensor output =
+      torch::stable::empty({s.n, s.c_out, s.out_h, s.out_w}, input.scalar_type(), std::nullopt, std::nullopt,
+                           std::nullopt, last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor means = pooled ? torch::stable::empty({s.n, s.c_out}, ScalarType::Float)
+                        : torch::stable::empty({int64_t{0}}, ScalarType::Float);
+  p.input = input.const_data_ptr();
+  p.input_stride = strides_of(input);
+  p.weight = weight.const_data_ptr();
+  p.weight_stride = strides_of(weight);
+  p.in_prefix = in_values.empty() ? nullptr : in_values.data();
+  p.out_prefix = out_values.empty() ? nullptr : out_values.data();
+  p.row = rows.empty() ? nullptr : rows.data();
+  p.scale = scale_table.data;
+  p.scale_row_stride = scale_table.row_stride;
+  if (scale_table.rows == 0) p.scale_row_stride = 0;
+  p.bias = bias_table.data;
+  p.bias_row_stride = bias_table.rows == 0 ? 0 : bias_table.row_stride;
+  p.output = output.mutable_data_ptr();
+  p.output_stride = strides_of(output);
+  p.pooled = pooled ? static_cast<float*>(means.mutable_data_ptr()) : nullptr;
+  if (s.n > 0) prefix_conv2d(p, torch_threads());
+  return {output, means};
+}
+
+}  // namespace
+}  // namespace rnp::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(rnp, CPU, m) {
+  m.impl("pack_weight", TORCH_BOX(&rnp::cpu::pack_weight_cpu));
+  m.impl("prefix_conv2d", TORCH_BOX(&rnp::cpu::prefix_conv2d_cpu));
+}
