@@ -1,4 +1,4 @@
-"""`prefix_conv2d`: the public function in front of the registered operators `torch.ops.rnp.*`."""
+"""`prefix_conv2d` and `pack_weight`: the public functions in front of the registered operators `torch.ops.rnp.*`."""
 
 from __future__ import annotations
 
@@ -6,41 +6,44 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import backends, reference
-from .errors import message
+from . import backends, checks, gradients, reference, registrations  # noqa: F401 (two of them register on import)
 
-_NAME = "prefix_conv2d"
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def _pair(value: int | Sequence[int], what: str) -> tuple[int, int]:
-    if isinstance(value, (int, torch.SymInt)):
-        return (value, value)
-    pair = tuple(value)
-    if len(pair) == 1:
-        return (pair[0], pair[0])
-    if len(pair) != 2:
-        raise ValueError(message(_NAME, f"{what} must be an int or two of them", value))
-    return pair
+_OPERATOR = torch.ops.rnp.prefix_conv2d.default
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def _padding(padding, kernel_size, stride, dilation) -> tuple[int, int, int, int]:
-    """conv2d's padding, strings included, as (top, bottom, left, right)."""
-    if isinstance(padding, str):
-        if padding == "valid":
-            return (0, 0, 0, 0)
-        if padding != "same":
-            raise ValueError(message(_NAME, 'padding must be "same", "valid", an int or two of them', repr(padding)))
-        if any(s != 1 for s in stride):
-            raise ValueError(message(_NAME, 'padding="same" needs stride 1', stride))
-        top, left = (d * (k - 1) // 2 for d, k in zip(dilation, kernel_size))
-        bottom, right = (d * (k - 1) - before for d, k, before in zip(dilation, kernel_size, (top, left)))
-        return (top, bottom, left, right)
-    if not isinstance(padding, int) and len(padding) == 4:
-        return tuple(padding)
-    vertical, horizontal = _pair(padding, "padding")
-    return (vertical, vertical, horizontal, horizontal)
+def _needs_autograd(*tensors: Tensor | None) -> bool:
+    """Whether autograd must see the call. Forward-mode levels count, since only the autograd layer can refuse them."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def run(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int, int, int],
+    dilation: tuple[int, int], groups: int, in_prefix: Tensor | None, out_prefix: Tensor | None, scale: Tensor | None,
+    row: Tensor | None, residual: Tensor | None, activation: str, tail: str, pooled: bool, packed: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The operator with normalised arguments on the backend in force. What no gradient needs skips autograd's Python layer,
+    which costs more than a small convolution."""
+    name = backends.resolve(input)
+    if name == "reference":
+        return reference.prefix_conv2d(
+            input, weight, bias, stride, padding, dilation, groups, in_prefix=in_prefix, out_prefix=out_prefix, scale=scale,
+            row=row, residual=residual, activation=activation, tail=tail, pooled=pooled,
+        )  # fmt: skip
+    if torch.compiler.is_compiling() or _needs_autograd(input, weight, bias, scale, residual):
+        return _OPERATOR(
+            input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual, activation,
+            tail, pooled, packed,
+        )  # fmt: skip
+    with _below_autograd():
+        return _OPERATOR(
+            input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual, activation,
+            tail, pooled, packed,
+        )  # fmt: skip
 
 
 def prefix_conv2d(
@@ -62,30 +65,66 @@ def prefix_conv2d(
     pooled: bool = False,
     packed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Convolution over only the live channel prefix of each sample (see DESIGN.md; full docstring follows)."""
-    stride, dilation = _pair(stride, "stride"), _pair(dilation, "dilation")
-    padding = _padding(padding, weight.shape[2:], stride, dilation)
+    """2-D convolution over only the live channel prefix of each sample of a batch.
+
+    With every option at its default this is `torch.nn.functional.conv2d`. For each sample n: input channels from
+    `in_prefix[n]` on count as zero and are never read; `scale * conv2d(input, weight) + bias` is computed for the output
+    channels below `out_prefix[n]`, and the channels beyond contribute nothing; then `residual` is added to all channels and
+    the activation applied. `rnp_kernels.reference.prefix_conv2d` is the definition in plain torch.
+
+    Args:
+        input: (N, C_in, H, W) or (C_in, H, W); float32, float64, float16 or bfloat16. channels_last is the fast layout.
+        weight: (C_out, C_in / groups, KH, KW), of the input's dtype.
+        bias: (C_out,), or a table (T, C_out) of which `row` names each sample's line; of the input's dtype or float32.
+        stride, dilation: an int or (vertical, horizontal).
+        padding: an int, (vertical, horizontal), (top, bottom, left, right), "valid" or "same".
+        groups: as in conv2d; a prefix counts channels in their order across groups.
+        in_prefix: int32 (N,), live input channels of each sample, 0...C_in. None: all.
+        out_prefix: int32 (N,), live output channels of each sample, 0...C_out. None: all.
+        scale: like `bias`; None: 1.
+        row: int32 (N,), lines of the tables, 0...T-1.
+        residual: of the output's shape and dtype.
+        activation: "none" or "relu".
+        tail: "zero", or "skip" to leave the output channels from `out_prefix[n]` on undefined (not with a residual).
+        pooled: also return the mean over positions of the output, tails 0 where skipped, as (N, C_out) float32.
+        packed: `pack_weight(weight, groups)`, to spare packing at every call. Stale packs are noticed if a sampled element of
+            any filter has changed; whoever edits weights in place should pack again (`PrefixConv2d` does).
+
+    Returns:
+        The output (N, C_out, OH, OW), in the layout conv2d would give it; with `pooled`, a pair of it and the means. An
+        unbatched input gives (C_out, OH, OW) and (C_out,).
+
+    Raises:
+        ValueError, TypeError: an argument breaks a rule above.
+        RuntimeError: on a CPU, a prefix or row out of range; or a backend that cannot run.
+
+    Source: the channel groups of J. Lin, Y. Rao, J. Lu, J. Zhou, Runtime Neural Pruning, NIPS 2017.
+    """
+    autocast = torch.is_autocast_enabled(input.device.type) if isinstance(input, Tensor) else False
+    checks.check_types(input, weight, autocast)
+    stride, dilation = checks.pair(stride, "stride"), checks.pair(dilation, "dilation")
+    padding = checks.four_paddings(padding, weight.shape[2:], stride, dilation)
     batched = input.dim() == 4
     if not batched:
         input = input.unsqueeze(0)
-        residual = None if residual is None else residual.unsqueeze(0)
-    if backends.resolve(input) == "reference":
-        output, mean = reference.prefix_conv2d(
-            input, weight, bias, stride, padding, dilation, groups, in_prefix=in_prefix, out_prefix=out_prefix, scale=scale,
-            row=row, residual=residual, activation=activation, tail=tail, pooled=pooled,
-        )  # fmt: skip
-    else:
-        output, mean = torch.ops.rnp.prefix_conv2d(
-            input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual, activation,
-            tail, pooled, packed,
-        )  # fmt: skip
+        residual = residual if residual is None else residual.unsqueeze(0)
+    checks.check_convolution(input, weight, stride, padding, dilation, groups)
+    size = checks.output_size(input, weight, stride, padding, dilation)
+    checks.check_options(
+        input, weight, bias, in_prefix, out_prefix, scale, row, residual, activation, tail, size, autocast
+    )
+    output, mean = run(
+        input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual, activation, tail,
+        pooled, packed,
+    )  # fmt: skip
     if not batched:
         output, mean = output.squeeze(0), mean.squeeze(0) if pooled else mean
     return (output, mean) if pooled else output
 
 
 def pack_weight(weight: Tensor, groups: int = 1) -> Tensor | None:
-    """The weights in the kernels' own layout, to be given to `prefix_conv2d(packed=...)`; None where nothing packs."""
-    if not backends._has_kernel("CPU"):
-        return None
-    return torch.ops.rnp.pack_weight(weight, groups)
+    """`weight` (C_out, C_in / groups, KH, KW) in the kernels' own layout, for `prefix_conv2d(..., packed=...)`.
+
+    The result is opaque: 1-D, float32, valid for this weight as it is now and for no other. None where no kernel packs.
+    """
+    return torch.ops.rnp.pack_weight(weight.detach(), groups)

@@ -45,4 +45,4 @@ def prefix_conv2d(
     y = torch.where(live(y.shape[1], out_prefix, y), y, 0)
     y = y if residual is None else y + residual
     y = (F.relu(y) if activation == "relu" else y).to(input.dtype)
-    return y, y.mean((2, 3), dtype=torch.promote_types(y.dtype, torch.float32)) if pooled else None
+    return y, y.to(torch.promote_types(y.dtype, torch.float32)).mean((2, 3)).float() if pooled else None

@@ -1,0 +1,69 @@
+"""Fake kernels and autocast rules of `torch.ops.rnp.*`; the gradients are in gradients.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+_LIBRARY = torch.library.Library("rnp", "FRAGMENT")
+
+
+def output_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
+    """The layout that conv2d would give: channels_last if the input or the weight has it, but never for float64."""
+    if input.dtype is torch.float64:
+        return torch.contiguous_format
+    suggest = torch._prims_common.suggest_memory_format
+    if suggest(input) is torch.channels_last or suggest(weight) is torch.channels_last:
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+@torch.library.register_fake("rnp::prefix_conv2d")
+def _prefix_conv2d_fake(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, in_prefix: Tensor | None, out_prefix: Tensor | None, scale: Tensor | None,
+    row: Tensor | None, residual: Tensor | None, activation: str, tail: str, pooled: bool, packed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    height, width = checks.output_size(input, weight, stride, padding, dilation)
+    batch, channels = input.shape[0], weight.shape[0]
+    output = torch.empty(
+        (batch, channels, height, width), dtype=input.dtype, device=input.device,
+        memory_format=output_memory_format(input, weight),
+    )  # fmt: skip
+    return output, input.new_empty((batch, channels) if pooled else (0,), dtype=torch.float32)
+
+
+@torch.library.register_fake("rnp::pack_weight")
+def _pack_weight_fake(weight: Tensor, groups: int) -> Tensor:
+    return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float32)
+
+
+def _autocast(device: str) -> None:
+    """Under autocast the convolution runs in autocast's dtype; scale and bias keep the float32 they accumulate in."""
+    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device]
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def prefix_conv2d(input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual,
+                      activation, tail, pooled, packed):  # fmt: skip
+        dtype = torch.get_autocast_dtype(device)
+        if input.dtype is torch.float64 or weight.dtype is torch.float64:
+            dtype = torch.float64 if input.dtype is weight.dtype else None  # None: the operator refuses the mixture
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            if dtype is not None:
+                packed = packed if weight.dtype is dtype else None
+                input, weight = input.to(dtype), weight.to(dtype)
+                residual = None if residual is None else residual.to(dtype)
+            return torch.ops.rnp.prefix_conv2d(
+                input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual,
+                activation, tail, pooled, packed,
+            )  # fmt: skip
+
+    _LIBRARY.impl("prefix_conv2d", prefix_conv2d, key)
+
+
+_autocast("cpu")
+_autocast("cuda")
