@@ -1,0 +1,108 @@
+# The newcomer's door. It needs a Linux machine with Python >= 3.10 (with venv) and a C++ compiler; everything else comes from pip.
+#
+#   make demo       .venv with the package, then `rnp demo`        make test       C++ tests (ctest), then pytest
+#   make lint       ruff and clang-format, changing nothing        make sanitize   the C++ tests under ASan and UBSan
+#   make wheel      build/wheel/*.whl, built in isolation          make clean      removes .venv and everything built
+#
+# Variables: PYTHON (which Python makes .venv), VENV, MAX_JOBS, RNP_CUDA, RNP_CUDA_ARCHS, ARGS (arguments for rnp demo or pytest).
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BUILD := build
+STAMPS := $(VENV)/.stamps
+
+# One small torch for the environment and for pip's isolated builds (older pips read the first variable in both places).
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PIP := $(VENV)/bin/python -m pip --quiet --no-input
+
+# Whatever ends up in the wheel: when one of these changes, it is built again.
+SOURCES := $(shell find csrc cmake rnp_kernels python -type f ! -name '*.so' ! -name '*.pyc' ! -path '*.egg-info/*') \
+           pyproject.toml setup.py CMakeLists.txt MANIFEST.in README.md LICENSE constraints.txt
+CPP_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+.PHONY: help demo test ctest pytest lint sanitize wheel clean
+help:
+	@sed -n '3,9s/^#//p' Makefile
+
+demo: $(STAMPS)/demo
+	@echo "== rnp demo $(ARGS)"
+	$(VENV)/bin/rnp demo $(ARGS)
+
+test: ctest pytest
+
+# ---- .venv --------------------------------------------------------------------------------------------------------------------
+
+$(STAMPS)/venv:
+	@echo "== creating $(VENV)"
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# The wheel is built in an isolated environment, once, and then installed with one extra or the other. Stale modules in
+# build/lib* would end up in it, hence the rm; objects of unchanged sources stay.
+$(STAMPS)/wheel: $(STAMPS)/venv $(SOURCES)
+	@echo "== building the package in isolation (some minutes; compiler output only if it fails)"
+	rm -rf $(BUILD)/lib* $(BUILD)/bdist* $(BUILD)/wheel
+	$(PIP) wheel --no-deps --wheel-dir $(BUILD)/wheel .
+	@touch $@
+
+# torch, and with it numpy, at once with the extra, so that the resolver sees everything; the package itself is replaced each time.
+$(STAMPS)/demo: $(STAMPS)/wheel
+	@echo "== installing rnp-kernels[demo] into $(VENV)"
+	$(PIP) install "$$(ls $(BUILD)/wheel/*.whl)[demo]"
+	$(PIP) install --force-reinstall --no-deps $(BUILD)/wheel/*.whl
+	@touch $@
+
+$(STAMPS)/test: $(STAMPS)/wheel
+	@echo "== installing rnp-kernels[test] into $(VENV)"
+	$(PIP) install "$$(ls $(BUILD)/wheel/*.whl)[test]" "cmake>=3.24" ninja
+	$(PIP) install --force-reinstall --no-deps $(BUILD)/wheel/*.whl
+	@touch $@ $(STAMPS)/demo
+
+$(STAMPS)/lint: $(STAMPS)/venv pyproject.toml
+	@echo "== installing ruff and clang-format into $(VENV)"
+	$(PIP) install $$(sed -nE 's/.*"(ruff==[^"]+)".*"(clang-format==[^"]+)".*/\1 \2/p' pyproject.toml)
+	@touch $@
+
+# ---- tests --------------------------------------------------------------------------------------------------------------------
+
+CMAKE_CONFIGURE = $(VENV)/bin/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DRNP_BUILD_EXTENSION=OFF
+CMAKE_BUILD = $(VENV)/bin/cmake --build $(1) --parallel $${MAX_JOBS:-$$(nproc)}
+
+ctest: $(STAMPS)/test
+	@echo "== C++ tests"
+	$(CMAKE_CONFIGURE) -B $(BUILD)/cpp-tests > /dev/null
+	$(call CMAKE_BUILD,$(BUILD)/cpp-tests)
+	$(VENV)/bin/ctest --test-dir $(BUILD)/cpp-tests --output-on-failure --no-tests=error
+
+pytest: $(STAMPS)/test
+	@echo "== pytest $(ARGS)"
+	$(VENV)/bin/pytest $(ARGS)
+
+sanitize: $(STAMPS)/test
+	@echo "== C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	$(CMAKE_CONFIGURE) -B $(BUILD)/sanitize -DRNP_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo > /dev/null
+	$(call CMAKE_BUILD,$(BUILD)/sanitize)
+	UBSAN_OPTIONS=print_stacktrace=1 $(VENV)/bin/ctest --test-dir $(BUILD)/sanitize --output-on-failure --no-tests=error
+
+# ---- the rest -----------------------------------------------------------------------------------------------------------------
+
+wheel: $(STAMPS)/wheel
+	@ls -l $(BUILD)/wheel/*.whl
+
+lint: $(STAMPS)/lint
+	@echo "== ruff, clang-format"
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+clean:
+	rm -rf $(VENV) $(BUILD) dist *.egg-info python/*.egg-info
