@@ -19,6 +19,7 @@ namespace rnp {
 struct PackedLayout {
   static constexpr int64_t kLanes = 32, kHalfLanes = 16;
   static constexpr int64_t kHeaderWords = 16;
+  static constexpr int64_t kStaleWord = 15;  // of the header: not 0 once a call found the pack older than its weight
   static constexpr int32_t kMagic = 0x524e5057, kVersion = 1;
 
   int64_t groups, icg, ocg, kh, kw, ic_block;

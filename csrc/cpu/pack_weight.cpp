@@ -90,6 +90,8 @@ auto with_type(const WeightView& weight, F&& f) {
 void pack_weight(const WeightView& weight, const PackedLayout& layout, float* packed, const Threads& threads) {
   const Header header(layout);
   std::memcpy(packed, &header, sizeof(header));
+  // Equal weights give equal packs: no word stays undefined.
+  std::fill(packed + layout.fingerprint_at() + layout.groups * layout.ocg, packed + layout.data_at(), 0.0f);
   if (layout.icg == 0 || layout.ocg == 0) return;
   with_type(weight, [&](const auto* w) { pack_typed(w, weight.stride, layout, packed, threads); });
 }
@@ -99,6 +101,7 @@ const char* packed_mismatch(const float* packed, int64_t floats, const PackedLay
   Header found(layout);
   const Header expected(layout);
   std::memcpy(static_cast<void*>(&found), packed, sizeof(found));
+  found.words[PackedLayout::kStaleWord] = 0;
   if (found.words[0] != expected.words[0]) return "it is not the result of pack_weight";
   if (found.words[1] != expected.words[1]) return "it was packed by another version of this library";
   if (std::memcmp(&found, &expected, sizeof(found)) != 0)
@@ -110,6 +113,11 @@ const char* packed_mismatch(const float* packed, int64_t floats, const PackedLay
 bool packed_is_fresh(const WeightView& weight, const PackedLayout& layout, const float* packed) {
   if (layout.icg == 0 || layout.ocg == 0) return true;
   return with_type(weight, [&](const auto* w) { return same_samples(w, weight.stride, layout, packed); });
+}
+
+void mark_stale(const float* packed) {
+  int32_t* words = reinterpret_cast<int32_t*>(const_cast<float*>(packed));
+  std::atomic_ref<int32_t>(words[PackedLayout::kStaleWord]).store(1, std::memory_order_relaxed);
 }
 
 }  // namespace rnp::cpu

@@ -22,4 +22,7 @@ const char* packed_mismatch(const float* packed, int64_t floats, const PackedLay
 // an edit that spares every sampled element (one single weight, say) is not.
 bool packed_is_fresh(const WeightView& weight, const PackedLayout& layout, const float* packed);
 
+// Leaves a mark in the header of a pack found stale, for its owner to see and pack again. It changes no result.
+void mark_stale(const float* packed);
+
 }  // namespace rnp::cpu

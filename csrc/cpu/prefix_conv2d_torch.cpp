@@ -221,6 +221,7 @@ Tensor usable_packed(const Tensor& weight, const PackedLayout& layout, const Opt
     STD_TORCH_CHECK(!mismatch, kOp, ": packed does not belong to weight ", text(weight), " with groups=", layout.groups,
                     ": ", mismatch ? mismatch : "");
     if (packed_is_fresh(view, layout, data)) return *packed;
+    mark_stale(data);
   }
   Tensor fresh = torch::stable::empty({layout.total_floats()}, ScalarType::Float);
   pack_weight(view, layout, static_cast<float*>(fresh.mutable_data_ptr()), torch_threads());
