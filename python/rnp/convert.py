@@ -1,0 +1,356 @@
+"""`rnp.convert`: turn a trained CNN into a `PrunedNetwork`, and say what was done with each layer and why."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import graph as g
+from .batchnorm import PrefixBatchNorm2d
+from .macs import ConvCost, MacCounter
+from .network import PrunedNetwork
+
+
+@dataclass
+class Row:
+    """One line of the report."""
+
+    name: str
+    action: str  # pruned | dense | followed | per in-prefix | one set | ends the prefix
+    reason: str
+
+
+@dataclass
+class Report:
+    """What `convert` did with each layer, in the order of the graph. `str(report)` is a table."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    def add(self, name: str, action: str, reason: str) -> None:
+        self.rows.append(Row(name, action, reason))
+
+    def __str__(self) -> str:
+        wide = [max((len(getattr(row, key)) for row in self.rows), default=0) for key in ("name", "action")]
+        return "\n".join(f"{r.name:<{wide[0]}}  {r.action:<{wide[1]}}  {r.reason}" for r in self.rows)
+
+
+def convert(model: nn.Module, example_input: Tensor, groups: int = 4) -> PrunedNetwork:
+    """Return a `PrunedNetwork` whose convolutions run at a width chosen per sample; `model` is left as it is.
+
+    `example_input` (N, C, H, W) fixes the resolution at which MACs are counted. `groups` is k of RNP.md: an action 1…k
+    makes ceil(action · C / k) output channels live. The parameters are copied; `network.report` says what became of
+    each layer. Raises ValueError where torch.fx cannot trace the model, or where nothing in it can be pruned.
+    """
+    if not isinstance(example_input, Tensor) or example_input.dim() != 4:
+        raise ValueError("rnp.convert: example_input must be one tensor (N, C, H, W)")
+    if groups < 1:
+        raise ValueError(f"rnp.convert: groups must be at least 1, got {groups}")
+    backbone = copy.deepcopy(model).eval()
+    traced, shapes = g.trace(backbone, example_input)
+    for module in backbone.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False
+    builder = Builder(backbone, traced, shapes, groups)
+    network = builder.build()
+    return network.train(model.training)
+
+
+class Builder:
+    """Walks the graph once and collects steps, decisions, MACs and the report."""
+
+    def __init__(
+        self, backbone: nn.Module, graph: fx.Graph, shapes: dict[str, tuple[int, ...] | None], k: int
+    ) -> None:
+        self.backbone, self.graph, self.shapes, self.k = backbone, graph, shapes, k
+        self.nodes = list(graph.nodes)
+        self.position = {node: i for i, node in enumerate(self.nodes)}
+        self.report = Report()
+        self.values: dict[str, g.Value] = {}
+        self.steps: list[g.Step] = []
+        self.costs: list[ConvCost] = []
+        self.fixed_macs = 0
+        self.layers: list[str] = []
+        self.states: list[str] = []  # the value whose mean is the state of each decision
+        self.producer: dict[str, g.Step] = {}
+        self.decision_of: dict[fx.Node, int] = {}
+
+    # -- what the nodes are --------------------------------------------------------------------------------------
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        return self.backbone.get_submodule(node.target) if node.op == "call_module" else None
+
+    def is_conv(self, node: fx.Node) -> bool:
+        """A 2-D convolution whose forward is Conv2d's own."""
+        module = self.module(node)
+        if not isinstance(module, nn.Conv2d) or not isinstance(node.args[0], fx.Node):
+            return False
+        plain = type(module).forward is nn.Conv2d.forward or type(module).__name__ == "PrefixConv2d"
+        shape = self.shapes[node.args[0].name]
+        return plain and len(node.args) == 1 and not node.kwargs and shape is not None and len(shape) == 4
+
+    def is_norm(self, node: fx.Node) -> bool:
+        module = self.module(node)
+        return type(module) is nn.BatchNorm2d and module.running_mean is not None
+
+    def is_depthwise(self, node: fx.Node) -> bool:
+        conv = self.module(node)
+        return isinstance(conv, nn.Conv2d) and conv.groups == conv.in_channels == conv.out_channels > 1
+
+    # -- analysis ------------------------------------------------------------------------------------------------
+
+    def dense_reason(self, node: fx.Node) -> str | None:
+        """Why a convolution's output stays dense, or None."""
+        conv = self.module(node)
+        assert isinstance(conv, nn.Conv2d)
+        if not self.has_convolution(node.args[0]):
+            return "first convolution: no state before it"
+        if conv.groups > 1:
+            return f"grouped convolution (groups={conv.groups}): reads the prefix, writes all channels"
+        if conv.out_channels == 1:
+            return "one output channel"
+        if self.reaches_output(node):
+            return "its channels are the network's output"
+        return None
+
+    def has_convolution(self, node: fx.Node) -> bool:
+        """Whether a convolution lies before (or at) `node`."""
+        return any(isinstance(self.module(n), nn.modules.conv._ConvNd) for n in self.ancestors(node))
+
+    def ancestors(self, node: fx.Node) -> set[fx.Node]:
+        seen, stack = set(), [node]
+        while stack:
+            n = stack.pop()
+            if n not in seen:
+                seen.add(n)
+                stack.extend(n.all_input_nodes)
+        return seen
+
+    def reaches_output(self, node: fx.Node) -> bool:
+        """Whether the output is reached with no convolution or linear layer in between."""
+        seen, stack = set(), list(node.users)
+        while stack:
+            n = stack.pop()
+            if n in seen:
+                continue
+            seen.add(n)
+            if n.op == "output":
+                return True
+            if not isinstance(self.module(n), (nn.modules.conv._ConvNd, nn.Linear)):
+                stack.extend(n.users)
+        return False
+
+    def find_blocks(self) -> dict[fx.Node, int]:
+        """Prunable convolution → block. The convolutions on the branches that meet in one add share a block."""
+        block: dict[fx.Node, int] = {}
+        adds = [n for n in self.nodes if g.is_add(n, self.shapes)]
+        of_add: dict[fx.Node, int] = {}
+        for add in adds:
+            a, b = (self.ancestors(arg) for arg in add.args)
+            inner = [arg for arg in add.args if arg in of_add and len(arg.users) == 1]  # x + f(x) + g(x): one block
+            of_add[add] = of_add[inner[0]] if inner else len(of_add)
+            for n in a ^ b:
+                if self.is_conv(n) and n not in block and self.dense_reason(n) is None:
+                    block[n] = of_add[add]
+        for n in self.nodes:
+            if self.is_conv(n) and n not in block and self.dense_reason(n) is None:
+                block[n] = len(adds) + self.position[n]
+        return block
+
+    def find_chains(self) -> dict[fx.Node, tuple[list[fx.Node], g.ConvStep]]:
+        """Last node of each fused chain → (nodes of the chain, its step). Later convolutions claim an add first."""
+        chains: dict[fx.Node, tuple[list[fx.Node], g.ConvStep]] = {}
+        taken: set[fx.Node] = set()
+        for conv in reversed([n for n in self.nodes if self.is_conv(n)]):
+            step = g.ConvStep(output="", inputs=[conv.args[0].name], conv=conv.target, conv_node=conv.name)
+            chain = [conv]
+            user = self.only_user(conv)
+            if user is not None and self.is_norm(user):
+                step.norm = user.target
+                chain.append(user)
+                user = self.only_user(user)
+            if user is not None and user not in taken and g.is_add(user, self.shapes) and user.args[0] is not user.args[1]:
+                other = user.args[1] if user.args[0] is chain[-1] else user.args[0]
+                step.residual = True
+                step.inputs.append(other.name)
+                taken.add(user)
+                chain.append(user)
+                user = self.only_user(user)
+            if user is not None and g.is_relu(user, self.backbone):
+                step.relu = True
+                chain.append(user)
+            step.output = chain[-1].name
+            chains[chain[-1]] = (chain, step)
+        return chains
+
+    @staticmethod
+    def only_user(node: fx.Node) -> fx.Node | None:
+        return next(iter(node.users)) if len(node.users) == 1 else None
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def build(self) -> PrunedNetwork:
+        self.blocks = self.find_blocks()
+        self.block_decision: dict[int, int] = {}
+        chains = self.find_chains()
+        inside = {n for chain, _ in chains.values() for n in chain[:-1]}
+        for node in self.nodes:
+            if node in inside:
+                continue
+            if node in chains:
+                self.emit_conv(*chains[node])
+            elif node.op == "placeholder":
+                self.values[node.name] = g.Value(node.name, self.shapes.get(node.name))
+                if node.users:
+                    self.input = node.name
+            else:
+                self.emit_other(node)
+        if not self.layers:
+            raise ValueError(f"rnp.convert: no convolution can be pruned.\n{self.report}")
+        self.replace_norms()
+        counter = MacCounter(self.costs, self.fixed_macs, self.k, len(self.layers))
+        return PrunedNetwork(
+            self.backbone, self.steps, self.values, self.input, self.layers, self.states, self.k, counter, self.report
+        )
+
+    def group(self, name: str) -> frozenset[int] | None:
+        return self.values[name].group
+
+    def define(self, step: g.Step, group: frozenset[int] | None) -> None:
+        self.steps.append(step)
+        self.producer[step.output] = step
+        self.values[step.output] = g.Value(step.output, self.shapes.get(step.output), group)
+
+    def emit_conv(self, chain: list[fx.Node], step: g.ConvStep) -> None:
+        node = chain[0]
+        conv = self.module(node)
+        assert isinstance(conv, nn.Conv2d)
+        step.in_group = self.group(step.inputs[0])
+        if node in self.blocks:
+            step.decision = self.decide(node)
+            step.out_group = frozenset([step.decision])
+            members = [n for n in self.blocks if self.blocks[n] == self.blocks[node]]
+            why = f"decision {step.decision}" + (" (residual block)" if len(members) > 1 else "")
+            self.report.add(node.target, "pruned", why)
+        elif self.is_depthwise(node) and step.in_group is not g.FULL:
+            step.follows, step.out_group = True, step.in_group
+            self.report.add(node.target, "followed", "depthwise: as wide as its input")
+        else:
+            self.report.add(node.target, "dense", self.dense_reason(node) or "")
+        if step.norm is not None:
+            self.report_norm(step.norm, step.in_group)
+        group = step.out_group
+        if step.residual:
+            group = join(group, self.group(step.inputs[1]))
+        self.define(step, group)
+        shape = self.shapes[node.name]
+        assert shape is not None
+        per_pair = conv.kernel_size[0] * conv.kernel_size[1] * shape[2] * shape[3]
+        self.costs.append(
+            ConvCost(
+                node.target, step.in_group, step.out_group, conv.in_channels, conv.out_channels, conv.groups, per_pair
+            )
+        )
+
+    def report_norm(self, name: str, group: frozenset[int] | None) -> None:
+        if group is g.FULL:
+            self.report.add(name, "one set", "BatchNorm behind a full-width input")
+        else:
+            self.report.add(name, "per in-prefix", f"{self.k} sets of statistics and affine parameters")
+
+    def decide(self, node: fx.Node) -> int:
+        """Index of the decision for a convolution; the first of its block creates it."""
+        block = self.blocks[node]
+        if block not in self.block_decision:
+            self.block_decision[block] = len(self.layers)
+            members = [n.target for n in self.nodes if self.blocks.get(n) == block]
+            self.layers.append(self.unique(common_name(members)))
+            self.states.append(self.state_of(node.args[0].name))
+        return self.block_decision[block]
+
+    def unique(self, name: str) -> str:
+        count = sum(1 for layer in self.layers if layer.split("#")[0] == name)
+        return name if count == 0 else f"{name}#{count + 1}"
+
+    def state_of(self, name: str) -> str:
+        """Look back through pooling and dropout to the feature map whose mean is the state."""
+        step = self.producer.get(name)
+        while isinstance(step, g.ChannelwiseStep) and step.looks_through:
+            name = step.inputs[0]
+            step = self.producer.get(name)
+        return name
+
+    def emit_other(self, node: fx.Node) -> None:
+        if g.is_add(node, self.shapes) and node.args[0] is not node.args[1]:
+            names = [arg.name for arg in node.args]
+            self.define(g.AddStep(node.name, names), join(self.group(names[0]), self.group(names[1])))
+            return
+        call, names = g.Call.of(node)
+        if self.is_norm(node) and self.group(names[0]) is not g.FULL:
+            self.report_norm(node.target, self.group(names[0]))
+            self.define(g.NormStep(node.name, names, norm=node.target), self.group(names[0]))
+            return
+        looks_through = g.channelwise(node, self.backbone, self.shapes)
+        if looks_through is not None:
+            self.define(g.ChannelwiseStep(node.name, names, call, looks_through), self.group(names[0]))
+            return
+        ended = [name for name in names if self.group(name) is not g.FULL]
+        if ended:
+            self.report.add(str(node.target if node.op == "call_module" else node.name), "ends the prefix",
+                            f"{node.op} {getattr(node.target, '__name__', node.target)}: reads all channels, zero tails")  # fmt: skip
+        self.count_fixed(node)
+        self.define(g.OpaqueStep(node.name, names, call), g.FULL)
+
+    def count_fixed(self, node: fx.Node) -> None:
+        """MACs of linear layers and of convolutions that are not followed."""
+        module, shape = self.module(node), self.shapes.get(node.name)
+        if shape is None:
+            return
+        if isinstance(module, nn.Linear):
+            self.fixed_macs += module.in_features * torch.Size(shape[1:]).numel()
+        elif isinstance(module, nn.modules.conv._ConvTransposeNd):
+            source = self.shapes[node.args[0].name]
+            assert source is not None
+            per_input = module.out_channels // module.groups * torch.Size(module.kernel_size).numel()
+            self.fixed_macs += torch.Size(source[1:]).numel() * per_input
+            self.report.add(node.target, "dense", f"{type(module).__name__} is not followed")
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            per_output = module.in_channels // module.groups * torch.Size(module.kernel_size).numel()
+            self.fixed_macs += torch.Size(shape[1:]).numel() * per_output
+            self.report.add(node.target, "dense", f"{type(module).__name__} is not followed")
+
+    def replace_norms(self) -> None:
+        """Give every BatchNorm that meets a varying in-prefix its k sets; one set where only the output varies."""
+        rows: dict[str, int] = {}
+        for step in self.steps:
+            if isinstance(step, g.ConvStep) and step.norm:
+                varying_in, varying_out = step.in_group is not g.FULL, step.out_group is not g.FULL
+                if varying_in or varying_out:
+                    rows[step.norm] = max(rows.get(step.norm, 1), self.k if varying_in else 1)
+            if isinstance(step, g.NormStep):
+                rows[step.norm] = self.k
+        for name, count in rows.items():
+            norm = self.backbone.get_submodule(name)
+            if isinstance(norm, nn.BatchNorm2d):
+                new = PrefixBatchNorm2d.from_batchnorm(norm, count)
+                for other, module in list(self.backbone.named_modules(remove_duplicate=False)):
+                    if module is norm:  # one module under two names stays one module
+                        self.backbone.set_submodule(other, new)
+
+
+def join(a: frozenset[int] | None, b: frozenset[int] | None) -> frozenset[int] | None:
+    """The group of a sum: the larger, which is full if either is."""
+    return None if a is None or b is None else a | b
+
+
+def common_name(names: list[str]) -> str:
+    """`layer1.0.conv1`, `layer1.0.conv2` → `layer1.0`; one name, or names with nothing in common → the first."""
+    parts = [name.split(".") for name in names]
+    common = []
+    for level in zip(*parts):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join(common) or names[0]

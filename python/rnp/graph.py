@@ -1,0 +1,332 @@
+"""Trace a CNN with torch.fx and describe it as a list of steps whose channel prefixes can be followed.
+
+A *value* is the result of a node of the graph, known by the node's name. A *step* computes one value from others. The
+steps that matter are `ConvStep` (a convolution with what folds into it: BatchNorm, residual add, ReLU), `NormStep` (a
+BatchNorm on its own), `AddStep`, `ChannelwiseStep` (whatever treats channels one by one and keeps a zero tail zero) and
+`OpaqueStep` (everything else: it sees complete tensors with zero tails, and ends the prefix).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+FULL: frozenset[int] | None = None  # the group of a value that always has its full width
+
+
+@dataclass
+class Value:
+    """What is known of a tensor: its shape for the example, and the decisions whose maximum is its group (None: full)."""
+
+    name: str
+    shape: tuple[int, ...] | None
+    group: frozenset[int] | None = FULL
+
+    @property
+    def channels(self) -> int:
+        assert self.shape is not None
+        return self.shape[1]
+
+
+@dataclass
+class Step:
+    """Compute the value `output` from the values `inputs`."""
+
+    output: str
+    inputs: list[str]
+
+
+@dataclass
+class ConvStep(Step):
+    """inputs[0] → convolution → BatchNorm → + inputs[1] (the residual) → ReLU, whichever of these are present."""
+
+    conv: str = ""
+    norm: str | None = None
+    residual: bool = False
+    relu: bool = False
+    decision: int | None = None  # index of the decision that sets the output's group
+    follows: bool = False  # depthwise: the output's group is the input's
+    conv_node: str = ""
+
+    in_group: frozenset[int] | None = FULL
+    out_group: frozenset[int] | None = FULL  # of the convolution itself, before a residual is added
+
+
+@dataclass
+class NormStep(Step):
+    """A BatchNorm that follows no convolution (pre-activation networks)."""
+
+    norm: str = ""
+    relu: bool = False
+
+
+@dataclass
+class AddStep(Step):
+    """inputs[0] + inputs[1]: takes the larger prefix."""
+
+    relu: bool = False
+
+
+@dataclass(frozen=True)
+class Arg:
+    """Stands for `inputs[index]` in the arguments of a call."""
+
+    index: int
+
+
+@dataclass
+class Call:
+    """A node of the graph, free of references to modules, so that a network can be copied and pickled."""
+
+    op: str
+    target: Any
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, node: fx.Node) -> tuple[Call, list[str]]:
+        """Return the call and the names of the values it reads."""
+        names: list[str] = []
+
+        def stand_in(n: fx.Node) -> Any:
+            if n.name not in names:
+                names.append(n.name)
+            return Arg(names.index(n.name))
+
+        args = fx.node.map_arg(node.args, stand_in)
+        kwargs = fx.node.map_arg(node.kwargs, stand_in)
+        return cls(node.op, node.target, _plain(args), _plain(kwargs)), names
+
+    def run(self, root: nn.Module, inputs: list[Any], training: bool) -> Any:
+        """Execute on `inputs`; modules and attributes are looked up below `root`. Functional dropout obeys `training`."""
+        args = _fill(self.args, inputs)
+        kwargs = _fill(self.kwargs, inputs)
+        if self.op == "call_module":
+            return root.get_submodule(self.target)(*args, **kwargs)
+        if self.op == "call_method":
+            return getattr(args[0], self.target)(*args[1:], **kwargs)
+        if self.op == "get_attr":
+            owner, _, name = self.target.rpartition(".")
+            return getattr(root.get_submodule(owner), name)
+        if self.op == "output":
+            return args[0]
+        if self.target in (F.dropout, F.dropout2d) and kwargs.get("training") is False:
+            kwargs["training"] = training
+        return self.target(*args, **kwargs)
+
+
+def _plain(value: Any) -> Any:
+    """fx's immutable containers → tuple, list, dict."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        items = [_plain(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _fill(value: Any, inputs: list[Any]) -> Any:
+    if isinstance(value, Arg):
+        return inputs[value.index]
+    if isinstance(value, dict):
+        return {key: _fill(item, inputs) for key, item in value.items()}
+    if isinstance(value, tuple):
+        items = [_fill(item, inputs) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, slice):
+        return slice(*(_fill(item, inputs) for item in (value.start, value.stop, value.step)))
+    return [_fill(item, inputs) for item in value] if isinstance(value, list) else value
+
+
+@dataclass
+class ChannelwiseStep(Step):
+    """A call that treats every channel by itself and keeps zeros. `looks_through`: its mean is not a state of its own."""
+
+    call: Call = field(default_factory=lambda: Call("", ""))
+    looks_through: bool = False
+
+
+@dataclass
+class OpaqueStep(Step):
+    """A call on complete tensors."""
+
+    call: Call = field(default_factory=lambda: Call("", ""))
+
+
+class Tracer(fx.Tracer):
+    """torch.fx's tracer, for which every convolution and BatchNorm is a leaf, subclasses included."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        leaf = isinstance(m, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase))
+        return leaf or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, tuple[int, ...] | None]]:
+    """Return the graph of `model` in eval mode (in-place operations made functional) and the shape of every value."""
+    try:
+        graph = Tracer().trace(model)
+    except Exception as error:
+        raise ValueError(
+            f"rnp.convert: torch.fx must be able to trace the model, and {type(model).__name__} cannot be traced: {error}. "
+            "Control flow that depends on tensors has to move out of forward(), or into a submodule that is a leaf."
+        ) from error
+    placeholders = [n for n in graph.nodes if n.op == "placeholder" and n.users]
+    if len(placeholders) != 1:
+        raise ValueError(
+            f"rnp.convert: forward() must take exactly one tensor, and {type(model).__name__} uses {len(placeholders)}"
+        )
+    make_functional(graph, model)
+    shapes: dict[str, tuple[int, ...] | None] = {}
+
+    class Shapes(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            shapes[n.name] = tuple(result.shape) if isinstance(result, Tensor) else None
+            return result
+
+    module = fx.GraphModule(model, graph)
+    with torch.no_grad():
+        Shapes(module).run(example)
+    return graph, shapes
+
+
+IN_PLACE_FUNCTIONS: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.imul: operator.mul,
+    torch.relu_: torch.relu,
+    F.relu_: F.relu,
+}
+IN_PLACE_METHODS = {"relu_": "relu", "add_": "add", "mul_": "mul"}
+IN_PLACE_KEYWORD = (F.relu, F.relu6, F.leaky_relu, F.elu, F.silu, F.hardtanh, F.hardswish, F.dropout, F.dropout2d)
+ALIASING_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
+
+
+def make_functional(graph: fx.Graph, model: nn.Module) -> None:
+    """Replace in-place operations: what a later node reads of the argument is the result of the operation.
+
+    `out = relu_(x); return out + x` reads the rectified x twice, so the later uses of x become uses of `out`. Modules with
+    an `inplace` flag are handled likewise; the caller runs them with the flag off.
+    """
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        in_place = False
+        if node.op == "call_function" and node.target in IN_PLACE_FUNCTIONS:
+            node.target = IN_PLACE_FUNCTIONS[node.target]
+            in_place = True
+        elif node.op == "call_method" and node.target in IN_PLACE_METHODS:
+            node.target = IN_PLACE_METHODS[node.target]
+            in_place = True
+        elif node.op == "call_function" and node.target in IN_PLACE_KEYWORD and node.kwargs.get("inplace"):
+            node.kwargs = {**node.kwargs, "inplace": False}
+            in_place = True
+        elif node.op == "call_module":
+            in_place = bool(getattr(model.get_submodule(node.target), "inplace", False))
+        if not in_place:
+            continue
+        written = node.args[0]
+        while isinstance(written, fx.Node):
+            written.replace_all_uses_with(node, delete_user_cb=lambda user, at=position[node]: position[user] > at)
+            aliases = written.op == "call_module" and isinstance(model.get_submodule(written.target), ALIASING_MODULES)
+            written = written.args[0] if aliases else None
+    graph.lint()
+
+
+# What keeps a prefix: channel-wise, f(0) = 0. The second set leaves the mean over positions (nearly) alone.
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Mish, nn.CELU, nn.SELU)
+SPATIAL = (
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.Identity,
+    nn.ZeroPad2d,
+    nn.ReflectionPad2d,
+    nn.ReplicationPad2d,
+    nn.Upsample,
+)
+ACTIVATION_FUNCTIONS = {
+    F.relu,
+    torch.relu,
+    F.relu6,
+    F.leaky_relu,
+    F.elu,
+    F.gelu,
+    F.silu,
+    F.hardswish,
+    torch.tanh,
+    F.mish,
+}
+SPATIAL_FUNCTIONS = {
+    F.max_pool2d,
+    torch.max_pool2d,
+    F.avg_pool2d,
+    F.adaptive_avg_pool2d,
+    F.adaptive_max_pool2d,
+    F.dropout,
+    F.dropout2d,
+    F.interpolate,
+}
+ACTIVATION_METHODS = {"relu", "tanh"}
+SPATIAL_METHODS = {"contiguous", "clone"}
+ADD_FUNCTIONS = {operator.add, torch.add}
+RELU_FUNCTIONS = {F.relu, torch.relu}
+
+
+def is_relu(node: fx.Node, model: nn.Module) -> bool:
+    """Whether `node` is a plain ReLU, in whatever spelling."""
+    if node.op == "call_module":
+        return type(model.get_submodule(node.target)) is nn.ReLU
+    if node.op == "call_function":
+        return node.target in RELU_FUNCTIONS
+    return node.op == "call_method" and node.target == "relu"
+
+
+def is_add(node: fx.Node, shapes: dict[str, tuple[int, ...] | None]) -> bool:
+    """Whether `node` adds two 4-D feature maps of one shape, with no scaling."""
+    spelled = (node.op == "call_function" and node.target in ADD_FUNCTIONS) or (
+        node.op == "call_method" and node.target == "add"
+    )
+    if not spelled or len(node.args) != 2 or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
+        return False
+    a, b = (shapes.get(arg.name) for arg in node.args)
+    return a is not None and a == b and len(a) == 4
+
+
+def channelwise(node: fx.Node, model: nn.Module, shapes: dict[str, tuple[int, ...] | None]) -> bool | None:
+    """None: not channel-wise. Otherwise whether a state is looked for through it (pooling, dropout: yes; activation: no)."""
+    x = node.args[0] if node.args else None
+    if not isinstance(x, fx.Node) or x.name not in shapes:
+        return None
+    before, after = shapes[x.name], shapes.get(node.name)
+    if before is None or after is None or len(before) != 4 or len(after) != 4 or before[1] != after[1]:
+        return None
+    if any(isinstance(a, fx.Node) for a in [*node.args[1:], *node.kwargs.values()]):
+        return None
+    if node.op == "call_module":
+        module = model.get_submodule(node.target)
+        if getattr(module, "return_indices", False):
+            return None
+        if isinstance(module, SPATIAL):
+            return True
+        return False if isinstance(module, ACTIVATIONS) else None
+    if node.op == "call_function":
+        if node.target in SPATIAL_FUNCTIONS:
+            return True
+        scaled = node.target in (operator.mul, operator.truediv) and isinstance(node.args[1], (int, float))
+        return False if node.target in ACTIVATION_FUNCTIONS or scaled else None
+    if node.op == "call_method":
+        return True if node.target in SPATIAL_METHODS else (False if node.target in ACTIVATION_METHODS else None)
+    return None
+
+
+def prefix_size(action: int, channels: int, k: int) -> int:
+    """Channels that action 1…k leaves live: r = ceil(action · C / k)."""
+    return math.ceil(action * channels / k)

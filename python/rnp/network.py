@@ -1,0 +1,280 @@
+"""`PrunedNetwork`: a converted CNN whose convolutions run at a width chosen for each sample on its way through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rnp_kernels
+
+from . import graph as g
+from .batchnorm import PrefixBatchNorm2d
+from .macs import MacCounter
+from .policies import FullWidth, Policy
+
+if TYPE_CHECKING:
+    from .convert import Report
+
+
+@dataclass
+class Trace:
+    """What was decided for a batch."""
+
+    actions: Tensor  # (N, L) int32, 1…k
+    macs: Tensor  # (N,) int64, the agent's own counted in
+    dense_macs: int  # per image, no agent
+    layers: list[str]
+    features: list[Tensor] | None = field(default=None)  # (N, C_l) float32 each, with return_trace="features"
+
+
+class PrunedNetwork(nn.Module):
+    """Made by `rnp.convert`. `policy` decides the widths; `backbone` holds the parameters, under their own names."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        steps: list[g.Step],
+        values: dict[str, g.Value],
+        input_name: str,
+        layers: list[str],
+        states: list[str],
+        groups: int,
+        counter: MacCounter,
+        report: Report,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.groups, self.layers, self.report = groups, layers, report
+        self.feature_sizes = [values[name].channels for name in states]
+        self.dense_macs = counter.dense
+        self.counter = counter
+        self.policy = FullWidth()
+        self.penalty_shift, self.max_macs = 0.0, None
+        self._steps, self._values, self._input, self._states = steps, values, input_name, states
+
+    # -- policy --------------------------------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> Policy:
+        """Who decides. A policy that is a module (an Agent) is registered as the submodule `agent` and moves along."""
+        return self._modules.get("agent") or self._policy
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "policy":
+            super().__setattr__(name, value)
+            return
+        for needed in ("start", "act", "needs_features"):
+            if not hasattr(value, needed):
+                raise TypeError(f"PrunedNetwork.policy: {type(value).__name__} has no `{needed}` (see rnp.policies.Policy)")
+        self._modules.pop("agent", None)
+        self.__dict__["_policy"] = None
+        if isinstance(value, nn.Module):
+            super().__setattr__("agent", value)
+        else:
+            self.__dict__["_policy"] = value
+
+    # -- budget --------------------------------------------------------------------------------------------------
+
+    def macs(self, actions: Tensor) -> Tensor:
+        """Exact MACs of the backbone for actions (N, L) in 1…k → (N,) int64."""
+        return self.counter.count(actions)
+
+    def set_budget(self, penalty_shift: float = 0.0, max_macs: float | None = None) -> None:
+        """Δp of RNP.md for the agent, and a cap on every image's MACs (policy's own included) as a share of the dense MACs.
+
+        Raises ValueError where `max_macs` is not in (0, 1], or where even action 1 at every decision exceeds it.
+        """
+        if max_macs is not None:
+            if not 0 < max_macs <= 1:
+                raise ValueError(f"set_budget: max_macs must lie in (0, 1], got {max_macs}")
+            self._allowance(max_macs)
+        self.penalty_shift, self.max_macs = float(penalty_shift), max_macs
+
+    def _allowance(self, max_macs: float) -> int:
+        """MACs the backbone may spend on an image under the cap."""
+        own = getattr(self.policy, "macs_per_image", 0)
+        allowance = int(max_macs * self.dense_macs) - own
+        if self.counter.cheapest > allowance:
+            least = (self.counter.cheapest + own) / self.dense_macs
+            raise ValueError(f"set_budget: max_macs {max_macs} is below the least possible with this policy, {least:.4f}")
+        return allowance
+
+    def _capped(self, layer: int, action: Tensor, taken: list[Tensor], allowance: int) -> Tensor:
+        """Lower `action` to the largest one whose MACs with the cheapest completion stay within the allowance."""
+        history = torch.stack(taken, 1) if taken else action.new_empty(action.shape[0], 0)
+        within = self.counter.candidates(layer, history) <= allowance
+        return torch.minimum(action, within.sum(1).to(action.dtype))
+
+    # -- mixed actions -------------------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor, return_trace: bool | str = False) -> Any:
+        """images (N, C, H, W) → the model's output; with `return_trace` (True or "features") also a `Trace`."""
+        want_features = return_trace == "features"
+        allowance = None if self.max_macs is None else self._allowance(self.max_macs)
+        state = self.policy.start(self, images.shape[0], images.device)
+        env: dict[str, Any] = {self._input: images.contiguous(memory_format=torch.channels_last)}
+        groups: dict[str, Tensor | None] = {self._input: None}
+        pooled: dict[str, Tensor] = {}
+        taken: list[Tensor] = []
+        features: list[Tensor] = []
+        result = None
+        for step in self._steps:
+            if isinstance(step, g.ConvStep):
+                if step.decision is not None and step.decision == len(taken):
+                    x = None
+                    if self.policy.needs_features or want_features:
+                        name = self._states[step.decision]
+                        if name not in pooled:
+                            pooled[name] = env[name].mean((2, 3), dtype=torch.float32)
+                        x = pooled[name]
+                        features.append(x)
+                    action, state = self.policy.act(step.decision, x.detach() if x is not None else None, state)
+                    if allowance is not None:
+                        action = self._capped(step.decision, action, taken, allowance)
+                    taken.append(action)
+                result = self._mixed_conv(step, env, groups, taken)
+            elif isinstance(step, g.NormStep):
+                group = groups[step.inputs[0]]
+                assert group is not None
+                x = env[step.inputs[0]]
+                result = self.backbone.get_submodule(step.norm)(x, group - 1, self._live(group, x.shape[1]))
+                groups[step.output] = group
+            elif isinstance(step, g.AddStep):
+                result = env[step.inputs[0]] + env[step.inputs[1]]
+                groups[step.output] = larger(groups[step.inputs[0]], groups[step.inputs[1]])
+            else:
+                assert isinstance(step, (g.ChannelwiseStep, g.OpaqueStep))
+                result = step.call.run(self.backbone, [env[name] for name in step.inputs], self.training)
+                groups[step.output] = groups[step.inputs[0]] if isinstance(step, g.ChannelwiseStep) else None
+            env[step.output] = result
+        if not return_trace:
+            return result
+        actions = torch.stack(taken, 1)
+        macs = self.macs(actions) + getattr(self.policy, "macs_per_image", 0)
+        return result, Trace(actions, macs, self.dense_macs, list(self.layers), features if want_features else None)
+
+    def _prefix(self, group: Tensor, channels: int) -> Tensor:
+        k = self.groups
+        return torch.div(group * channels + (k - 1), k, rounding_mode="floor").to(torch.int32)
+
+    def _live(self, group: Tensor, channels: int) -> Tensor:
+        return torch.arange(channels, device=group.device) < self._prefix(group, channels)[:, None]
+
+    def _mixed_conv(
+        self, step: g.ConvStep, env: dict[str, Any], groups: dict[str, Tensor | None], taken: list[Tensor]
+    ) -> Tensor:
+        conv = self.backbone.get_submodule(step.conv)
+        norm = self.backbone.get_submodule(step.norm) if step.norm else None
+        group_in = groups[step.inputs[0]]
+        group_out = group_in if step.follows else (taken[step.decision] if step.decision is not None else None)
+        in_prefix = None if group_in is None else self._prefix(group_in, conv.in_channels)
+        out_prefix = None if group_out is None else self._prefix(group_out, conv.out_channels)
+        x, padding = env[step.inputs[0]], conv.padding
+        if conv.padding_mode != "zeros":
+            x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
+        x = rnp_kernels.prefix_conv2d(
+            x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups,
+            in_prefix=in_prefix, out_prefix=out_prefix,
+        )  # fmt: skip
+        if isinstance(norm, PrefixBatchNorm2d):
+            row = torch.full((x.shape[0],), norm.rows - 1, device=x.device) if group_in is None else group_in - 1
+            live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            x = norm(x, row, live if group_out is None else self._live(group_out, x.shape[1]))
+        elif norm is not None:
+            x = norm(x)
+        if step.residual:
+            x = x + env[step.inputs[1]]
+            group_out = larger(group_out, groups[step.inputs[1]])
+        groups[step.output] = group_out
+        return F.relu(x) if step.relu else x
+
+    # -- one path for the whole batch ----------------------------------------------------------------------------
+
+    def forward_path(self, images: Tensor, path: list[int] | tuple[int, ...]) -> Any:
+        """Run every image under the same actions `path` (L ints in 1…k), on physically sliced tensors.
+
+        Differentiable; equal to `forward` under `Fixed(path)`. A BatchNorm in train mode uses batch statistics and updates
+        the running statistics of the in-prefix in use, for the channels that are live.
+        """
+        path = [int(a) for a in path]
+        if len(path) != len(self.layers) or not all(1 <= a <= self.groups for a in path):
+            raise ValueError(f"forward_path: path must be {len(self.layers)} actions in 1…{self.groups}, got {path}")
+        k = self.groups
+        env: dict[str, Any] = {self._input: images.contiguous(memory_format=torch.channels_last)}
+        group: dict[str, int] = {self._input: k}
+
+        def full(name: str) -> Any:
+            x = env[name]
+            if group.get(name, k) == k:
+                return x
+            return pad_channels(x, self._values[name].channels)
+
+        for step in self._steps:
+            if isinstance(step, g.ConvStep):
+                env[step.output], group[step.output] = self._path_conv(step, env, group, path)
+            elif isinstance(step, g.NormStep):
+                group[step.output] = group[step.inputs[0]]
+                norm = self.backbone.get_submodule(step.norm)
+                env[step.output] = norm.forward_slice(env[step.inputs[0]], group[step.inputs[0]] - 1)
+            elif isinstance(step, g.AddStep):
+                env[step.output] = add_prefix(env[step.inputs[0]], env[step.inputs[1]])
+                group[step.output] = max(group[step.inputs[0]], group[step.inputs[1]])
+            elif isinstance(step, g.ChannelwiseStep):
+                group[step.output] = group[step.inputs[0]]
+                env[step.output] = step.call.run(self.backbone, [env[step.inputs[0]]], self.training)
+            else:
+                assert isinstance(step, g.OpaqueStep)
+                inputs = [full(name) for name in step.inputs]
+                env[step.output], group[step.output] = step.call.run(self.backbone, inputs, self.training), k
+        return env[self._steps[-1].output]
+
+    def _path_conv(
+        self, step: g.ConvStep, env: dict[str, Any], group: dict[str, int], path: list[int]
+    ) -> tuple[Tensor, int]:
+        k = self.groups
+        conv = self.backbone.get_submodule(step.conv)
+        x, group_in = env[step.inputs[0]], group[step.inputs[0]]
+        group_out = group_in if step.follows else (path[step.decision] if step.decision is not None else k)
+        live_out = g.prefix_size(group_out, conv.out_channels, k)
+        weight, conv_groups = conv.weight, conv.groups
+        if step.follows:
+            weight, conv_groups = weight[:live_out], live_out
+        elif conv_groups > 1:
+            x = pad_channels(x, conv.in_channels)
+        else:
+            weight = weight[:live_out, : x.shape[1]]
+        bias = None if conv.bias is None else conv.bias[:live_out]
+        padding = conv.padding
+        if conv.padding_mode != "zeros":
+            x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
+        x = F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv_groups)
+        if step.norm is not None:
+            norm = self.backbone.get_submodule(step.norm)
+            x = norm.forward_slice(x, min(group_in, norm.rows) - 1) if isinstance(norm, PrefixBatchNorm2d) else norm(x)
+        if step.residual:
+            x = add_prefix(x, env[step.inputs[1]])
+            group_out = max(group_out, group[step.inputs[1]])
+        return (F.relu(x) if step.relu else x), group_out
+
+
+def larger(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The larger of two groups (N,); None is full width."""
+    return None if a is None or b is None else torch.maximum(a, b)
+
+
+def pad_channels(x: Tensor, channels: int) -> Tensor:
+    """(N, r, …) → (N, channels, …) with a zero tail."""
+    missing = channels - x.shape[1]
+    return x if missing == 0 else F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
+
+
+def add_prefix(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of two prefixes (N, r, H, W), (N, s, H, W) of one map; the result has max(r, s) channels."""
+    if a.shape[1] < b.shape[1]:
+        a, b = b, a
+    r = b.shape[1]
+    return a + b if r == a.shape[1] else torch.cat([a[:, :r] + b, a[:, r:]], 1)

@@ -1,0 +1,112 @@
+"""Policies: who decides how wide each layer runs for each sample.
+
+A policy is asked once per decision. `start` begins a batch, `act` answers one decision with actions 1…k.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .agent import Agent
+
+__all__ = ["Agent", "Fixed", "FullWidth", "Policy", "Random", "Uniform"]
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """What `PrunedNetwork.policy` has to offer. `needs_features` False: features are not computed and arrive as None."""
+
+    needs_features: bool
+
+    def start(self, network: Any, batch_size: int, device: torch.device) -> Any:
+        """Begin a batch of `batch_size` samples; the answer is handed to `act` as `state`."""
+
+    def act(self, layer: int, features: Tensor | None, state: Any) -> tuple[Tensor, Any]:
+        """Decide for decision `layer`: features (N, C_layer) float32 → actions (N,) int32 in 1…k, and the new state."""
+
+
+class FullWidth:
+    """Every sample at full width."""
+
+    needs_features = False
+
+    def start(self, network: Any, batch_size: int, device: torch.device) -> Any:
+        return torch.full((batch_size,), network.groups, dtype=torch.int32, device=device)
+
+    def act(self, layer: int, features: Tensor | None, state: Any) -> tuple[Tensor, Any]:
+        return state, state
+
+    def __repr__(self) -> str:
+        return "FullWidth()"
+
+
+class Uniform:
+    """Every decision takes the smallest action that keeps at least the share `width` of the channels (0 < width ≤ 1)."""
+
+    needs_features = False
+
+    def __init__(self, width: float) -> None:
+        if not 0 < width <= 1:
+            raise ValueError(f"Uniform: width must lie in (0, 1], got {width}")
+        self.width = width
+
+    def start(self, network: Any, batch_size: int, device: torch.device) -> Any:
+        action = max(1, math.ceil(self.width * network.groups - 1e-9))
+        return torch.full((batch_size,), action, dtype=torch.int32, device=device)
+
+    def act(self, layer: int, features: Tensor | None, state: Any) -> tuple[Tensor, Any]:
+        return state, state
+
+    def __repr__(self) -> str:
+        return f"Uniform({self.width})"
+
+
+class Fixed:
+    """Given actions: (L,) for every sample, or (N, L), one line per sample of the batch."""
+
+    needs_features = False
+
+    def __init__(self, actions: Tensor | list[int] | list[list[int]]) -> None:
+        self.actions = torch.as_tensor(actions).to(torch.int32)
+        if self.actions.dim() not in (1, 2):
+            raise ValueError(f"Fixed: actions must be (L,) or (N, L), got {tuple(self.actions.shape)}")
+
+    def start(self, network: Any, batch_size: int, device: torch.device) -> Any:
+        actions, depth = self.actions, len(network.layers)
+        if actions.shape[-1] != depth or (actions.dim() == 2 and actions.shape[0] != batch_size):
+            raise ValueError(
+                f"Fixed: actions must be ({depth},) or ({batch_size}, {depth}) here, got {tuple(actions.shape)}"
+            )
+        if actions.numel() and (int(actions.min()) < 1 or int(actions.max()) > network.groups):
+            raise ValueError(f"Fixed: actions must lie in 1…{network.groups}")
+        return actions.expand(batch_size, depth).t().contiguous().to(device)
+
+    def act(self, layer: int, features: Tensor | None, state: Any) -> tuple[Tensor, Any]:
+        return state[layer], state
+
+    def __repr__(self) -> str:
+        return f"Fixed(actions of shape {tuple(self.actions.shape)})"
+
+
+class Random:
+    """Every sample and decision independently uniform over 1…k, from `generator` (on the CPU) or torch's global one."""
+
+    needs_features = False
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        self.generator = generator
+
+    def start(self, network: Any, batch_size: int, device: torch.device) -> Any:
+        size = (len(network.layers), batch_size)
+        actions = torch.randint(1, network.groups + 1, size, generator=self.generator, dtype=torch.int32)
+        return actions.to(device)
+
+    def act(self, layer: int, features: Tensor | None, state: Any) -> tuple[Tensor, Any]:
+        return state[layer], state
+
+    def __repr__(self) -> str:
+        return "Random()"
