@@ -1,4 +1,4 @@
-"""Builds the C++ libraries by running CMake with Ninja. CMakeLists.txt is the one list of sources; metadata is in pyproject.toml.
+"""Builds the C++ libraries by running CMake with Ninja. CMakeLists.txt is the one list of sources.
 
 Environment: RNP_CUDA=auto|1|0 (auto: build the CUDA library where nvcc is found), RNP_CUDA_ARCHS (default "80;90a"),
 MAX_JOBS (compilers at once, default: one per core that this process may use).

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "build_info.h"
-#include "core/prefix_conv2d.h"
+#include "core/macs.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -78,17 +78,16 @@ std::vector<int64_t> macs(const std::vector<int64_t>& in_prefix, const std::vect
   for (int64_t r : in_prefix) check(r >= 0 && r <= in_channels, "in_prefix must be 0..in_channels", r);
   for (int64_t r : out_prefix) check(r >= 0 && r <= out_channels, "out_prefix must be 0..out_channels", r);
 
-  const int64_t per_pair = kernel_size[0] * kernel_size[1] * output_size[0] * output_size[1];
+  rnp::ConvShape shape;
+  shape.c_in = in_channels;
+  shape.c_out = out_channels;
+  shape.kh = kernel_size[0];
+  shape.kw = kernel_size[1];
+  shape.out_h = output_size[0];
+  shape.out_w = output_size[1];
+  shape.groups = groups;
   std::vector<int64_t> result;
-  result.reserve(in_prefix.size());
-  for (size_t n = 0; n < in_prefix.size(); ++n) {
-    int64_t pairs = 0;
-    for (int64_t g = 0; g < groups; ++g) {
-      pairs += rnp::live_in_group(in_prefix[n], g, in_channels / groups) *
-               rnp::live_in_group(out_prefix[n], g, out_channels / groups);
-    }
-    result.push_back(pairs * per_pair);
-  }
+  for (size_t n = 0; n < in_prefix.size(); ++n) result.push_back(rnp::conv_macs(shape, in_prefix[n], out_prefix[n]));
   return result;
 }
 

@@ -1,5 +1,7 @@
-"""The command `rnp`. Each sub-command lives in its own module, which has `add_arguments(parser)` and `run(arguments) -> int | None`
-and is imported only when that sub-command is asked for: `rnp doctor` works where the packages of the demo are not installed.
+"""The command `rnp`.
+
+Each sub-command lives in its own module, which has `add_arguments(parser)` and `run(arguments) -> int | None`. It is imported
+only when it is asked for, so that `rnp doctor` works where the packages of the demo are not installed.
 """
 
 from __future__ import annotations
@@ -8,13 +10,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 
 # name: (module, the extra that brings the packages it needs, one line of help)
 COMMANDS: dict[str, tuple[str, str | None, str]] = {
     "doctor": (
         "rnp_kernels.doctor",
         None,
-        "what was built, what this machine offers, which backend runs, and a self-test",
+        "what was built, what this machine offers, which backend runs; a self-test",
     ),
     "demo": ("rnp.demo", "demo", "train and measure a network that spends less on easy images (about six minutes)"),
 }
@@ -52,16 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _import(command: str, module: str, extra: str | None):  # noqa: ANN202 (a module with add_arguments and run)
-    """The sub-command's module, or None with a message where a package of its extra is missing. Any other error is a bug: raised."""
+def _import(command: str, module: str, extra: str | None) -> ModuleType | None:
+    """The sub-command's module; None, with a message, where a package of its extra is missing."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if extra is None or missing in ("rnp", "rnp_kernels", ""):
             raise
-        print(f"rnp {command}: the Python package {missing!r} is missing. Install what the command needs with\n"
-              f"  pip install 'rnp-kernels[{extra}]'", file=sys.stderr)  # fmt: skip
+        print(f"rnp {command}: the Python package {missing!r} is missing. The command needs:", file=sys.stderr)
+        print(f"  pip install 'rnp-kernels[{extra}]'", file=sys.stderr)
         return None
 
 
