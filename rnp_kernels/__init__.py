@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from . import _libraries
+from ._version import __version__
 
-import torch
-
-
-def _load_operators() -> None:
-    library = Path(__file__).with_name("librnp_ops.so")
-    if not library.exists():
-        raise ImportError(
-            f"rnp_kernels: the operator library {library} is missing; install the package with `pip install .`"
-        )
-    torch.ops.load_library(str(library))
-
-
-_load_operators()
+_libraries.load()
 
 from .backends import available_backends, backend, get_backend, set_backend  # noqa: E402
 from .conv import PrefixConv2d, replace_conv2d  # noqa: E402
@@ -24,6 +13,7 @@ from .ops import pack_weight, prefix_conv2d  # noqa: E402
 
 __all__ = [
     "PrefixConv2d",
+    "__version__",
     "available_backends",
     "backend",
     "get_backend",

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import _libraries
 from .errors import message
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
@@ -29,9 +30,9 @@ def _reason(name: str) -> str | None:
     if name == "cpu":
         return None if _has_kernel("CPU") else "the operator library has no CPU kernel"
     if name == "cuda":
-        if not _has_kernel("CUDA"):
-            return "the CUDA operator library was not built (see RNP_CUDA) or no CUDA device is visible"
-        return None if torch.cuda.is_available() else "no CUDA device is visible"
+        if _libraries.cuda_reason is not None:
+            return _libraries.cuda_reason
+        return None if _has_kernel("CUDA") else "this version's CUDA library has no prefix_conv2d kernel"
     if name == "triton":
         if importlib.util.find_spec("rnp_kernels.triton") is None:
             return "this version has no Triton kernels"

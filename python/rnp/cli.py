@@ -1,7 +1,7 @@
 """The command `rnp`.
 
-Each sub-command lives in its own module, which has `add_arguments(parser)` and `run(arguments) -> int | None`. It is imported
-only when it is asked for, so that `rnp doctor` works where the packages of the demo are not installed.
+Each sub-command lives in its own module, with `add_arguments(parser)` and `run(arguments) -> int | None`, imported
+only when asked for, so that `rnp doctor` works where the packages of the demo are not installed.
 """
 
 from __future__ import annotations

@@ -1,0 +1,40 @@
+"""Loads the shared libraries beside this file: the CPU operators, and the CUDA ones where torch sees a CUDA device."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).resolve().parent
+
+#: Why the CUDA library is not loaded: None where it is.
+cuda_reason: str | None = None
+
+
+def _load_cuda() -> str | None:
+    library = _FOLDER / "librnp_cuda.so"
+    if not library.exists():
+        return "the CUDA library was not built (see RNP_CUDA)"
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        reason = f"{library.name} does not load: {error}"
+        warnings.warn(f"rnp_kernels: {reason}", stacklevel=2)
+        return reason
+    return None
+
+
+def load() -> None:
+    """Register torch.ops.rnp.*; ImportError, with what to do, where the operator library is missing."""
+    global cuda_reason
+    library = _FOLDER / "librnp_ops.so"
+    if not library.exists():
+        raise ImportError(f"rnp_kernels: {library} is missing; install the package with `pip install .`")
+    torch.ops.load_library(str(library))
+    cuda_reason = _load_cuda()
