@@ -13,11 +13,15 @@ from .recalibrate import recalibrate
 
 __all__ = [
     "Agent",
+    "CheckpointError",
+    "Length",
     "PrefixBatchNorm2d",
     "PrunedNetwork",
     "Report",
     "Trace",
+    "TrainConfig",
     "calibrate",
+    "compare",
     "convert",
     "evaluate",
     "load",
@@ -31,9 +35,13 @@ __all__ = [
 _LATER = {
     "train": "training",
     "calibrate": "budget",
-    "evaluate": "evaluate",
+    "compare": "evaluation",
+    "evaluate": "evaluation",
     "save": "checkpoint",
     "load": "checkpoint",
+    "CheckpointError": "fileformat",
+    "TrainConfig": "config",
+    "Length": "config",
 }
 
 

@@ -32,9 +32,9 @@ class Agent(nn.Module):
     """Q-learning agent over L decisions with k actions.
 
     `feature_sizes`: channels of the pooled features at each decision (`PrunedNetwork.feature_sizes`).
-    `groups`: k. `hidden`, `code`: sizes of the RNN's state and of the code. `cell`: "gru", "lstm" or "none" (the code goes
-    straight to the decoder). `shared_decoder` False gives each decision a decoder of its own. `previous_action`: the RNN
-    also reads the last action, one-hot (zeros at the first decision); not possible with cell "none".
+    `groups`: k. `hidden`, `code`: sizes of the RNN's state and of the code. `cell`: "gru", "lstm" or "none" (the code
+    goes straight to the decoder). `shared_decoder` False gives each decision a decoder of its own. `previous_action`:
+    the RNN also reads the last action, one-hot (zeros at the first decision); not possible with cell "none".
 
     `epsilon` (default 0) is the probability of a uniformly random action, drawn from `generator` (a CPU generator, or
     torch's global one). In eval mode a sample's actions are the same alone and in any batch.
@@ -87,10 +87,10 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def set_feature_statistics(self, means: Sequence[Tensor], stds: Sequence[Tensor]) -> None:
-        """Standardise the features of decision l by means[l], stds[l] (C_l,). A std of 0 (a dead channel) counts as 1."""
+        """Standardise the features of decision l by means[l], stds[l] (C_l,). A std of 0 (dead channel) counts as 1."""
         if len(means) != len(self.feature_sizes) or len(stds) != len(self.feature_sizes):
             raise ValueError(f"set_feature_statistics: {len(self.feature_sizes)} means and stds expected")
-        for i, (mean, std) in enumerate(zip(means, stds)):
+        for i, (mean, std) in enumerate(zip(means, stds, strict=True)):
             getattr(self, f"mean_{i}").copy_(mean)
             std = std.to(self.get_buffer(f"inv_std_{i}"))
             getattr(self, f"inv_std_{i}").copy_(torch.where(std > 0, 1 / std, 1.0))
@@ -162,7 +162,7 @@ class Agent(nn.Module):
 
 
 def greedy_actions(q: Tensor, shift: float) -> Tensor:
-    """argmax_i [q_i + (i − 1)·shift] of q (N, k) → (N,) int32 in 1…k; of equal ones the smallest action (RNP, eq. 6)."""
+    """argmax_i [q_i + (i − 1)·shift] of q (N, k) → (N,) int32 in 1…k; of equal ones the smallest action."""
     shifted = q + shift * torch.arange(q.shape[1], device=q.device, dtype=q.dtype)
     best = shifted == shifted.amax(1, keepdim=True)
     return (best.to(torch.int32).argmax(1) + 1).to(torch.int32)

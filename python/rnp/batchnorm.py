@@ -1,8 +1,8 @@
 """BatchNorm kept per in-prefix: k sets of statistics and of affine parameters in one layer.
 
-The width of the convolution's *input* changes the distribution of its outputs, so each of the k groups an input prefix may
-end in has statistics of its own, over the channels and samples that are live (RNP.md: one shared set collapses at small
-widths). Row k − 1, full width, starts as the original layer; the other rows start as copies of it.
+The width of the convolution's *input* changes the distribution of its outputs, so each of the k groups that an input
+prefix may end in has statistics of its own, over the channels and samples that are live: one shared set collapses at
+small widths. Row k − 1, full width, starts as the original layer; the other rows start as copies of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class PrefixBatchNorm2d(nn.Module):
-    """k BatchNorms over C channels; `row` = in-prefix group − 1 names the one in use (rows = 1: the input never varies).
+    """k BatchNorms over C channels; `row` = in-prefix group − 1 names the one in use. One row: the input never varies.
 
     Parameters `weight`, `bias` (k, C), None without affine. Buffers `running_mean`, `running_var` (k, C) and
     `num_batches_tracked` (k, C) int64: a channel counts only the batches in which it was live.

@@ -61,9 +61,7 @@ def convert(model: nn.Module, example_input: Tensor, groups: int = 4) -> PrunedN
 class Builder:
     """Walks the graph once and collects steps, decisions, MACs and the report."""
 
-    def __init__(
-        self, backbone: nn.Module, graph: fx.Graph, shapes: dict[str, tuple[int, ...] | None], k: int
-    ) -> None:
+    def __init__(self, backbone: nn.Module, graph: fx.Graph, shapes: dict[str, tuple[int, ...] | None], k: int) -> None:
         self.backbone, self.graph, self.shapes, self.k = backbone, graph, shapes, k
         self.nodes = list(graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
@@ -98,6 +96,10 @@ class Builder:
     def is_depthwise(self, node: fx.Node) -> bool:
         conv = self.module(node)
         return isinstance(conv, nn.Conv2d) and conv.groups == conv.in_channels == conv.out_channels > 1
+
+    def is_sum(self, node: fx.Node) -> bool:
+        """The sum of two different feature maps."""
+        return g.is_add(node, self.shapes) and node.args[0] is not node.args[1]
 
     # -- analysis ------------------------------------------------------------------------------------------------
 
@@ -171,7 +173,7 @@ class Builder:
                 step.norm = user.target
                 chain.append(user)
                 user = self.only_user(user)
-            if user is not None and user not in taken and g.is_add(user, self.shapes) and user.args[0] is not user.args[1]:
+            if user is not None and user not in taken and self.is_sum(user):
                 other = user.args[1] if user.args[0] is chain[-1] else user.args[0]
                 step.residual = True
                 step.inputs.append(other.name)
@@ -283,7 +285,7 @@ class Builder:
         return name
 
     def emit_other(self, node: fx.Node) -> None:
-        if g.is_add(node, self.shapes) and node.args[0] is not node.args[1]:
+        if self.is_sum(node):
             names = [arg.name for arg in node.args]
             self.define(g.AddStep(node.name, names), join(self.group(names[0]), self.group(names[1])))
             return
@@ -298,8 +300,10 @@ class Builder:
             return
         ended = [name for name in names if self.group(name) is not g.FULL]
         if ended:
-            self.report.add(str(node.target if node.op == "call_module" else node.name), "ends the prefix",
-                            f"{node.op} {getattr(node.target, '__name__', node.target)}: reads all channels, zero tails")  # fmt: skip
+            module = self.module(node)
+            what = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+            where = str(node.target) if module is not None else node.name
+            self.report.add(where, "ends the prefix", f"{what} reads all channels, tails as zeros")
         self.count_fixed(node)
         self.define(g.OpaqueStep(node.name, names, call), g.FULL)
 
@@ -349,7 +353,7 @@ def common_name(names: list[str]) -> str:
     """`layer1.0.conv1`, `layer1.0.conv2` → `layer1.0`; one name, or names with nothing in common → the first."""
     parts = [name.split(".") for name in names]
     common = []
-    for level in zip(*parts):
+    for level in zip(*parts, strict=False):
         if len(set(level)) > 1:
             break
         common.append(level[0])

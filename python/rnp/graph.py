@@ -22,7 +22,7 @@ FULL: frozenset[int] | None = None  # the group of a value that always has its f
 
 @dataclass
 class Value:
-    """What is known of a tensor: its shape for the example, and the decisions whose maximum is its group (None: full)."""
+    """A tensor: its shape for the example, and the decisions whose maximum is its group (None: full width)."""
 
     name: str
     shape: tuple[int, ...] | None
@@ -104,7 +104,7 @@ class Call:
         return cls(node.op, node.target, _plain(args), _plain(kwargs)), names
 
     def run(self, root: nn.Module, inputs: list[Any], training: bool) -> Any:
-        """Execute on `inputs`; modules and attributes are looked up below `root`. Functional dropout obeys `training`."""
+        """Execute on `inputs`; modules and attributes are found below `root`. Functional dropout obeys `training`."""
         args = _fill(self.args, inputs)
         kwargs = _fill(self.kwargs, inputs)
         if self.op == "call_module":
@@ -146,7 +146,7 @@ def _fill(value: Any, inputs: list[Any]) -> Any:
 
 @dataclass
 class ChannelwiseStep(Step):
-    """A call that treats every channel by itself and keeps zeros. `looks_through`: its mean is not a state of its own."""
+    """A call that treats every channel by itself and keeps zeros. `looks_through`: a state is taken before it."""
 
     call: Call = field(default_factory=lambda: Call("", ""))
     looks_through: bool = False
@@ -173,8 +173,8 @@ def trace(model: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, tuple[
         graph = Tracer().trace(model)
     except Exception as error:
         raise ValueError(
-            f"rnp.convert: torch.fx must be able to trace the model, and {type(model).__name__} cannot be traced: {error}. "
-            "Control flow that depends on tensors has to move out of forward(), or into a submodule that is a leaf."
+            f"rnp.convert: torch.fx must be able to trace the model, and {type(model).__name__} cannot be traced: "
+            f"{error}. Control flow that depends on tensors has to move out of forward(), or into a leaf module."
         ) from error
     placeholders = [n for n in graph.nodes if n.op == "placeholder" and n.users]
     if len(placeholders) != 1:
@@ -210,8 +210,8 @@ ALIASING_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
 def make_functional(graph: fx.Graph, model: nn.Module) -> None:
     """Replace in-place operations: what a later node reads of the argument is the result of the operation.
 
-    `out = relu_(x); return out + x` reads the rectified x twice, so the later uses of x become uses of `out`. Modules with
-    an `inplace` flag are handled likewise; the caller runs them with the flag off.
+    `out = relu_(x); return out + x` reads the rectified x twice, so the later uses of x become uses of `out`. Modules
+    with an `inplace` flag are handled likewise; the caller runs them with the flag off.
     """
     position = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
@@ -238,7 +238,19 @@ def make_functional(graph: fx.Graph, model: nn.Module) -> None:
 
 
 # What keeps a prefix: channel-wise, f(0) = 0. The second set leaves the mean over positions (nearly) alone.
-ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Mish, nn.CELU, nn.SELU)
+ACTIVATIONS = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Hardswish,
+    nn.Tanh,
+)
 SPATIAL = (
     nn.MaxPool2d,
     nn.AvgPool2d,
@@ -301,7 +313,7 @@ def is_add(node: fx.Node, shapes: dict[str, tuple[int, ...] | None]) -> bool:
 
 
 def channelwise(node: fx.Node, model: nn.Module, shapes: dict[str, tuple[int, ...] | None]) -> bool | None:
-    """None: not channel-wise. Otherwise whether a state is looked for through it (pooling, dropout: yes; activation: no)."""
+    """None: not channel-wise. Else whether a state is taken before it (pooling, dropout: True) or not (activations)."""
     x = node.args[0] if node.args else None
     if not isinstance(x, fx.Node) or x.name not in shapes:
         return None

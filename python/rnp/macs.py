@@ -1,8 +1,8 @@
 """Multiply–accumulates of a converted network: exact per sample, and the cheapest way to finish from any point.
 
-A convolution's MACs depend on two groups (of its input and of its output), each the largest of some earlier actions. Both
-are tables here, so that counting is indexing, and a cap can be kept exactly: MACs never fall when an action grows, so the
-cheapest completion takes action 1 everywhere.
+A convolution's MACs depend on two groups (of its input and of its output), each the largest of some earlier actions,
+and are a table of both here, so that counting is indexing. A cap can be kept exactly: MACs never fall when an action
+grows, so the cheapest completion takes action 1 everywhere.
 """
 
 from __future__ import annotations
@@ -53,17 +53,12 @@ class MacCounter:
         self.dense = fixed + sum(int(table[-1, -1]) for table in self.tables)
         ones = torch.ones(1, decisions, dtype=torch.int64)
         self.cheapest = int(self.count(ones)[0])
-        # The terms that decision l changes, for the cap.
-        self.touched = [
-            [j for j, c in enumerate(costs) if l in (c.in_group or ()) or l in (c.out_group or ())]
-            for l in range(decisions)
-        ]
 
     def count(self, actions: Tensor) -> Tensor:
         """actions (N, L) in 1…k → MACs (N,) int64, on the actions' device."""
         actions = actions.long()
         total = torch.full((actions.shape[0],), self.fixed, dtype=torch.int64, device=actions.device)
-        for cost, table in zip(self.costs, self.tables):
+        for cost, table in zip(self.costs, self.tables, strict=True):
             total += self._term(cost, table, actions)
         return total
 

@@ -69,7 +69,9 @@ class PrunedNetwork(nn.Module):
             return
         for needed in ("start", "act", "needs_features"):
             if not hasattr(value, needed):
-                raise TypeError(f"PrunedNetwork.policy: {type(value).__name__} has no `{needed}` (see rnp.policies.Policy)")
+                raise TypeError(
+                    f"PrunedNetwork.policy: {type(value).__name__} has no `{needed}`; see rnp.policies.Policy"
+                )
         self._modules.pop("agent", None)
         self.__dict__["_policy"] = None
         if isinstance(value, nn.Module):
@@ -84,7 +86,7 @@ class PrunedNetwork(nn.Module):
         return self.counter.count(actions)
 
     def set_budget(self, penalty_shift: float = 0.0, max_macs: float | None = None) -> None:
-        """Δp of RNP.md for the agent, and a cap on every image's MACs (policy's own included) as a share of the dense MACs.
+        """Δp of RNP for the agent, and a cap on every image's MACs (the policy's own included) as a share of the dense.
 
         Raises ValueError where `max_macs` is not in (0, 1], or where even action 1 at every decision exceeds it.
         """
@@ -100,7 +102,7 @@ class PrunedNetwork(nn.Module):
         allowance = int(max_macs * self.dense_macs) - own
         if self.counter.cheapest > allowance:
             least = (self.counter.cheapest + own) / self.dense_macs
-            raise ValueError(f"set_budget: max_macs {max_macs} is below the least possible with this policy, {least:.4f}")
+            raise ValueError(f"set_budget: max_macs {max_macs} is below the least possible here, {least:.4f}")
         return allowance
 
     def _capped(self, layer: int, action: Tensor, taken: list[Tensor], allowance: int) -> Tensor:
@@ -197,8 +199,8 @@ class PrunedNetwork(nn.Module):
     def forward_path(self, images: Tensor, path: list[int] | tuple[int, ...]) -> Any:
         """Run every image under the same actions `path` (L ints in 1…k), on physically sliced tensors.
 
-        Differentiable; equal to `forward` under `Fixed(path)`. A BatchNorm in train mode uses batch statistics and updates
-        the running statistics of the in-prefix in use, for the channels that are live.
+        Differentiable; equal to `forward` under `Fixed(path)`. A BatchNorm in train mode uses batch statistics and
+        updates the running statistics of the in-prefix in use, for the channels that are live.
         """
         path = [int(a) for a in path]
         if len(path) != len(self.layers) or not all(1 <= a <= self.groups for a in path):

@@ -18,7 +18,7 @@ __all__ = ["Agent", "Fixed", "FullWidth", "Policy", "Random", "Uniform"]
 
 @runtime_checkable
 class Policy(Protocol):
-    """What `PrunedNetwork.policy` has to offer. `needs_features` False: features are not computed and arrive as None."""
+    """What `PrunedNetwork.policy` has to offer. `needs_features` False: features may not be computed, and be None."""
 
     needs_features: bool
 
@@ -45,7 +45,7 @@ class FullWidth:
 
 
 class Uniform:
-    """Every decision takes the smallest action that keeps at least the share `width` of the channels (0 < width ≤ 1)."""
+    """Every decision takes the smallest action that keeps at least the share `width` in (0, 1] of the groups."""
 
     needs_features = False
 

@@ -30,10 +30,10 @@ def recalibrate(
     batches: int | None = None,
     generator: torch.Generator | None = None,
 ) -> int:
-    """Set running means and variances to their cumulative average over `loader`, each over live samples and channels only.
+    """Set running means and variances to their cumulative average over `loader`, over live samples and channels only.
 
-    Every batch (images, or a sequence whose first item is images) runs under each of `paths` (L ints in 1…k each), or, with
-    `policy`, mixed under its actions; by default under one uniform width in turn and two random paths drawn from
+    Every batch (images, or a sequence whose first item is images) runs under each of `paths` (L ints in 1…k each), or,
+    with `policy`, mixed under its actions; by default under one uniform width in turn and two random paths drawn from
     `generator`. `batches` stops early. Statistics of channels that no path reached stay as they were. Weights, modes
     and momenta are left alone. Returns the number of batches seen; ValueError where there were none.
     """
@@ -68,7 +68,7 @@ def recalibrate(
                         network.forward_path(images, list(path))
                 seen += 1
     finally:
-        for m, momentum in zip(norms, momenta):
+        for m, momentum in zip(norms, momenta, strict=True):
             m.momentum = momentum
         for m, training in modes:
             m.training = training
