@@ -57,6 +57,8 @@ class TrainConfig:
 
     lr: float = 4e-3
     """Peak learning rate of pretrain and sandwich: AdamW under a one-cycle schedule (*ours*)."""
+    accumulate_paths: bool = False
+    """Sandwich: False runs one path a batch, in turn; True sums the gradients of all four on every batch."""
     finetune_lr: float = 1e-3
     """Peak learning rate of finetune (*ours*)."""
     weight_decay: float = 1e-2
@@ -98,6 +100,8 @@ class TrainConfig:
 
     finetune_epsilon: float = 0.05
     """Exploration while the paths for finetune are recorded (*ours*)."""
+    finetune_sandwich: float = 0.25
+    """Share of the finetune batches that run on sandwich paths, so that no width is unlearnt (*ours*)."""
     finetune_chunk: int = 8
     """Batches whose paths are recorded at once; sorted by MACs they are cut into batches of alike images (*ours*)."""
 
@@ -127,6 +131,7 @@ class TrainConfig:
             ("epsilon_end", 0 <= self.epsilon_end <= 1, "must lie in 0…1"),
             ("epsilon_restart", 0 <= self.epsilon_restart <= 1, "must lie in 0…1"),
             ("finetune_epsilon", 0 <= self.finetune_epsilon <= 1, "must lie in 0…1"),
+            ("finetune_sandwich", 0 <= self.finetune_sandwich <= 1, "must lie in 0…1"),
             ("replay", self.replay >= 1, "must be at least 1"),
             ("agent_batch", self.agent_batch >= 1, "must be at least 1"),
             ("agent_updates", self.agent_updates >= 0, "must not be negative"),

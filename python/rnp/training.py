@@ -1,0 +1,345 @@
+"""``rnp.train``: Algorithm 1 of Runtime Neural Pruning (Lin et al., NIPS 2017), in epochs that survive a kill.
+
+An *epoch* is one pass over the training loader, or ``TrainConfig.epoch_steps`` batches, in every phase. All randomness is
+seeded anew at its start from (seed, phase, epoch), and the whole training state is written at its end. So an interrupted run
+loses at most the current epoch, and one resumed from the last file goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rnp import checkpoint, fileformat
+from rnp.agent import Agent
+from rnp.config import TrainConfig
+from rnp.network import PrunedNetwork
+from rnp.phases import Batch, Context, Phase, schedule
+from rnp.policies import FullWidth, Policy, Uniform
+
+STATE_FILE = "training.safetensors"
+NETWORK_FILE = "network.safetensors"
+
+
+@dataclass
+class TrainResult:
+    """What :func:`train` did: one row a phase (name, steps, seconds, loss of its last epoch, validation accuracies)."""
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "\n".join(describe(row) for row in self.history)
+
+
+def describe(row: dict[str, Any]) -> str:
+    """One row of the history as a line of text."""
+    text = f"{row['phase']}: {row['steps']} steps in {row['seconds']:.1f} s, loss {row['loss']:.4f}"
+    accuracies = [f"{name} {value:.1%}" for name, value in row["validation"].items()]
+    return text + (f"; validation accuracy: {', '.join(accuracies)}" if accuracies else "")
+
+
+def train(
+    pruned: PrunedNetwork,
+    train_loader: Iterable[Batch],
+    val_loader: Iterable[Batch] | None = None,
+    config: TrainConfig | None = None,
+) -> TrainResult:
+    """Train a converted network and its agent: Algorithm 1 of RNP with the settings of ``config``.
+
+    The agent is ``pruned.policy`` if that is an :class:`rnp.Agent` already, else a new one, which is left there. The budget
+    (Δp and the cap) does not count during training and is put back after it. The network is left in eval mode, also after
+    Ctrl-C or SIGTERM, which stop after the current batch and raise ``KeyboardInterrupt`` or ``SystemExit``.
+
+    Args:
+        pruned: from :func:`rnp.convert`; trained in place.
+        train_loader: yields (images (N, C, H, W) float, labels (N,) int64); iterated anew for every pass.
+        val_loader: same form; looked at after each phase. None: no validation.
+        config: see :class:`rnp.TrainConfig`.
+
+    Raises:
+        ValueError: an empty loader, images that are not floating point.
+        rnp.CheckpointError: ``resume`` found a training state that is damaged, or of another network or other settings.
+    """
+    config = TrainConfig() if config is None else config
+    before = (pruned.penalty_shift, pruned.max_macs)
+    states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
+    if not isinstance(pruned.policy, Agent):
+        device = next(pruned.parameters()).device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            pruned.policy = Agent(pruned.feature_sizes, pruned.groups, **config.agent_options).to(device)
+    agent = pruned.policy
+    epsilon, generator = agent.epsilon, agent.generator
+    pruned.set_budget()
+    interruption = Interruption()
+    try:
+        with interruption:
+            return Run(pruned, agent, train_loader, val_loader, config, interruption).run()
+    finally:
+        pruned.policy = agent
+        agent.epsilon, agent.generator = epsilon, generator
+        pruned.penalty_shift, pruned.max_macs = before
+        pruned.eval()
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+class Interruption:
+    """SIGINT and SIGTERM as a flag that is looked at between batches. A second one acts at once, as without this."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        while self.before:
+            number, handler = self.before.popitem()
+            signal.signal(number, handler)
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def check(self) -> None:
+        """Raise what the signal stands for."""
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.signal == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+
+
+class Run:
+    """One run of the schedule; ``phase_index``, ``epoch``, ``steps`` and ``seconds`` say how far it is."""
+
+    def __init__(
+        self,
+        network: PrunedNetwork,
+        agent: Agent,
+        train_loader: Iterable[Batch],
+        val_loader: Iterable[Batch] | None,
+        config: TrainConfig,
+        interruption: Interruption,
+    ) -> None:
+        self.network, self.agent, self.config = network, agent, config
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self.interruption = interruption
+        self.device = next(network.parameters()).device
+        self.generator = torch.Generator()
+        agent.generator = self.generator
+        self.phases = schedule(Context(network, agent, config, self.generator))
+        self.phase_index = 0
+        self.epoch = 0
+        self.steps = 0
+        self.seconds = 0.0
+        self.loss = float("nan")
+        self.result = TrainResult()
+        self.passes = 0
+        self.folder = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
+        self.bars = config.progress and sys.stderr.isatty()
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> TrainResult:
+        """Every phase from where the run stands to the end."""
+        phase = self._resume() if self.config.resume else None
+        while self.phase_index < len(self.phases):
+            if phase is None:
+                phase = self.phases[self.phase_index]()
+                started = time.monotonic()
+                self._seed(0)
+                phase.begin(self._endless())
+                self.seconds = time.monotonic() - started
+            self._run_phase(phase)
+            phase = None
+        if self.folder is not None:
+            self.agent.epsilon = 0.0
+            checkpoint.save(self.network, self.folder / NETWORK_FILE)
+        return self.result
+
+    def _run_phase(self, phase: Phase) -> None:
+        by_time = phase.length.seconds is not None
+        total = phase.length.seconds if by_time else phase.length.steps
+        title = f"{self.phase_index + 1}/{len(self.phases)} {phase.name}"
+        shape = "{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}" if by_time else None
+        with tqdm(total=total, desc=title, disable=not self.bars, bar_format=shape, leave=False) as bar:
+            bar.update(self.seconds if by_time else self.steps)
+            while not self._run_epoch(phase, bar):
+                self.epoch += 1
+                self._save(phase)
+        self._seed(-1)
+        phase.finish(self._endless())
+        self._close_phase(phase)
+
+    def _run_epoch(self, phase: Phase, bar: tqdm) -> bool:
+        """One epoch; True if the phase ended in it."""
+        self._seed(self.epoch + 1)
+        before, started = self.seconds, time.monotonic()
+        total, count = torch.zeros((), device=self.device), 0
+        ended = phase.length.progress(self.steps, self.seconds) >= 1
+        if not ended:
+            for images, labels, extra in phase.arrange(self._epoch()):
+                self.interruption.check()
+                progress = phase.length.progress(self.steps, self.seconds)
+                total += phase.step(self.steps, progress, images, labels, extra)
+                count += 1
+                self.steps += 1
+                elapsed = before + time.monotonic() - started
+                bar.update(elapsed - self.seconds if phase.length.seconds is not None else 1)
+                self.seconds = elapsed
+                if phase.length.progress(self.steps, self.seconds) >= 1:
+                    ended = True
+                    break
+            self.loss = float(total) / max(count, 1)
+            bar.set_postfix_str(f"loss {self.loss:.4f}", refresh=False)
+        return ended
+
+    def _close_phase(self, phase: Phase) -> None:
+        """Validate, report, and stand at the start of the next phase."""
+        self.agent.epsilon = 0.0
+        self.network.eval()
+        row = {"phase": phase.name, "steps": self.steps, "seconds": self.seconds, "loss": self.loss}
+        row["validation"] = self._validate(phase)
+        self.result.history.append(row)
+        if self.config.progress:
+            tqdm.write(describe(row), file=sys.stderr)
+        self.phase_index += 1
+        self.epoch, self.steps, self.seconds, self.loss = 0, 0, 0.0, float("nan")
+        self._save(None)
+
+    @torch.no_grad()
+    def _validate(self, phase: Phase) -> dict[str, float]:
+        """Accuracy at full width, at the narrowest and, once trained, under the agent, on the first validation batches."""
+        if self.val_loader is None or not self.config.validation_batches:
+            return {}
+        policies: dict[str, Policy] = {"full": FullWidth(), "narrowest": Uniform(1 / self.network.groups)}
+        if any(row["phase"] == "agent" for row in self.result.history) or phase.name == "agent":
+            policies["agent"] = self.agent
+        hits = dict.fromkeys(policies, 0)
+        count = 0
+        for number, batch in enumerate(self.val_loader):
+            if number == self.config.validation_batches:
+                break
+            images, labels = self._prepare(batch)
+            count += len(labels)
+            for name, policy in policies.items():
+                self.network.policy = policy
+                hits[name] += int((self.network(images).argmax(1) == labels).sum())
+            self.network.policy = self.agent
+        return {name: hit / count for name, hit in hits.items()} if count else {}
+
+    # -- batches -------------------------------------------------------------------------------------------------
+
+    def _prepare(self, batch: Batch) -> Batch:
+        images, labels = batch
+        if not images.is_floating_point():
+            raise ValueError(f"train: images must be floating point, got {images.dtype}")
+        images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        return images, labels.to(self.device, non_blocking=True)
+
+    def _pass(self) -> Iterator[Batch]:
+        """One pass over the training loader, in the order that the global generators and ``set_epoch`` give."""
+        for part in (self.train_loader, getattr(self.train_loader, "sampler", None)):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(self.passes)
+        own = getattr(self.train_loader, "generator", None)  # a DataLoader's; without it torch's global one counts
+        if isinstance(own, torch.Generator):
+            own.manual_seed(int(torch.randint(2**62, ())))
+        self.passes += 1
+        empty = True
+        for batch in self.train_loader:
+            empty = False
+            yield self._prepare(batch)
+        if empty:
+            raise ValueError("train: train_loader yielded no batch")
+
+    def _endless(self) -> Iterator[Batch]:
+        while True:
+            yield from self._pass()
+
+    def _epoch(self) -> Iterator[Batch]:
+        limit = self.config.epoch_steps
+        if limit is None:
+            yield from self._pass()
+            return
+        for number, batch in enumerate(self._endless(), start=1):
+            yield batch
+            if number == limit:
+                return
+
+    def _seed(self, epoch: int) -> None:
+        """Seed everything for an epoch of the phase; 0 stands for its beginning, −1 for its end."""
+        words = np.random.SeedSequence([self.config.seed, self.phase_index, epoch + 1]).generate_state(4)
+        self.generator.manual_seed(int(words[0]))
+        torch.manual_seed(int(words[1]))
+        np.random.seed(int(words[2]))
+        random.seed(int(words[3]))
+        self.passes = int(words[0]) >> 1  # what set_epoch is told: a function of the epoch alone
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save(self, phase: Phase | None) -> None:
+        """Write the training state; ``phase`` None between two phases."""
+        if self.folder is None:
+            return
+        tensors: dict[str, Tensor] = {f"network.{name}": t for name, t in self.network.state_dict().items()}
+        values: dict[str, Any] = {}
+        if phase is not None:
+            own, values = phase.state()
+            tensors |= {f"phase.{name}": tensor for name, tensor in own.items()}
+            tensors |= {f"optimizer.{name}": t for name, t in checkpoint.optimizer_tensors(phase.optimizer).items()}
+        header = {
+            "config": self.config.fingerprint(),
+            "network": checkpoint.describe(self.network),
+            "phase_index": self.phase_index,
+            "inside": phase is not None,
+            "epoch": self.epoch,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "values": values,
+            "history": self.result.history,
+        }
+        fileformat.write(self.folder / STATE_FILE, "training", tensors, header)
+
+    def _resume(self) -> Phase | None:
+        """Take the state of the last checkpoint, if there is one; returns the phase that it stands in."""
+        assert self.folder is not None
+        path = self.folder / STATE_FILE
+        if not path.exists():
+            return None
+        tensors, header = fileformat.read(path, "training")
+        checkpoint.require_equal(path, "setting", header["config"], self.config.fingerprint())
+        checkpoint.require_equal(path, "network", header["network"], checkpoint.describe(self.network))
+        part = checkpoint.parts(tensors)
+        checkpoint.load_state(path, self.network, part["network"])
+        self.phase_index = header["phase_index"]
+        self.epoch, self.steps, self.seconds = header["epoch"], header["steps"], header["seconds"]
+        self.result.history = header["history"]
+        if not header["inside"]:
+            return None
+        phase = self.phases[self.phase_index]()
+        checkpoint.load_optimizer(path, phase.optimizer, part["optimizer"])
+        phase.load(part.get("phase", {}), header["values"])
+        return phase
