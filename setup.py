@@ -55,6 +55,7 @@ class CMakeBuild(build_ext):
     """Configures, builds and installs with CMake instead of compiling the extension's own (empty) list of sources."""
 
     def build_extension(self, ext: Extension) -> None:
+        parallel = str(jobs())
         # CMake installs into <prefix>/rnp_kernels: beside build_lib's Python files.
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
@@ -69,7 +70,7 @@ class CMakeBuild(build_ext):
         ]
         build.mkdir(parents=True, exist_ok=True)
         self.run_cmake(configure)
-        self.run_cmake([configure[0], "--build", str(build), "--parallel", str(jobs())])
+        self.run_cmake([configure[0], "--build", str(build), "--parallel", parallel])
         self.run_cmake([configure[0], "--install", str(build), "--prefix", str(package.parent)])
 
     @staticmethod

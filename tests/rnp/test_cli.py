@@ -1,0 +1,76 @@
+"""The command `rnp`: its sub-commands, exit statuses, and what it says where an extra is not installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import rnp_kernels
+from rnp import cli
+
+
+def test_without_a_command_it_prints_help_and_fails(capsys: pytest.CaptureFixture[str]):
+    assert cli.main([]) == 2
+    printed = capsys.readouterr().out
+    assert "doctor" in printed and "demo" in printed
+
+
+def test_version(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"rnp-kernels {rnp_kernels.__version__}\n"
+
+
+def test_an_unknown_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["prune"])
+    assert exit.value.code == 2
+    assert "prune" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_program():
+    result = subprocess.run([sys.executable, "-m", "rnp.cli", "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_only_the_command_asked_for_is_imported(monkeypatch: pytest.MonkeyPatch):
+    imported: list[str] = []
+    module = SimpleNamespace(
+        add_arguments=lambda parser: parser.add_argument("--seed", type=int), run=lambda options: options.seed
+    )
+    monkeypatch.setattr(cli, "import_module", lambda name: imported.append(name) or module)
+    assert cli.main(["demo", "--seed", "3"]) == 3
+    assert imported == ["rnp.demo"]
+
+
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fail(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn.datasets")
+
+    monkeypatch.setattr(cli, "import_module", fail)
+    assert cli.main(["demo"]) == 1
+    message = capsys.readouterr().err
+    assert "'sklearn' is missing" in message and "pip install 'rnp-kernels[demo]'" in message
+
+
+def test_a_bug_in_a_command_is_not_taken_for_a_missing_extra(monkeypatch: pytest.MonkeyPatch):
+    def fail(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'rnp.demmo'", name="rnp.demmo")
+
+    monkeypatch.setattr(cli, "import_module", fail)
+    with pytest.raises(ModuleNotFoundError, match=r"rnp\.demmo"):
+        cli.main(["demo"])
+
+
+def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def interrupted(options: object) -> int:
+        raise KeyboardInterrupt
+
+    module = SimpleNamespace(add_arguments=lambda parser: None, run=interrupted)
+    monkeypatch.setattr(cli, "import_module", lambda name: module)
+    assert cli.main(["demo"]) == 130
+    assert "interrupted" in capsys.readouterr().err
