@@ -1,7 +1,8 @@
 """Which implementation runs: `set_backend`, `backend`, `get_backend`, `available_backends`.
 
-The choice is one setting of the process. "auto" takes what belongs to the device of the input: `cpu` on a CPU; on a CUDA
-device `cuda`, and `triton` where the CUDA library was not built. Any other name runs that backend or raises with the reason.
+The choice is one setting of the process. "auto" takes what belongs to the device of the input: `cpu` on a CPU; on a
+CUDA device `cuda`, and `triton` where the CUDA library was not built. Any other name runs that backend or raises with
+the reason.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from . import _libraries
 from .errors import message
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
+_DEVICE = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # the reference runs anywhere
 _OPERATOR = "rnp::prefix_conv2d"
 _current = "auto"
 
@@ -76,23 +78,23 @@ def backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
+def _auto_for(kind: str) -> str:
+    if kind in ("cpu", "meta"):
+        return "cpu"
+    if kind != "cuda":
+        raise RuntimeError(message("prefix_conv2d", "only CPU and CUDA tensors have kernels", kind))
+    for name in ("cuda", "triton"):
+        if _reason(name) is None:
+            return name
+    reasons = f"cuda: {_reason('cuda')}; triton: {_reason('triton')}"
+    raise RuntimeError(f"prefix_conv2d: no backend for a CUDA tensor: {reasons}")
+
+
 def resolve(input: Tensor) -> str:
     """The backend that runs for `input` under the current setting; RuntimeError where there is none."""
-    kind = input.device.type
     if _current == "auto":
-        if kind == "cpu":
-            if _has_kernel("CPU"):
-                return "cpu"
-            return "reference"
-        if kind == "meta":
-            return "cpu"
-        if kind == "cuda":
-            for name in ("cuda", "triton"):
-                if _reason(name) is None:
-                    return name
-            raise RuntimeError(f"prefix_conv2d: no backend for {kind}: cuda: {_reason('cuda')}; triton: {_reason('triton')}")
-        raise RuntimeError(message("prefix_conv2d", "only CPU and CUDA tensors have kernels", kind))
-    needs = {"cpu": ("cpu", "meta"), "cuda": ("cuda", "meta"), "triton": ("cuda", "meta")}.get(_current)
-    if needs is not None and kind not in needs:
-        raise RuntimeError(message("prefix_conv2d", f"backend {_current!r} runs on {needs[0]} tensors", kind))
+        return "cpu" if input.is_cpu else _auto_for(input.device.type)
+    device = _DEVICE.get(_current)
+    if device is not None and input.device.type not in (device, "meta"):
+        raise RuntimeError(message("prefix_conv2d", f"backend {_current!r} runs on {device} tensors", input.device))
     return _current

@@ -1,4 +1,4 @@
-"""What `prefix_conv2d` accepts. Every rule raises before any work is done, with the operator, the rule and the value."""
+"""What `prefix_conv2d` accepts. Every rule raises before any work is done, with operator, rule and value."""
 
 from __future__ import annotations
 
@@ -116,13 +116,13 @@ def check_convolution(
         raise ValueError(message(_NAME, "padding must not be negative", padding))
     size = output_size(input, weight, stride, padding, dilation)
     if size[0] < 1 or size[1] < 1:
-        raise ValueError(message(_NAME, "the kernel must fit into the padded input; the output's size must be positive", size))
+        raise ValueError(message(_NAME, "the kernel must fit into the padded input (output at least 1 x 1)", size))
 
 
 def check_options(
     input: Tensor, weight: Tensor, bias: Tensor | None, in_prefix: Tensor | None, out_prefix: Tensor | None,
-    scale: Tensor | None, row: Tensor | None, residual: Tensor | None, activation: str, tail: str, size: tuple[int, int],
-    autocast: bool,
+    scale: Tensor | None, row: Tensor | None, residual: Tensor | None, activation: str, tail: str,
+    size: tuple[int, int], autocast: bool,
 ) -> None:  # fmt: skip
     """Everything that conv2d does not have; `size` is the output's height and width."""
     batch, channels, device = input.shape[0], weight.shape[0], input.device
@@ -154,3 +154,31 @@ def check_options(
         raise TypeError(message(_NAME, f"residual must be {input.dtype} like the input", residual.dtype))
     if residual.device != device:
         raise ValueError(message(_NAME, f"residual must be on the input's device {device}", residual.device))
+
+
+def check_call(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: int | Sequence[int],
+    padding: int | Sequence[int] | str, dilation: int | Sequence[int], groups: int, in_prefix: Tensor | None,
+    out_prefix: Tensor | None, scale: Tensor | None, row: Tensor | None, residual: Tensor | None, activation: str,
+    tail: str,
+) -> None:  # fmt: skip
+    """Every rule on the arguments as the caller gave them; an unbatched input counts as a batch of one."""
+    autocast = isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type)
+    check_types(input, weight, autocast)
+    stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
+    padding = four_paddings(padding, weight.shape[2:], stride, dilation)
+    if input.dim() == 3:
+        input = input.unsqueeze(0)
+        residual = residual if residual is None else residual.unsqueeze(0)
+    check_convolution(input, weight, stride, padding, dilation, groups)
+    size = output_size(input, weight, stride, padding, dilation)
+    check_options(input, weight, bias, in_prefix, out_prefix, scale, row, residual, activation, tail, size, autocast)
+
+
+def check_values(index: Tensor | None, name: str, limit: int) -> None:
+    """A prefix or row out of 0...limit; on a CPU only, since reading values would stall another device."""
+    if index is None or not index.is_cpu or index.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = torch.aminmax(index)
+    if low < 0 or high > limit:
+        raise RuntimeError(message(_NAME, f"{name} must lie in 0...{limit}", index.tolist()))

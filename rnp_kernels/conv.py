@@ -2,50 +2,135 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_unary
 
-from .ops import pack_weight, prefix_conv2d
+from .checks import DTYPES
+from .ops import prefix_conv2d
+from .packing import PackCache
+
+_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
 
 
 class PrefixConv2d(nn.Conv2d):
-    """`nn.Conv2d` whose forward also takes the live input and output channels of each sample."""
+    """An `nn.Conv2d` whose `forward` also takes the live input and output channels of each sample.
+
+    Constructor, parameters, `state_dict`, repr, pickling, deepcopy and padding modes are those of `nn.Conv2d`, and
+    without prefixes so is the result. On a CPU the weights are packed for the kernels at the second call that sees them
+    unchanged. The pack takes about as much memory as the weights, is never saved or copied, and is rebuilt when they
+    change: in place, by assignment, by conversion. A write through `weight.data` that spares all the elements which the
+    operator compares (one in each filter) is not seen: write under `torch.no_grad()` instead, or call
+    `forget_packed_weight()` after it.
+    """
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d) -> PrefixConv2d:
-        """A PrefixConv2d that shares the parameters of `conv`."""
-        new = cls.__new__(cls)
-        nn.Module.__init__(new)
-        state = dict(conv.__dict__)
-        for registry in ("_parameters", "_buffers", "_modules"):
-            state[registry] = dict(state[registry])
-        new.__dict__.update(state)
+        """A PrefixConv2d with the parameters, settings, hooks and mode of `conv`; parameters are shared, not copied.
+
+        Raises TypeError for anything but a plain `nn.Conv2d` (or a PrefixConv2d), since the forward of a subclass may
+        mean something else, and ValueError for a dtype that prefix_conv2d does not have.
+        """
+        reason = _why_not(conv)
+        if reason is not None:
+            raise reason
+        new = _adopt(cls, conv)
+        for name in _HOOKS:
+            new.__dict__[name] = conv.__dict__[name].copy()
         return new
 
-    def packed_weight(self) -> Tensor | None:
-        return pack_weight(self.weight.detach(), self.groups)
-
     def forward(self, input: Tensor, in_prefix: Tensor | None = None, out_prefix: Tensor | None = None) -> Tensor:
-        padding = self.padding
+        """input (N, C_in, H, W) or (C_in, H, W); prefixes int32 (N,) or None for full width. See `prefix_conv2d`."""
+        weight = self._parameters.get("weight")
+        if weight is None:
+            weight = self.weight  # computed by a parametrization or a hook
+        padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         return prefix_conv2d(
-            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, in_prefix=in_prefix,
-            out_prefix=out_prefix,
+            input, weight, self.bias, self.stride, padding, self.dilation, self.groups, in_prefix=in_prefix,
+            out_prefix=out_prefix, packed=self._packed_for(input, weight),
         )  # fmt: skip
+
+    def packed_weight(self) -> Tensor | None:
+        """The packed weights for `prefix_conv2d(packed=...)`, made now if need be; None where nothing can be packed."""
+        return self._pack_cache().get(self.weight, self.groups, now=True)
+
+    def forget_packed_weight(self) -> None:
+        """Drop the packed weights; the next calls make them anew."""
+        self.__dict__.pop("_packs", None)
+
+    def _pack_cache(self) -> PackCache:
+        cache = self.__dict__.get("_packs")
+        if cache is None:
+            cache = self.__dict__["_packs"] = PackCache()
+        return cache
+
+    def _packed_for(self, input: Tensor, weight: Tensor) -> Tensor | None:
+        # A traced or compiled graph would keep the pack as a constant while the weights move on.
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
+            return None
+        if has_torch_function_unary(input):  # torch.fx
+            return None
+        return self._pack_cache().get(weight, self.groups)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PrefixConv2d:
+        self.forget_packed_weight()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_packs", None)
+        return state
+
+
+def _why_not(conv: nn.Module) -> Exception | None:
+    """Why `conv` cannot become a PrefixConv2d, or None where it can."""
+    if type(conv) is not nn.Conv2d and not isinstance(conv, PrefixConv2d):
+        return TypeError(f"PrefixConv2d.from_conv2d: the module must be a plain nn.Conv2d, got {type(conv).__name__}")
+    dtype = conv.weight.dtype
+    if dtype not in DTYPES:
+        return ValueError(f"PrefixConv2d.from_conv2d: the dtype must be one of {DTYPES}, got {dtype}")
+    return None
+
+
+def _adopt(cls: type[PrefixConv2d], conv: nn.Conv2d) -> PrefixConv2d:
+    """A new module with everything that `conv` holds: the same parameters and the same hooks' registries."""
+    new = cls.__new__(cls)
+    state = conv.__dict__.copy()
+    state.pop("_packs", None)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        state[registry] = state[registry].copy()
+    new.__dict__.update(state)
+    return new
 
 
 def replace_conv2d(model: nn.Module) -> nn.Module:
-    """Swap every `nn.Conv2d` of `model` in place and return the model."""
-    if type(model) is nn.Conv2d:
-        return PrefixConv2d.from_conv2d(model)
+    """Swap every `nn.Conv2d` of `model` for a PrefixConv2d, in place, and return the model.
+
+    A convolution that stands at several places is swapped once and stays shared. Its parameters stay the same objects
+    (an optimizer need not know), and so do its hooks, whose handles still remove them. Only modules whose class is
+    exactly `nn.Conv2d`, with a dtype that prefix_conv2d has, are swapped: the forward of a subclass (lazy, quantised,
+    parametrized) may mean something else, so it stays as it is. A model that is itself an `nn.Conv2d` cannot be swapped
+    in place; its PrefixConv2d is returned.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"replace_conv2d: the model must be an nn.Module, got {type(model).__name__}")
     swapped: dict[nn.Module, PrefixConv2d] = {}
+
+    def swap(module: nn.Module) -> nn.Module:
+        if type(module) is not nn.Conv2d or _why_not(module) is not None:
+            return module
+        if module not in swapped:
+            swapped[module] = _adopt(PrefixConv2d, module)
+        return swapped[module]
+
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if type(child) is nn.Conv2d:
-                if child not in swapped:
-                    swapped[child] = PrefixConv2d.from_conv2d(child)
-                parent._modules[name] = swapped[child]
-    return model
+        for name, child in parent._modules.items():
+            if child is not None:
+                parent._modules[name] = swap(child)
+    return swap(model)

@@ -1,7 +1,7 @@
 """Gradients of `prefix_conv2d`, all of them made of registered operators, so that they have gradients themselves.
 
-`rnp::prefix_conv2d_input_grad` and `rnp::prefix_conv2d_weight_grad` have one implementation here for every device: masking,
-then `aten.convolution_backward`. A kernel registered for one device takes its place there.
+`rnp::prefix_conv2d_input_grad` and `rnp::prefix_conv2d_weight_grad` have one implementation here for every device:
+masking, then `aten.convolution_backward`. A kernel registered for one device takes its place there.
 """
 
 from __future__ import annotations
@@ -61,9 +61,8 @@ def _weight_grad(
     dilation: Sequence[int], groups: int, in_prefix: Tensor | None, out_prefix: Tensor | None,
 ) -> Tensor:  # fmt: skip
     weight = grad_output.new_empty(weight_size)  # only its shape and strides are read
-    _, grad = _convolution_backward(
-        _mask(grad_output, out_prefix), _mask(input, in_prefix), weight, stride, padding, dilation, groups, [False, True]
-    )
+    grad_output, input = _mask(grad_output, out_prefix), _mask(input, in_prefix)
+    _, grad = _convolution_backward(grad_output, input, weight, stride, padding, dilation, groups, [False, True])
     return grad.contiguous()
 
 
@@ -88,7 +87,9 @@ def _weight_grad_fake(
     return grad_output.new_empty(weight_size)
 
 
-def _convolve(input: Tensor, weight: Tensor, geometry: tuple, in_prefix: Tensor | None, out_prefix: Tensor | None) -> Tensor:
+def _convolve(
+    input: Tensor, weight: Tensor, geometry: tuple[Any, ...], in_prefix: Tensor | None, out_prefix: Tensor | None
+) -> Tensor:
     """The bare operator: no scale, bias, residual or activation."""
     return torch.ops.rnp.prefix_conv2d(
         input, weight, None, *geometry, in_prefix, out_prefix, None, None, None, "none", "zero", False, None
@@ -96,8 +97,8 @@ def _convolve(input: Tensor, weight: Tensor, geometry: tuple, in_prefix: Tensor 
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    (input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual, activation, tail,
-     pooled, _packed) = inputs  # fmt: skip
+    (input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, _residual, activation,
+     tail, pooled, _packed) = inputs  # fmt: skip
     ctx.set_materialize_grads(False)
     if not pooled:
         ctx.mark_non_differentiable(output[1])
@@ -159,7 +160,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_pooled: Tensor | None) -> tupl
 
 
 def _input_grad_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    grad_output, weight, input_size, stride, padding, dilation, groups, in_prefix, out_prefix = inputs
+    grad_output, weight, _size, stride, padding, dilation, groups, in_prefix, out_prefix = inputs
     ctx.save_for_backward(grad_output, weight, in_prefix, out_prefix)
     ctx.geometry = (stride, padding, dilation, groups)
 
@@ -177,7 +178,7 @@ def _input_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _weight_grad_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    grad_output, input, weight_size, stride, padding, dilation, groups, in_prefix, out_prefix = inputs
+    grad_output, input, _size, stride, padding, dilation, groups, in_prefix, out_prefix = inputs
     ctx.save_for_backward(grad_output, input, in_prefix, out_prefix)
     ctx.geometry = (stride, padding, dilation, groups)
 
@@ -195,5 +196,8 @@ def _weight_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("rnp::prefix_conv2d", _backward, setup_context=_setup)
-torch.library.register_autograd("rnp::prefix_conv2d_input_grad", _input_grad_backward, setup_context=_input_grad_setup)
-torch.library.register_autograd("rnp::prefix_conv2d_weight_grad", _weight_grad_backward, setup_context=_weight_grad_setup)
+for _name, _formula, _context in (
+    ("input_grad", _input_grad_backward, _input_grad_setup),
+    ("weight_grad", _weight_grad_backward, _weight_grad_setup),
+):
+    torch.library.register_autograd(f"rnp::prefix_conv2d_{_name}", _formula, setup_context=_context)

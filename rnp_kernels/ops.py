@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import backends, checks, gradients, reference, registrations  # noqa: F401 (two of them register on import)
 
@@ -21,29 +23,64 @@ def _needs_autograd(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def run(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int, int, int],
-    dilation: tuple[int, int], groups: int, in_prefix: Tensor | None, out_prefix: Tensor | None, scale: Tensor | None,
-    row: Tensor | None, residual: Tensor | None, activation: str, tail: str, pooled: bool, packed: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The operator with normalised arguments on the backend in force. What no gradient needs skips autograd's Python layer,
-    which costs more than a small convolution."""
-    name = backends.resolve(input)
-    if name == "reference":
-        return reference.prefix_conv2d(
-            input, weight, bias, stride, padding, dilation, groups, in_prefix=in_prefix, out_prefix=out_prefix, scale=scale,
-            row=row, residual=residual, activation=activation, tail=tail, pooled=pooled,
-        )  # fmt: skip
+def _reference(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
+    """The specification behind the same checks as the operator's, those of values included."""
+    checks.check_call(*arguments[:14])
+    (input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual, activation,
+     tail, pooled, _packed) = arguments  # fmt: skip
+    checks.check_values(in_prefix, "in_prefix", input.shape[1])
+    checks.check_values(out_prefix, "out_prefix", weight.shape[0])
+    lines = [table.shape[0] for table in (scale, bias) if table is not None and table.dim() == 2]
+    if lines:
+        checks.check_values(row, "row", lines[0] - 1)
+    return reference.prefix_conv2d(
+        input, weight, bias, stride, padding, dilation, groups, in_prefix=in_prefix, out_prefix=out_prefix,
+        scale=scale, row=row, residual=residual, activation=activation, tail=tail, pooled=pooled,
+    )  # fmt: skip
+
+
+def _run(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
+    """The operator's arguments, in the schema's order, on the backend in force.
+
+    What needs no gradient skips autograd's Python layer, which costs more than a small convolution.
+    """
+    input, weight, bias, *_, scale, _row, residual, _activation, _tail, _pooled, _packed = arguments
+    if backends.resolve(input) == "reference":
+        return _reference(arguments)
     if torch.compiler.is_compiling() or _needs_autograd(input, weight, bias, scale, residual):
-        return _OPERATOR(
-            input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual, activation,
-            tail, pooled, packed,
-        )  # fmt: skip
+        return _OPERATOR(*arguments)
     with _below_autograd():
-        return _OPERATOR(
-            input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual, activation,
-            tail, pooled, packed,
-        )  # fmt: skip
+        return _OPERATOR(*arguments)
+
+
+def _call(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: int | Sequence[int],
+    padding: int | Sequence[int] | str, dilation: int | Sequence[int], groups: int, in_prefix: Tensor | None,
+    out_prefix: Tensor | None, scale: Tensor | None, row: Tensor | None, residual: Tensor | None, activation: str,
+    tail: str, pooled: bool, packed: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    stride, dilation = checks.pair(stride, "stride"), checks.pair(dilation, "dilation")
+    padding = checks.four_paddings(padding, weight.shape[2:], stride, dilation)
+    batched = input.dim() == 4
+    if not batched:
+        input = input.unsqueeze(0)
+        residual = residual if residual is None else residual.unsqueeze(0)
+    output, mean = _run(
+        (input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual,
+         activation, tail, pooled, packed)
+    )  # fmt: skip
+    if not batched:
+        output, mean = output.squeeze(0), mean.squeeze(0) if pooled else mean
+    return (output, mean) if pooled else output
+
+
+def _fault(arguments: tuple[Any, ...]) -> Exception | None:
+    """What a caller's arguments break, in Python's exception types, or None."""
+    try:
+        checks.check_call(*arguments)
+    except (ValueError, TypeError) as error:
+        return error
+    return None
 
 
 def prefix_conv2d(
@@ -68,9 +105,9 @@ def prefix_conv2d(
     """2-D convolution over only the live channel prefix of each sample of a batch.
 
     With every option at its default this is `torch.nn.functional.conv2d`. For each sample n: input channels from
-    `in_prefix[n]` on count as zero and are never read; `scale * conv2d(input, weight) + bias` is computed for the output
-    channels below `out_prefix[n]`, and the channels beyond contribute nothing; then `residual` is added to all channels and
-    the activation applied. `rnp_kernels.reference.prefix_conv2d` is the definition in plain torch.
+    `in_prefix[n]` on count as zero and are never read; `scale * conv2d(input, weight) + bias` is computed for the
+    output channels below `out_prefix[n]`, and the channels beyond contribute nothing; then `residual` is added to all
+    channels and the activation applied. `rnp_kernels.reference.prefix_conv2d` is the definition in plain torch.
 
     Args:
         input: (N, C_in, H, W) or (C_in, H, W); float32, float64, float16 or bfloat16. channels_last is the fast layout.
@@ -87,8 +124,8 @@ def prefix_conv2d(
         activation: "none" or "relu".
         tail: "zero", or "skip" to leave the output channels from `out_prefix[n]` on undefined (not with a residual).
         pooled: also return the mean over positions of the output, tails 0 where skipped, as (N, C_out) float32.
-        packed: `pack_weight(weight, groups)`, to spare packing at every call. Stale packs are noticed if a sampled element of
-            any filter has changed; whoever edits weights in place should pack again (`PrefixConv2d` does).
+        packed: `pack_weight(weight, groups)`, to spare packing at every call. One element of each filter is compared
+            with it, so most stale packs are noticed and not used; whoever edits weights should pack again.
 
     Returns:
         The output (N, C_out, OH, OW), in the layout conv2d would give it; with `pooled`, a pair of it and the means. An
@@ -100,26 +137,25 @@ def prefix_conv2d(
 
     Source: the channel groups of J. Lin, Y. Rao, J. Lu, J. Zhou, Runtime Neural Pruning, NIPS 2017.
     """
-    autocast = torch.is_autocast_enabled(input.device.type) if isinstance(input, Tensor) else False
-    checks.check_types(input, weight, autocast)
-    stride, dilation = checks.pair(stride, "stride"), checks.pair(dilation, "dilation")
-    padding = checks.four_paddings(padding, weight.shape[2:], stride, dilation)
-    batched = input.dim() == 4
-    if not batched:
-        input = input.unsqueeze(0)
-        residual = residual if residual is None else residual.unsqueeze(0)
-    checks.check_convolution(input, weight, stride, padding, dilation, groups)
-    size = checks.output_size(input, weight, stride, padding, dilation)
-    checks.check_options(
-        input, weight, bias, in_prefix, out_prefix, scale, row, residual, activation, tail, size, autocast
-    )
-    output, mean = run(
-        input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual, activation, tail,
-        pooled, packed,
-    )  # fmt: skip
-    if not batched:
-        output, mean = output.squeeze(0), mean.squeeze(0) if pooled else mean
-    return (output, mean) if pooled else output
+    if has_torch_function((input, weight)):
+        return handle_torch_function(
+            prefix_conv2d, (input, weight), input, weight, bias, stride, padding, dilation, groups, in_prefix=in_prefix,
+            out_prefix=out_prefix, scale=scale, row=row, residual=residual, activation=activation, tail=tail,
+            pooled=pooled, packed=packed,
+        )  # fmt: skip
+    arguments = (input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual,
+                 activation, tail, pooled, packed)  # fmt: skip
+    if torch.compiler.is_compiling():  # the fake kernel checks, once per graph
+        return _call(*arguments)
+    try:
+        return _call(*arguments)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        # The operator checks everything before it starts, in less time than Python would take. Only now the rule is
+        # looked up, to be raised as the exception type that Python callers expect.
+        fault = _fault(arguments[:14])
+        if fault is None:
+            raise
+    raise fault
 
 
 def pack_weight(weight: Tensor, groups: int = 1) -> Tensor | None:

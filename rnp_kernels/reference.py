@@ -36,7 +36,7 @@ def prefix_conv2d(
     tail: str = "zero",  # "skip" leaves the tail undefined: zero is one of the values it may have
     pooled: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (output (N, C_out, OH, OW), mean over positions (N, C_out) float32 or None); see `rnp_kernels.prefix_conv2d`."""
+    """Return the output (N, C_out, OH, OW) and its mean over positions (N, C_out) float32, or None unless `pooled`."""
     top, bottom, left, right = padding
     x = torch.where(live(input.shape[1], in_prefix, input), input, 0)
     y = F.conv2d(F.pad(x, (left, right, top, bottom)), weight, None, stride, 0, dilation, groups)

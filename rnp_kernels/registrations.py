@@ -28,6 +28,10 @@ def _prefix_conv2d_fake(
     dilation: Sequence[int], groups: int, in_prefix: Tensor | None, out_prefix: Tensor | None, scale: Tensor | None,
     row: Tensor | None, residual: Tensor | None, activation: str, tail: str, pooled: bool, packed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    checks.check_call(
+        input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual, activation,
+        tail,
+    )  # fmt: skip
     height, width = checks.output_size(input, weight, stride, padding, dilation)
     batch, channels = input.shape[0], weight.shape[0]
     output = torch.empty(
@@ -47,8 +51,11 @@ def _autocast(device: str) -> None:
     key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device]
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def prefix_conv2d(input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual,
-                      activation, tail, pooled, packed):  # fmt: skip
+    def prefix_conv2d(
+        input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+        dilation: Sequence[int], groups: int, in_prefix: Tensor | None, out_prefix: Tensor | None, scale: Tensor | None,
+        row: Tensor | None, residual: Tensor | None, activation: str, tail: str, pooled: bool, packed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         dtype = torch.get_autocast_dtype(device)
         if input.dtype is torch.float64 or weight.dtype is torch.float64:
             dtype = torch.float64 if input.dtype is weight.dtype else None  # None: the operator refuses the mixture
