@@ -1,7 +1,217 @@
+// The driver: cuts a call into work items, prepares each item's input, and walks it with the register tiles of the ISA
+// in use.
 #include "cpu/prefix_conv2d.h"
 
-namespace rnp::cpu {
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
 
-void prefix_conv2d(const PrefixConv2dParams& params, const Threads& threads) { prefix_conv2d_plain(params, threads); }
+#include "cpu/band.h"
+#include "cpu/depthwise.h"
+#include "cpu/epilogue.h"
+#include "cpu/isa.h"
+#include "cpu/microkernel.h"
+#include "cpu/tiles.h"
+
+namespace rnp::cpu {
+namespace {
+
+const Kernels& kernels_of(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512) return avx512_kernels();
+  if (isa == Isa::kAvx2) return avx2_kernels();
+#endif
+  return portable_kernels();
+}
+
+// Memory that a calling thread keeps between calls: page faults and zeroing would cost more than small layers.
+class Scratch {
+ public:
+  float* get(size_t floats) {
+    if (floats > size_) {
+      data_.reset();
+      size_ = 0;
+      data_.reset(static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t{64})));
+      size_ = floats;
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  std::unique_ptr<float, Free> data_;
+  size_t size_ = 0;
+};
+
+int64_t round_up(int64_t v) { return (v + 15) / 16 * 16; }
+
+// Everything of a call that its items share.
+struct Call {
+  const PrefixConv2dParams& p;
+  PackedLayout layout;
+  const Kernels& kernels;
+  bool direct_output;  // tiles store their results; otherwise they leave sums, and finish_block does the rest
+  bool flat;           // 1x1: a band is one long row of pixels
+  bool direct_input;   // tiles read the input tensor itself
+
+  Call(const PrefixConv2dParams& params, const Kernels& k) : p(params), layout(params.shape), kernels(k) {
+    const ConvShape& s = p.shape;
+    const bool f32 = p.dtype == DType::kFloat32;
+    flat = s.kh == 1 && s.kw == 1;
+    const bool flat_output = p.output_stride.h == s.out_w * p.output_stride.w;
+    const bool flat_residual = !p.residual || p.residual_stride.h == s.out_w * p.residual_stride.w;
+    direct_output = f32 && p.output_stride.c == 1 && (!p.residual || p.residual_stride.c == 1) &&
+                    (!flat || (flat_output && flat_residual));
+    const bool padded = s.pad_top + s.pad_bottom + s.pad_left + s.pad_right > 0;
+    direct_input = f32 && flat && !padded && s.stride_h == 1 && s.stride_w == 1 && p.input_stride.c == 1 &&
+                   p.input_stride.h == s.w * p.input_stride.w;
+  }
+
+  int64_t band_floats(const WorkItem& item) const {
+    if (direct_input) return 0;
+    const int64_t live = live_in_group(p.in_live(item.n), item.g, layout.icg);
+    return round_up(BandGeometry(p.shape, item.row0, item.row1).pixels() * live);
+  }
+  int64_t sum_floats(const WorkItem& item) const {
+    return (item.row1 - item.row0) * p.shape.out_w * PackedLayout::kLanes;
+  }
+};
+
+void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int64_t block, int64_t out_live,
+                    const TilePlan& plan, const BandGeometry& geometry, const float* band, float* sums) {
+  const PrefixConv2dParams& p = call.p;
+  const ConvShape& s = p.shape;
+  const PackedLayout& l = call.layout;
+  const int64_t w_step = l.lanes(block), channel0 = item.g * l.ocg + block * PackedLayout::kLanes;
+  const int64_t block_live = std::min(PackedLayout::kLanes, out_live - block * PackedLayout::kLanes);
+  const int64_t ic_blocks = std::max<int64_t>(1, (in_live + l.ic_block - 1) / l.ic_block);
+
+  alignas(64) float scale[PackedLayout::kLanes] = {}, bias[PackedLayout::kLanes] = {};
+  const int64_t line = p.row ? p.row[item.n] : 0;
+  const auto lanes_of = [&](const void* table, int64_t row_stride, float* to) {
+    if (table) std::copy_n(static_cast<const float*>(table) + line * row_stride + channel0, block_live, to);
+    return table && call.direct_output;
+  };
+  const bool has_scale = lanes_of(p.scale, p.scale_row_stride, scale);
+  const bool has_bias = lanes_of(p.bias, p.bias_row_stride, bias);
+
+  float* out = nullptr;
+  const float* residual = nullptr;
+  if (call.direct_output) {
+    out = static_cast<float*>(p.output) + item.n * p.output_stride.n + item.row0 * p.output_stride.h + channel0;
+    if (p.residual)
+      residual = static_cast<const float*>(p.residual) + item.n * p.residual_stride.n +
+                 item.row0 * p.residual_stride.h + channel0;
+  }
+  std::vector<Run>& runs = plan.runs;
+  for (int64_t sub = 0; sub < block_live; sub += call.kernels.lanes) {
+    const int live = static_cast<int>(std::min<int64_t>(call.kernels.lanes, block_live - sub));
+    const int wide = live > call.kernels.half_lanes ? 1 : 0;
+    for (int64_t ib = 0; ib < ic_blocks; ++ib) {
+      const int64_t count = std::clamp<int64_t>(in_live - ib * l.ic_block, 0, l.ic_block);
+      const int64_t pixel = call.direct_input ? p.input_stride.w : count;
+      const float* x = call.direct_input ? band + ib * l.ic_block : band + ib * l.ic_block * geometry.pixels();
+      TileArgs args = {};
+      args.w = p.packed + l.panel_at(item.g, block, ib) + sub;
+      args.w_step = w_step;
+      args.live = live;
+      args.first = ib == 0;
+      args.last = ib == ic_blocks - 1 && call.direct_output;
+      args.partial_col_step = PackedLayout::kLanes;
+      args.partial_row_step = plan.cols * PackedLayout::kLanes;
+      args.out_row_step = p.output_stride.h;
+      args.out_col_step = p.output_stride.w;
+      args.scale = has_scale ? scale + sub : nullptr;
+      args.bias = has_bias ? bias + sub : nullptr;
+      args.residual_row_step = p.residual_stride.h;
+      args.residual_col_step = p.residual_stride.w;
+      args.relu = p.activation == Activation::kRelu;
+      args.x_row_step = geometry.row_step * plan.cols_in * pixel;
+      args.x_col_step = geometry.col_step * pixel;
+      for (const RowTile& row : plan.row_tiles) {
+        for (const ColTile& col : plan.col_tiles) {
+          plan.list_runs(row, col, pixel, count, l.ic_count(ib), w_step, runs);
+          args.runs = runs.data();
+          args.run_count = static_cast<int64_t>(runs.size());
+          args.x = x + (row.first * geometry.row_step * plan.cols_in + col.first * geometry.col_step) * pixel;
+          args.partial = sums + (row.first * plan.cols + col.first) * PackedLayout::kLanes + sub;
+          if (args.last) {
+            args.out = out + row.first * args.out_row_step + col.first * args.out_col_step + sub;
+            args.residual =
+                residual ? residual + row.first * args.residual_row_step + col.first * args.residual_col_step + sub
+                         : nullptr;
+          }
+          call.kernels.tile[wide][row.count - 1][col.count - 1](args);
+        }
+      }
+    }
+  }
+  if (!call.direct_output)
+    finish_block(p, item.n, item.row0, item.row1, channel0, block_live,
+                 {sums, s.out_w * PackedLayout::kLanes, PackedLayout::kLanes});
+}
+
+void run_item(const Call& call, const WorkItem& item, float* scratch, float* row_sums) {
+  const PrefixConv2dParams& p = call.p;
+  const PackedLayout& l = call.layout;
+  const int64_t in_live = live_in_group(p.in_live(item.n), item.g, l.icg);
+  const int64_t out_live = live_in_group(p.out_live(item.n), item.g, l.ocg);
+  const int64_t group0 = item.g * l.ocg;
+  if (item.block0 < item.block1) {
+    const BandGeometry geometry(p.shape, item.row0, item.row1);
+    const TilePlan plan(p.shape, geometry, call.kernels, item.row0, item.row1, call.flat);
+    const float* band = scratch;
+    if (call.direct_input) {
+      band = static_cast<const float*>(p.input) + item.n * p.input_stride.n + item.g * l.icg +
+             item.row0 * p.input_stride.h;
+    } else {
+      copy_band(p, geometry, item.n, item.g * l.icg, in_live, in_live, l.ic_block, scratch);
+    }
+    float* sums = scratch + call.band_floats(item);
+    for (int64_t b = item.block0; b < item.block1; ++b)
+      convolve_block(call, item, in_live, b, out_live, plan, geometry, band, sums);
+  }
+  if (item.tail) fill_tail(p, item.n, item.row0, item.row1, group0 + out_live, group0 + l.ocg);
+  if (row_sums) {
+    const int64_t first = group0 + item.block0 * PackedLayout::kLanes;
+    const int64_t end = group0 + std::min(out_live, item.block1 * PackedLayout::kLanes);
+    const int64_t written = item.tail && p.tail == Tail::kZero ? group0 + l.ocg : end;
+    if (first < written) sum_rows(p, item.n, item.row0, item.row1, first, written, row_sums);
+  }
+}
+
+}  // namespace
+
+void prefix_conv2d(const PrefixConv2dParams& p, const Threads& threads) {
+  const ConvShape& s = p.shape;
+  if (s.n == 0 || s.c_out == 0 || s.out_h == 0 || s.out_w == 0) return;
+  if (p.dtype == DType::kFloat64) return prefix_conv2d_plain(p, threads);
+  const Kernels& kernels = kernels_of(current_isa());
+  // Row sums of the pooled means start at 0: a skipped tail is never summed.
+  std::vector<float> row_sums(p.pooled ? static_cast<size_t>(s.n * s.out_h * s.c_out) : 0);
+  float* sums = p.pooled ? row_sums.data() : nullptr;
+  static thread_local Scratch scratch;
+  const Call call(p, kernels);
+  if (call.layout.depthwise()) {
+    depthwise(p, kernels, threads, [](size_t floats) { return scratch.get(floats); }, sums);
+  } else {
+    const std::vector<WorkItem> items = schedule(p, threads.count);
+    int64_t need = 0;
+    for (const WorkItem& item : items) need = std::max(need, call.band_floats(item) + call.sum_floats(item));
+    const int workers = static_cast<int>(std::min<int64_t>(threads.count, static_cast<int64_t>(items.size())));
+    float* memory = scratch.get(static_cast<size_t>(need * workers));
+    std::atomic<size_t> next{0};
+    threads(workers, [&](int worker) {
+      for (size_t i = next++; i < items.size(); i = next++) run_item(call, items[i], memory + worker * need, sums);
+    });
+  }
+  if (p.pooled)
+    for (int64_t n = 0; n < s.n; ++n) finish_pooled(p, sums, n);
+}
 
 }  // namespace rnp::cpu

@@ -1,0 +1,68 @@
+#include "core/schedule.h"
+
+#include <algorithm>
+
+namespace rnp {
+namespace {
+
+constexpr int64_t kInputBytes = 384 * 1024;  // of a 1 MB L2: the rest is for a weight panel, sums and output
+constexpr int64_t kMaxPixels = 1024;         // sums of 32 channels: 128 KB
+constexpr int kItemsPerThread = 4;           // enough for "longest first" to balance mixed prefixes
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+int64_t band_rows(const ConvShape& s, int64_t in_live) {
+  const int64_t cols = s.kw == 1 ? s.out_w : (s.out_w - 1) * s.stride_w + (s.kw - 1) * s.dilation_w + 1;
+  const int64_t row_bytes = std::max<int64_t>(1, cols * in_live * static_cast<int64_t>(sizeof(float)));
+  const int64_t step = s.kh == 1 ? 1 : s.stride_h;
+  const int64_t span = (s.kh - 1) * s.dilation_h + 1;
+  int64_t rows = std::max<int64_t>(1, (kInputBytes / row_bytes - span) / step + 1);
+  rows = std::min({rows, std::max<int64_t>(1, kMaxPixels / s.out_w), s.out_h});
+  return ceil_div(s.out_h, ceil_div(s.out_h, rows));  // equal bands
+}
+
+std::vector<WorkItem> schedule(const PrefixConv2dParams& p, int threads) {
+  const ConvShape& s = p.shape;
+  const int64_t wanted = threads > 1 ? static_cast<int64_t>(threads) * kItemsPerThread : 1;
+  std::vector<WorkItem> items;
+  for (int64_t n = 0; n < s.n; ++n) {
+    for (int64_t g = 0; g < s.groups; ++g) {
+      const int64_t in_live = live_in_group(p.in_live(n), g, s.group_in());
+      const int64_t out_live = live_in_group(p.out_live(n), g, s.group_out());
+      const int64_t blocks = ceil_div(out_live, PackedLayout::kLanes);
+      int64_t rows = band_rows(s, in_live);
+      int64_t bands = ceil_div(s.out_h, rows), ranges = 1;
+      const int64_t needed = ceil_div(wanted, s.n * s.groups);  // items that each (sample, group) should give
+      if (bands < needed) ranges = std::clamp<int64_t>(ceil_div(needed, bands), 1, std::max<int64_t>(1, blocks));
+      if (bands * ranges < needed) {
+        rows = std::max<int64_t>(1, s.out_h / ceil_div(needed, ranges));
+        bands = ceil_div(s.out_h, rows);
+      }
+      for (int64_t b = 0; b < bands; ++b) {
+        for (int64_t r = 0; r < ranges; ++r) {
+          WorkItem item{n,
+                        g,
+                        b * rows,
+                        std::min(s.out_h, (b + 1) * rows),
+                        blocks * r / ranges,
+                        blocks * (r + 1) / ranges,
+                        r == ranges - 1,
+                        0};
+          const double pixels = static_cast<double>((item.row1 - item.row0) * s.out_w);
+          const double lanes = static_cast<double>(std::min(out_live, item.block1 * PackedLayout::kLanes) -
+                                                   item.block0 * PackedLayout::kLanes);
+          item.cost = pixels * static_cast<double>(s.kh * s.kw * in_live) * lanes / 16 +
+                      pixels * static_cast<double>(in_live) +
+                      (item.tail ? pixels * static_cast<double>(s.group_out() - out_live) / 8 : 0);
+          items.push_back(item);
+        }
+      }
+    }
+  }
+  std::stable_sort(items.begin(), items.end(), [](const WorkItem& a, const WorkItem& b) { return a.cost > b.cost; });
+  return items;
+}
+
+}  // namespace rnp

@@ -1,0 +1,92 @@
+#include "cpu/band.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/half.h"
+
+namespace rnp::cpu {
+
+BandGeometry::BandGeometry(const ConvShape& s, int64_t row0, int64_t row1)
+    : rows_in(s.kh == 1 ? row1 - row0 : (row1 - row0 - 1) * s.stride_h + (s.kh - 1) * s.dilation_h + 1),
+      cols_in(s.kw == 1 ? s.out_w : (s.out_w - 1) * s.stride_w + (s.kw - 1) * s.dilation_w + 1),
+      y0(row0 * s.stride_h - s.pad_top),
+      x0(-s.pad_left),
+      y_step(s.kh == 1 ? s.stride_h : 1),
+      x_step(s.kw == 1 ? s.stride_w : 1),
+      row_step(s.kh == 1 ? 1 : s.stride_h),
+      col_step(s.kw == 1 ? 1 : s.stride_w) {}
+
+namespace {
+
+// One row: `cols` pixels, `count` channels each, written `channels` apart (the rest of each pixel is left alone).
+template <typename T>
+void copy_row(const T* from, int64_t pixel_stride, int64_t channel_stride, int64_t cols, int64_t count,
+              int64_t channels, float* to) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (channel_stride == 1) {
+      if (pixel_stride == count && channels == count) {
+        std::memcpy(to, from, sizeof(float) * static_cast<size_t>(cols * count));
+      } else {
+        for (int64_t c = 0; c < cols; ++c)
+          std::memcpy(to + c * channels, from + c * pixel_stride, sizeof(float) * static_cast<size_t>(count));
+      }
+      return;
+    }
+  }
+  if (channel_stride == 1) {
+    for (int64_t x = 0; x < cols; ++x)
+      for (int64_t c = 0; c < count; ++c) to[x * channels + c] = to_float(from[x * pixel_stride + c]);
+    return;
+  }
+  // Blocks of 16 channels: a cache line of the target is filled before it leaves.
+  for (int64_t c0 = 0; c0 < count; c0 += 16) {
+    const int64_t c1 = std::min(count, c0 + 16);
+    for (int64_t x = 0; x < cols; ++x)
+      for (int64_t c = c0; c < c1; ++c) to[x * channels + c] = to_float(from[x * pixel_stride + c * channel_stride]);
+  }
+}
+
+template <typename T>
+void copy_typed(const PrefixConv2dParams& p, const BandGeometry& g, int64_t n, int64_t first_channel, int64_t live,
+                int64_t channels, int64_t ic_block, float* to) {
+  const ConvShape& s = p.shape;
+  const Strides4& st = p.input_stride;
+  const T* input = static_cast<const T*>(p.input) + n * st.n + first_channel * st.c;
+  // Band columns [left, right) lie inside the image.
+  const int64_t left = std::clamp<int64_t>(g.x0 >= 0 ? 0 : (-g.x0 + g.x_step - 1) / g.x_step, 0, g.cols_in);
+  const int64_t right = std::clamp<int64_t>((s.w - g.x0 + g.x_step - 1) / g.x_step, left, g.cols_in);
+  for (int64_t c0 = 0; c0 < channels; c0 += ic_block) {
+    const int64_t width = std::min(ic_block, channels - c0);
+    const int64_t count = std::clamp<int64_t>(live - c0, 0, width);
+    for (int64_t r = 0; r < g.rows_in; ++r, to += g.cols_in * width) {
+      const int64_t y = g.y0 + r * g.y_step;
+      if (y < 0 || y >= s.h || count < width) {
+        std::memset(to, 0, sizeof(float) * static_cast<size_t>(g.cols_in * width));
+        if (y < 0 || y >= s.h || count == 0) continue;
+      } else {
+        std::memset(to, 0, sizeof(float) * static_cast<size_t>(left * width));
+        std::memset(to + right * width, 0, sizeof(float) * static_cast<size_t>((g.cols_in - right) * width));
+      }
+      const T* from = input + c0 * st.c + y * st.h + (g.x0 + left * g.x_step) * st.w;
+      copy_row(from, g.x_step * st.w, st.c, right - left, count, width, to + left * width);
+    }
+  }
+}
+
+}  // namespace
+
+void copy_band(const PrefixConv2dParams& p, const BandGeometry& geometry, int64_t n, int64_t first_channel,
+               int64_t live, int64_t channels, int64_t ic_block, float* to) {
+  switch (p.dtype) {
+    case DType::kBFloat16:
+      return copy_typed<BFloat16>(p, geometry, n, first_channel, live, channels, ic_block, to);
+    case DType::kFloat16:
+      return copy_typed<Float16>(p, geometry, n, first_channel, live, channels, ic_block, to);
+    case DType::kFloat32:
+    case DType::kFloat64:  // has its own kernel
+      return copy_typed<float>(p, geometry, n, first_channel, live, channels, ic_block, to);
+  }
+}
+
+}  // namespace rnp::cpu

@@ -1,0 +1,26 @@
+// The live input channels of a band of rows, compacted, converted to float32 and padded with zeros.
+#pragma once
+
+#include "core/packing.h"
+#include "core/schedule.h"
+
+namespace rnp::cpu {
+
+// How a band's pixels lie, and where the taps of an output pixel are. Along an axis where the kernel has length 1 only
+// the pixels that the stride hits are kept, so that its step becomes 1.
+struct BandGeometry {
+  int64_t rows_in, cols_in;    // input pixels of the band, padding included
+  int64_t y0, x0;              // input position of the first of them (may be negative)
+  int64_t y_step, x_step;      // input pixels between neighbours of the band
+  int64_t row_step, col_step;  // band pixels between neighbouring output pixels
+
+  BandGeometry(const ConvShape& s, int64_t row0, int64_t row1);
+  int64_t pixels() const { return rows_in * cols_in; }
+};
+
+// Writes [part][rows_in][cols_in][channels of the part], where part i holds the live channels of input block i
+// (`ic_block` channels each). `channels` may exceed `live`: the rest is 0.
+void copy_band(const PrefixConv2dParams& p, const BandGeometry& geometry, int64_t n, int64_t first_channel,
+               int64_t live, int64_t channels, int64_t ic_block, float* to);
+
+}  // namespace rnp::cpu

@@ -1,0 +1,156 @@
+#include "cpu/epilogue.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/half.h"
+
+namespace rnp::cpu {
+namespace {
+
+template <typename F>
+void with_type(const PrefixConv2dParams& p, F&& f) {
+  switch (p.dtype) {
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat16:
+      return f(Float16{});
+    case DType::kFloat32:
+    case DType::kFloat64:  // has its own kernel
+      return f(0.0f);
+  }
+}
+
+template <typename T>
+const T* residual_at(const PrefixConv2dParams& p, int64_t n, int64_t row, int64_t channel) {
+  const Strides4& st = p.residual_stride;
+  return p.residual ? static_cast<const T*>(p.residual) + n * st.n + channel * st.c + row * st.h : nullptr;
+}
+
+template <typename T>
+T* output_at(const PrefixConv2dParams& p, int64_t n, int64_t row, int64_t channel) {
+  const Strides4& st = p.output_stride;
+  return static_cast<T*>(p.output) + n * st.n + channel * st.c + row * st.h;
+}
+
+struct Finish {
+  float scale, bias;
+  bool relu;
+
+  float operator()(float sum, float residual) const {
+    const float v = sum * scale + bias + residual;
+    return relu && v < 0 ? 0.0f : v;  // a NaN stays
+  }
+};
+
+template <typename T>
+void finish_row(const PrefixConv2dParams& p, const float* scale, const float* bias, const T* residual,
+                const float* sums, int64_t col_step, int64_t count, T* out) {
+  const bool relu = p.activation == Activation::kRelu;
+  const int64_t oc = p.output_stride.c, ow = p.output_stride.w, rc = p.residual_stride.c, rw = p.residual_stride.w;
+  const int64_t cols = p.shape.out_w;
+  const auto one = [&](int64_t x, int64_t c) {
+    const Finish finish{scale ? scale[c] : 1.0f, bias ? bias[c] : 0.0f, relu};
+    const float extra = residual ? to_float(residual[x * rw + c * rc]) : 0.0f;
+    out[x * ow + c * oc] = from_float<T, float>(finish(sums[x * col_step + c], extra));
+  };
+  if (oc == 1) {
+    for (int64_t x = 0; x < cols; ++x)
+      for (int64_t c = 0; c < count; ++c) one(x, c);
+  } else {
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t x = 0; x < cols; ++x) one(x, c);
+  }
+}
+
+template <typename T>
+void fill_row(const PrefixConv2dParams& p, const T* residual, int64_t count, T* out) {
+  const int64_t oc = p.output_stride.c, ow = p.output_stride.w, rc = p.residual_stride.c, rw = p.residual_stride.w;
+  const int64_t cols = p.shape.out_w;
+  const bool relu = p.activation == Activation::kRelu;
+  if (!residual) {
+    if (oc == 1) {
+      for (int64_t x = 0; x < cols; ++x) std::memset(out + x * ow, 0, sizeof(T) * static_cast<size_t>(count));
+    } else {
+      for (int64_t c = 0; c < count; ++c)
+        for (int64_t x = 0; x < cols; ++x) out[x * ow + c * oc] = T{};
+    }
+    return;
+  }
+  const auto one = [&](int64_t x, int64_t c) {
+    const T v = residual[x * rw + c * rc];
+    out[x * ow + c * oc] = relu && to_float(v) < 0 ? T{} : v;
+  };
+  if (oc == 1) {
+    for (int64_t x = 0; x < cols; ++x)
+      for (int64_t c = 0; c < count; ++c) one(x, c);
+  } else {
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t x = 0; x < cols; ++x) one(x, c);
+  }
+}
+
+template <typename T>
+void sum_row(const PrefixConv2dParams& p, const T* out, int64_t count, float* sums) {
+  const int64_t oc = p.output_stride.c, ow = p.output_stride.w, cols = p.shape.out_w;
+  if (oc == 1) {
+    for (int64_t x = 0; x < cols; ++x)
+      for (int64_t c = 0; c < count; ++c) sums[c] += to_float(out[x * ow + c]);
+  } else {
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t x = 0; x < cols; ++x) sums[c] += to_float(out[x * ow + c * oc]);
+  }
+}
+
+}  // namespace
+
+void finish_block(const PrefixConv2dParams& p, int64_t n, int64_t row0, int64_t row1, int64_t channel0, int64_t count,
+                  const SumsView& view) {
+  const int64_t line = p.row ? p.row[n] : 0;
+  const auto table = [&](const void* data, int64_t row_stride) {
+    return data ? static_cast<const float*>(data) + line * row_stride + channel0 : nullptr;
+  };
+  const float* scale = table(p.scale, p.scale_row_stride);
+  const float* bias = table(p.bias, p.bias_row_stride);
+  with_type(p, [&](auto tag) {
+    using T = decltype(tag);
+    for (int64_t r = row0; r < row1; ++r)
+      finish_row<T>(p, scale, bias, residual_at<T>(p, n, r, channel0), view.sums + (r - row0) * view.row_step,
+                    view.col_step, count, output_at<T>(p, n, r, channel0));
+  });
+}
+
+void fill_tail(const PrefixConv2dParams& p, int64_t n, int64_t row0, int64_t row1, int64_t channel0, int64_t channel1) {
+  if (p.tail == Tail::kSkip || channel0 >= channel1) return;
+  with_type(p, [&](auto tag) {
+    using T = decltype(tag);
+    for (int64_t r = row0; r < row1; ++r)
+      fill_row<T>(p, residual_at<T>(p, n, r, channel0), channel1 - channel0, output_at<T>(p, n, r, channel0));
+  });
+}
+
+void sum_rows(const PrefixConv2dParams& p, int64_t n, int64_t row0, int64_t row1, int64_t channel0, int64_t channel1,
+              float* row_sums) {
+  with_type(p, [&](auto tag) {
+    using T = decltype(tag);
+    for (int64_t r = row0; r < row1; ++r) {
+      float* sums = row_sums + (n * p.shape.out_h + r) * p.shape.c_out + channel0;
+      std::fill(sums, sums + (channel1 - channel0), 0.0f);
+      sum_row<T>(p, output_at<T>(p, n, r, channel0), channel1 - channel0, sums);
+    }
+  });
+}
+
+void finish_pooled(const PrefixConv2dParams& p, const float* row_sums, int64_t n) {
+  const ConvShape& s = p.shape;
+  float* out = p.pooled + n * s.c_out;
+  std::fill(out, out + s.c_out, 0.0f);
+  for (int64_t r = 0; r < s.out_h; ++r) {
+    const float* sums = row_sums + (n * s.out_h + r) * s.c_out;
+    for (int64_t c = 0; c < s.c_out; ++c) out[c] += sums[c];
+  }
+  const float positions = static_cast<float>(s.out_h * s.out_w);
+  for (int64_t c = 0; c < s.c_out; ++c) out[c] /= positions;
+}
+
+}  // namespace rnp::cpu

@@ -1,0 +1,59 @@
+// AVX2 + FMA kernels: up to 6 pixels x 16 channels, 12 accumulators + 2 weights + 1 broadcast of the 16 registers.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "cpu/microkernel_tile.h"
+
+namespace rnp::cpu {
+namespace {
+
+struct V256 {
+  using T = __m256;
+  using Mask = __m256i;
+  static constexpr int kWidth = 8;
+
+  static RNP_INLINE T zero() { return _mm256_setzero_ps(); }
+  static RNP_INLINE T load(const float* p) { return _mm256_loadu_ps(p); }
+  static RNP_INLINE void store(float* p, T v) { _mm256_storeu_ps(p, v); }
+  static RNP_INLINE T fma(T a, T b, T c) { return _mm256_fmadd_ps(a, b, c); }
+  static RNP_INLINE T add(T a, T b) { return _mm256_add_ps(a, b); }
+  static RNP_INLINE T mul(T a, T b) { return _mm256_mul_ps(a, b); }
+  // maxps returns its second operand where either is NaN.
+  static RNP_INLINE T relu(T v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
+  static RNP_INLINE Mask mask(int live) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(live), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static RNP_INLINE T masked_load(const float* p, Mask m) { return _mm256_maskload_ps(p, m); }
+  static RNP_INLINE void masked_store(float* p, Mask m, T v) { _mm256_maskstore_ps(p, m, v); }
+
+  template <int c>
+  static RNP_INLINE T broadcast(const char* x, const ColSteps& s) {
+    if constexpr (c == 0) {
+      return _mm256_broadcast_ss(reinterpret_cast<const float*>(x));
+    } else {
+      constexpr int scale = c & -c, odd = c / scale;
+      return _mm256_broadcast_ss(reinterpret_cast<const float*>(x + s.odd<odd>() * scale));
+    }
+  }
+};
+
+}  // namespace
+
+const Kernels& avx2_kernels() {
+  static const Kernels kernels = [] {
+    Kernels k = {};
+    k.lanes = 16;
+    k.half_lanes = 8;
+    k.max_cols = 6;
+    add_columns<V256, 6>(k);
+    add_shape<V256, 2, 3>(k);
+    add_shape<V256, 3, 2>(k);
+    add_shape<V256, 2, 2>(k);
+    k.depthwise_row = &depthwise_row<V256>;
+    return k;
+  }();
+  return kernels;
+}
+
+}  // namespace rnp::cpu
+#endif

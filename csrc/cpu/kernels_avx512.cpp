@@ -1,0 +1,71 @@
+// AVX-512 kernels: up to 14 pixels x 32 channels, 28 accumulators + 2 weights + 1 broadcast of the 32 registers.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+// GCC 12 warns about its own _mm512_undefined_ps.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+#include "cpu/microkernel_tile.h"
+
+namespace rnp::cpu {
+namespace {
+
+struct V512 {
+  using T = __m512;
+  using Mask = __mmask16;
+  static constexpr int kWidth = 16;
+
+  static RNP_INLINE T zero() { return _mm512_setzero_ps(); }
+  static RNP_INLINE T load(const float* p) { return _mm512_loadu_ps(p); }
+  static RNP_INLINE void store(float* p, T v) { _mm512_storeu_ps(p, v); }
+  static RNP_INLINE T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
+  static RNP_INLINE T add(T a, T b) { return _mm512_add_ps(a, b); }
+  static RNP_INLINE T mul(T a, T b) { return _mm512_mul_ps(a, b); }
+  // maxps returns its second operand where either is NaN.
+  static RNP_INLINE T relu(T v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
+  static RNP_INLINE Mask mask(int live) {
+    return static_cast<Mask>(live >= 16 ? 0xffff : (1u << (live < 0 ? 0 : live)) - 1);
+  }
+  static RNP_INLINE T masked_load(const float* p, Mask m) { return _mm512_maskz_loadu_ps(m, p); }
+  static RNP_INLINE void masked_store(float* p, Mask m, T v) { _mm512_mask_storeu_ps(p, m, v); }
+
+  // Assembly only to fix the address form: left alone, GCC 12 precomputes fourteen addresses and spills them.
+  template <int c>
+  static RNP_INLINE T broadcast(const char* x, const ColSteps& s) {
+    T out;
+    const auto& line = *reinterpret_cast<const char(*)[1]>(x);
+    if constexpr (c == 0) {
+      asm("vbroadcastss (%1), %0" : "=v"(out) : "r"(x), "m"(line));
+    } else {
+      constexpr int scale = c & -c, odd = c / scale;
+      asm("vbroadcastss (%1,%2,%c3), %0" : "=v"(out) : "r"(x), "r"(s.odd<odd>()), "i"(scale), "m"(line));
+    }
+    return out;
+  }
+};
+
+}  // namespace
+
+const Kernels& avx512_kernels() {
+  static const Kernels kernels = [] {
+    Kernels k = {};
+    k.lanes = 32;
+    k.half_lanes = 16;
+    k.max_cols = 14;
+    add_columns<V512, 14>(k);
+    add_shape<V512, 2, 7>(k);
+    add_shape<V512, 2, 6>(k);
+    add_shape<V512, 2, 5>(k);
+    add_shape<V512, 2, 4>(k);
+    add_shape<V512, 3, 4>(k);
+    add_shape<V512, 4, 3>(k);
+    add_shape<V512, 2, 3>(k);
+    add_shape<V512, 2, 2>(k);
+    k.depthwise_row = &depthwise_row<V512>;
+    return k;
+  }();
+  return kernels;
+}
+
+}  // namespace rnp::cpu
+#endif

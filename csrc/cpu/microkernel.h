@@ -1,0 +1,80 @@
+// The interface between the driver (prefix_conv2d.cpp) and the per-ISA kernels. Plain structs only: translation units
+// compiled for a wide ISA must not instantiate anything that other units share, or the linker may keep the wide copy
+// for all.
+#pragma once
+
+#include <cstdint>
+
+namespace rnp::cpu {
+
+// One run of input values that are contiguous for each pixel: for i < count: acc[pixel][lane] += x[pixel][i] *
+// w[i][lane]. A run is (part of) one kernel tap. `skip` names the pixels of the tile for which the tap lies in the
+// padding.
+struct Run {
+  int64_t x;  // floats from the tile's first pixel
+  int64_t w;  // floats from the tile's weights
+  int64_t count;
+  int32_t skip;  // a sum of Skip flags: at most one of the columns' and one of the rows'
+};
+enum Skip : int32_t { kSkipNone = 0, kSkipFirstCol = 1, kSkipLastCol = 2, kSkipFirstRow = 3, kSkipLastRow = 6 };
+
+// A register tile: R rows x C columns of output pixels, up to `lanes` output channels.
+struct TileArgs {
+  const float* x;
+  const float* w;
+  const Run* runs;
+  int64_t run_count;
+  int64_t x_row_step, x_col_step;  // floats between neighbouring pixels of the tile
+  int64_t w_step;                  // floats between consecutive input channels of the packed weights
+  int32_t live;                    // output channels to store, 1…lanes
+
+  // Sums of earlier input-channel blocks: read unless `first`, written unless `last`.
+  bool first, last;
+  float* partial;
+  int64_t partial_row_step, partial_col_step;
+
+  // Used when `last`: out = activation(scale * sum + bias + residual). Scale and bias hold `lanes` floats or are null.
+  float* out;
+  int64_t out_row_step, out_col_step;
+  const float* scale;
+  const float* bias;
+  const float* residual;
+  int64_t residual_row_step, residual_col_step;
+  bool relu;
+};
+
+using TileKernel = void (*)(const TileArgs&);
+
+// One output row of a depthwise convolution: `cols` pixels, `channels` channels side by side.
+struct DepthwiseArgs {
+  const float* x;  // first tap of the first pixel
+  const float* w;  // [tap][w_step]
+  int64_t taps, w_step;
+  const int64_t* tap_offset;  // floats from a pixel's first tap
+  int64_t cols, channels;
+  int64_t x_col_step, out_col_step, residual_col_step;
+  float* out;
+  const float* scale;
+  const float* bias;
+  const float* residual;
+  bool relu;
+};
+
+constexpr int kMaxRows = 4, kMaxCols = 14;
+
+struct Kernels {
+  int lanes;       // output channels of a tile
+  int half_lanes;  // output channels of the narrow variant
+  int max_cols;    // of a one-row tile
+  // tile[wide][rows - 1][cols - 1]; null where the shape is not instantiated. One-row tiles of 1…max_cols always are.
+  TileKernel tile[2][kMaxRows][kMaxCols];
+  void (*depthwise_row)(const DepthwiseArgs&);
+};
+
+const Kernels& portable_kernels();
+#if defined(__x86_64__)
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+#endif
+
+}  // namespace rnp::cpu

@@ -1,0 +1,221 @@
+// The register tile, written once over a vector type V. Included by one translation unit per ISA, inside its flags;
+// everything here has internal linkage.
+//
+// GCC 12 keeps the accumulators in registers only if every loop over them is unrolled and induction variables are left
+// alone
+// (-fno-ivopts); the C++ build checks nothing of this, `bench/NOTES.md` says how to look.
+#pragma once
+
+#include "cpu/microkernel.h"
+
+#define RNP_INLINE inline __attribute__((always_inline))
+#define RNP_UNROLL _Pragma("GCC unroll 16")
+
+namespace rnp::cpu {
+namespace {
+
+// Byte steps to pixels 1, 3, 5 … 13: every column c < 15 is one of them times 1, 2, 4 or 8, an x86 address.
+struct ColSteps {
+  int64_t s1, s3, s5, s7, s9, s11, s13;
+
+  explicit RNP_INLINE ColSteps(int64_t s)
+      : s1(s), s3(3 * s), s5(5 * s), s7(7 * s), s9(9 * s), s11(11 * s), s13(13 * s) {}
+
+  template <int kOdd>
+  RNP_INLINE int64_t odd() const {
+    if constexpr (kOdd == 1) return s1;
+    if constexpr (kOdd == 3) return s3;
+    if constexpr (kOdd == 5) return s5;
+    if constexpr (kOdd == 7) return s7;
+    if constexpr (kOdd == 9) return s9;
+    if constexpr (kOdd == 11) return s11;
+    return s13;
+  }
+};
+
+template <class V, int R, int C, int NV>
+struct Tile {
+  using T = typename V::T;
+  static constexpr int kWidth = V::kWidth;
+
+  // acc of columns [c0, c1) of one row += x * w, one input channel. The recursion replaces a loop over c: the column is
+  // a compile-time constant in the address.
+  template <int c, int c1>
+  static RNP_INLINE void columns(T (&row)[C][NV], const char* x, const T (&w)[NV], const ColSteps& s) {
+    if constexpr (c < c1) {
+      const T b = V::template broadcast<c>(x, s);
+      RNP_UNROLL
+      for (int v = 0; v < NV; ++v) row[c][v] = V::fma(b, w[v], row[c][v]);
+      columns<c + 1, c1>(row, x, w, s);
+    }
+  }
+
+  template <int r, int r1, int c0, int c1>
+  static RNP_INLINE void rows(T (&acc)[R][C][NV], const char* const (&x)[R], const T (&w)[NV], const ColSteps& s) {
+    if constexpr (r < r1) {
+      columns<c0, c1>(acc[r], x[r], w, s);
+      rows<r + 1, r1, c0, c1>(acc, x, w, s);
+    }
+  }
+
+  template <int r0, int r1, int c0, int c1>
+  static RNP_INLINE void run(T (&acc)[R][C][NV], const float* from, const float* w, int64_t count, int64_t w_step,
+                             int64_t row_step, const ColSteps& s) {
+    if constexpr (r0 < r1 && c0 < c1) {
+      const char* x[R];
+      RNP_UNROLL
+      for (int r = 0; r < R; ++r) x[r] = reinterpret_cast<const char*>(from + r * row_step);
+      for (; count > 0; --count) {
+        T weights[NV];
+        RNP_UNROLL
+        for (int v = 0; v < NV; ++v) weights[v] = V::load(w + v * kWidth);
+        rows<r0, r1, c0, c1>(acc, x, weights, s);
+        RNP_UNROLL
+        for (int r = 0; r < R; ++r) x[r] += sizeof(float);
+        w += w_step;
+      }
+    }
+  }
+
+  template <int r0, int r1>
+  static RNP_INLINE void by_columns(T (&acc)[R][C][NV], int skip, const float* x, const float* w, const Run& run_,
+                                    const TileArgs& a, const ColSteps& s) {
+    if (skip == kSkipNone) {
+      run<r0, r1, 0, C>(acc, x, w, run_.count, a.w_step, a.x_row_step, s);
+    } else if (skip == kSkipFirstCol) {
+      run<r0, r1, 1, C>(acc, x, w, run_.count, a.w_step, a.x_row_step, s);
+    } else {
+      run<r0, r1, 0, C - 1>(acc, x, w, run_.count, a.w_step, a.x_row_step, s);
+    }
+  }
+
+  static void compute(const TileArgs& a) {
+    T acc[R][C][NV];
+    RNP_UNROLL
+    for (int r = 0; r < R; ++r)
+      RNP_UNROLL for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NV; ++v) acc[r][c][v] = V::zero();
+    const ColSteps s(a.x_col_step * static_cast<int64_t>(sizeof(float)));
+    for (int64_t i = 0; i < a.run_count; ++i) {
+      const Run& run_ = a.runs[i];
+      const float* x = a.x + run_.x;
+      const float* w = a.w + run_.w;
+      if constexpr (R == 1) {
+        by_columns<0, 1>(acc, run_.skip, x, w, run_, a, s);
+      } else if (run_.skip < kSkipFirstRow) {
+        by_columns<0, R>(acc, run_.skip, x, w, run_, a, s);
+      } else if (run_.skip < kSkipLastRow) {
+        by_columns<1, R>(acc, run_.skip - kSkipFirstRow, x, w, run_, a, s);
+      } else {
+        by_columns<0, R - 1>(acc, run_.skip - kSkipLastRow, x, w, run_, a, s);
+      }
+    }
+    finish(acc, a);
+  }
+
+  static RNP_INLINE void finish(T (&acc)[R][C][NV], const TileArgs& a) {
+    if (!a.first) {
+      RNP_UNROLL
+      for (int r = 0; r < R; ++r)
+        RNP_UNROLL for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NV; ++v) acc[r][c][v] =
+            V::add(V::load(a.partial + r * a.partial_row_step + c * a.partial_col_step + v * kWidth), acc[r][c][v]);
+    }
+    if (!a.last) {
+      RNP_UNROLL
+      for (int r = 0; r < R; ++r)
+        RNP_UNROLL for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NV; ++v)
+            V::store(a.partial + r * a.partial_row_step + c * a.partial_col_step + v * kWidth, acc[r][c][v]);
+      return;
+    }
+    typename V::Mask mask[NV];
+    RNP_UNROLL
+    for (int v = 0; v < NV; ++v) mask[v] = V::mask(a.live - v * kWidth);
+    if (a.scale) {
+      RNP_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        const T scale = V::load(a.scale + v * kWidth);
+        RNP_UNROLL
+        for (int r = 0; r < R; ++r) RNP_UNROLL for (int c = 0; c < C; ++c) acc[r][c][v] = V::mul(acc[r][c][v], scale);
+      }
+    }
+    if (a.bias) {
+      RNP_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        const T bias = V::load(a.bias + v * kWidth);
+        RNP_UNROLL
+        for (int r = 0; r < R; ++r) RNP_UNROLL for (int c = 0; c < C; ++c) acc[r][c][v] = V::add(acc[r][c][v], bias);
+      }
+    }
+    if (a.residual) {
+      RNP_UNROLL
+      for (int r = 0; r < R; ++r) RNP_UNROLL for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NV; ++v) {
+          const float* from = a.residual + r * a.residual_row_step + c * a.residual_col_step + v * kWidth;
+          acc[r][c][v] = V::add(acc[r][c][v], V::masked_load(from, mask[v]));
+        }
+    }
+    if (a.relu) {
+      RNP_UNROLL
+      for (int r = 0; r < R; ++r)
+        RNP_UNROLL for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NV; ++v) acc[r][c][v] =
+            V::relu(acc[r][c][v]);
+    }
+    RNP_UNROLL
+    for (int r = 0; r < R; ++r)
+      RNP_UNROLL for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NV; ++v)
+          V::masked_store(a.out + r * a.out_row_step + c * a.out_col_step + v * kWidth, mask[v], acc[r][c][v]);
+  }
+};
+
+// One vector of channels of a depthwise row. With up to 9 taps their weights stay in registers.
+template <class V, int kTaps>
+RNP_INLINE void depthwise_vector(const DepthwiseArgs& a, int64_t c, typename V::Mask mask) {
+  using T = typename V::T;
+  T w[kTaps > 0 ? kTaps : 1];
+  if constexpr (kTaps > 0) {
+    RNP_UNROLL
+    for (int t = 0; t < kTaps; ++t) w[t] = V::masked_load(a.w + t * a.w_step + c, mask);
+  }
+  for (int64_t p = 0; p < a.cols; ++p) {
+    const float* x = a.x + p * a.x_col_step + c;
+    T acc = V::zero();
+    if constexpr (kTaps > 0) {
+      RNP_UNROLL
+      for (int t = 0; t < kTaps; ++t) acc = V::fma(V::masked_load(x + a.tap_offset[t], mask), w[t], acc);
+    } else {
+      for (int64_t t = 0; t < a.taps; ++t)
+        acc = V::fma(V::masked_load(x + a.tap_offset[t], mask), V::masked_load(a.w + t * a.w_step + c, mask), acc);
+    }
+    if (a.scale) acc = V::mul(acc, V::masked_load(a.scale + c, mask));
+    if (a.bias) acc = V::add(acc, V::masked_load(a.bias + c, mask));
+    if (a.residual) acc = V::add(acc, V::masked_load(a.residual + p * a.residual_col_step + c, mask));
+    if (a.relu) acc = V::relu(acc);
+    V::masked_store(a.out + p * a.out_col_step + c, mask, acc);
+  }
+}
+
+template <class V>
+void depthwise_row(const DepthwiseArgs& a) {
+  for (int64_t c = 0; c < a.channels; c += V::kWidth) {
+    const int64_t left = a.channels - c;
+    const auto mask = V::mask(left < V::kWidth ? static_cast<int>(left) : V::kWidth);
+    if (a.taps == 9) {
+      depthwise_vector<V, 9>(a, c, mask);
+    } else {
+      depthwise_vector<V, 0>(a, c, mask);
+    }
+  }
+}
+
+template <class V, int R, int C>
+RNP_INLINE void add_shape(Kernels& k) {
+  k.tile[0][R - 1][C - 1] = &Tile<V, R, C, 1>::compute;
+  k.tile[1][R - 1][C - 1] = &Tile<V, R, C, 2>::compute;
+}
+
+template <class V, int C>
+RNP_INLINE void add_columns(Kernels& k) {
+  add_shape<V, 1, C>(k);
+  if constexpr (C > 1) add_columns<V, C - 1>(k);
+}
+
+}  // namespace
+}  // namespace rnp::cpu

@@ -1,0 +1,40 @@
+// Covering a band's output pixels with register tiles, and listing the taps that each tile really needs.
+#pragma once
+
+#include <vector>
+
+#include "cpu/band.h"
+#include "cpu/microkernel.h"
+
+namespace rnp::cpu {
+
+// `count` output rows (or columns) from `first`, counted within the band. skip[tap] is kSkipNone, the flag of the first
+// or last of them if only that one finds the tap in the padding, or kSkipAll if all do.
+struct AxisTile {
+  static constexpr int32_t kSkipAll = -1;
+  int64_t first, count;
+  std::vector<int32_t> skip;
+};
+using RowTile = AxisTile;
+using ColTile = AxisTile;
+
+struct TilePlan {
+  int64_t kh, kw, dilation_h, dilation_w;
+  int64_t cols;     // output columns of a row; flat: all pixels of the band
+  int64_t cols_in;  // band pixels of a row
+  std::vector<RowTile> row_tiles;
+  std::vector<ColTile> col_tiles;
+  mutable std::vector<Run> runs;  // reused by every tile of an item
+
+  TilePlan(const ConvShape& shape, const BandGeometry& geometry, const Kernels& kernels, int64_t row0, int64_t row1,
+           bool flat);
+
+  // Taps whose input lies in the padding for the whole tile are left out; those for which one edge row or column does
+  // are marked; others read the band's zeros. Neighbouring runs that continue each other (small kernels over few
+  // channels) merge. `pixel`: floats between band pixels; `count`: live channels of the block, `packed`: channels it
+  // has in the packed weights.
+  void list_runs(const RowTile& row, const ColTile& col, int64_t pixel, int64_t count, int64_t packed, int64_t w_step,
+                 std::vector<Run>& runs) const;
+};
+
+}  // namespace rnp::cpu
