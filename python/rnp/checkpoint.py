@@ -159,7 +159,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Restore what :func:`optimizer_tensors` gave. Moments take the memory layout of their parameter, as fused steps need."""
+    """Restore what :func:`optimizer_tensors` gave. Moments take the layout of their parameter, as fused steps need."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

@@ -71,7 +71,7 @@ class TrainConfig:
     """Autocast the backbone's training to bfloat16; evaluation and the agent stay in float32."""
 
     recalibration_batches: int = 64
-    """Batches that measure the BatchNorm statistics of every width after sandwich; 0 keeps the running ones (*ours*)."""
+    """Batches that measure BatchNorm statistics for every width after sandwich; 0 keeps the running ones (*ours*)."""
     statistics_batches: int = 16
     """Batches of random widths that measure the mean and deviation of the agent's features, and α (*ours*)."""
 

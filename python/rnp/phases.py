@@ -1,7 +1,7 @@
 """The phases of Algorithm 1 of RNP: what one step of each does. :mod:`rnp.training` runs them.
 
-Source: Lin, Rao, Lu, Zhou, *Runtime Neural Pruning*, NIPS 2017; the sandwich phase and the sliced form of fine-tuning are
-*ours* (RNP.md's last section).
+Source: Lin, Rao, Lu, Zhou, *Runtime Neural Pruning*, NIPS 2017; the sandwich phase and the sliced form of fine-tuning
+are *ours*.
 """
 
 from __future__ import annotations

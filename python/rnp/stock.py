@@ -17,7 +17,9 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from rnp.batchnorm import PrefixBatchNorm2d
 from rnp.measure import interleaved, median
+from rnp.network import PrunedNetwork
 
 _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
@@ -54,13 +56,37 @@ class PrepackedConv2d(nn.Module):
         )
 
 
+def dense_model(pruned: PrunedNetwork) -> nn.Module:
+    """The dense network inside a converted one, of the original class: its weights, and full width's BatchNorm."""
+    model = copy.deepcopy(pruned.backbone)
+    made: dict[int, nn.BatchNorm2d] = {}  # a module under two names stays one module
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, PrefixBatchNorm2d):
+            if id(module) not in made:
+                made[id(module)] = _full_width_norm(module)
+            model.set_submodule(name, made[id(module)])
+    return model.eval()
+
+
+def _full_width_norm(norm: PrefixBatchNorm2d) -> nn.BatchNorm2d:
+    """The last row of a BatchNorm kept per in-prefix, as a plain one."""
+    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine)
+    plain = plain.to(device=norm.running_mean.device, dtype=norm.running_mean.dtype)
+    with torch.no_grad():
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            if getattr(norm, name) is not None:
+                getattr(plain, name).copy_(getattr(norm, name)[-1])
+        plain.num_batches_tracked.copy_(norm.num_batches_tracked[-1].max())
+    return plain
+
+
 def eager(model: nn.Module) -> nn.Module:
     """A copy in eval mode, channels_last."""
     return copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
 
 
 def folded(model: nn.Module) -> fx.GraphModule:
-    """:func:`eager` with every BatchNorm that follows one convolution folded into it (torch.fx must trace the model)."""
+    """:func:`eager` with every BatchNorm behind a convolution folded into it (torch.fx must trace the model)."""
     graph_module = fx.symbolic_trace(eager(model))
     modules = dict(graph_module.named_modules())
     for node in list(graph_module.graph.nodes):

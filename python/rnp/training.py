@@ -1,8 +1,8 @@
 """``rnp.train``: Algorithm 1 of Runtime Neural Pruning (Lin et al., NIPS 2017), in epochs that survive a kill.
 
-An *epoch* is one pass over the training loader, or ``TrainConfig.epoch_steps`` batches, in every phase. All randomness is
-seeded anew at its start from (seed, phase, epoch), and the whole training state is written at its end. So an interrupted run
-loses at most the current epoch, and one resumed from the last file goes on as if nothing had happened.
+An *epoch* is one pass over the training loader, or ``TrainConfig.epoch_steps`` batches, in every phase. All randomness
+is seeded anew at its start from (seed, phase, epoch), and the whole training state is written at its end. So an
+interrupted run loses at most the current epoch, and one resumed from the last file goes on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def train(
 ) -> TrainResult:
     """Train a converted network and its agent: Algorithm 1 of RNP with the settings of ``config``.
 
-    The agent is ``pruned.policy`` if that is an :class:`rnp.Agent` already, else a new one, which is left there. The budget
-    (Δp and the cap) does not count during training and is put back after it. The network is left in eval mode, also after
-    Ctrl-C or SIGTERM, which stop after the current batch and raise ``KeyboardInterrupt`` or ``SystemExit``.
+    The agent is ``pruned.policy`` if that is an :class:`rnp.Agent` already, else a new one, which is left there. The
+    budget (Δp and the cap) does not count during training and is put back after it. The network is left in eval mode,
+    also after Ctrl-C or SIGTERM, which stop after the current batch and raise ``KeyboardInterrupt`` or ``SystemExit``.
 
     Args:
         pruned: from :func:`rnp.convert`; trained in place.
@@ -231,7 +231,7 @@ class Run:
 
     @torch.no_grad()
     def _validate(self, phase: Phase) -> dict[str, float]:
-        """Accuracy at full width, at the narrowest and, once trained, under the agent, on the first validation batches."""
+        """Accuracy at full width, at the narrowest and, once trained, under the agent, on a few validation batches."""
         if self.val_loader is None or not self.config.validation_batches:
             return {}
         policies: dict[str, Policy] = {"full": FullWidth(), "narrowest": Uniform(1 / self.network.groups)}
