@@ -48,37 +48,99 @@ class MacCounter:
 
     def __init__(self, costs: list[ConvCost], fixed: int, k: int, decisions: int) -> None:
         """`fixed`: MACs of layers that are always dense (linear layers and the like)."""
-        self.k, self.decisions, self.fixed, self.costs = k, decisions, fixed, costs
-        self.tables = [cost.table(k) for cost in costs]
-        self.dense = fixed + sum(int(table[-1, -1]) for table in self.tables)
-        ones = torch.ones(1, decisions, dtype=torch.int64)
-        self.cheapest = int(self.count(ones)[0])
+        self.k, self.decisions, self.fixed = k, decisions, fixed
+        # Convolutions whose groups depend on the same decisions share one table.
+        self.pairs: dict[tuple[frozenset[int] | None, frozenset[int] | None], Tensor] = {}
+        for cost in costs:
+            pair, table = (cost.in_group, cost.out_group), cost.table(k)
+            self.pairs[pair] = self.pairs[pair] + table if pair in self.pairs else table
+        self.dense = fixed + sum(int(table[-1, -1]) for table in self.pairs.values())
+        self.cheapest = int(self.count(torch.ones(1, decisions, dtype=torch.int64))[0])
 
     def count(self, actions: Tensor) -> Tensor:
         """actions (N, L) in 1…k → MACs (N,) int64, on the actions' device."""
+        if actions.dim() != 2 or actions.shape[1] != self.decisions:
+            raise ValueError(f"macs: actions must be (N, {self.decisions}), got {tuple(actions.shape)}")
         actions = actions.long()
         total = torch.full((actions.shape[0],), self.fixed, dtype=torch.int64, device=actions.device)
-        for cost, table in zip(self.costs, self.tables, strict=True):
-            total += self._term(cost, table, actions)
+        for (in_group, out_group), table in self.pairs.items():
+            i, j = self._group(in_group, actions), self._group(out_group, actions)
+            total += table.to(actions.device).view(-1)[i * self.k + j]
         return total
 
-    def _term(self, cost: ConvCost, table: Tensor, actions: Tensor) -> Tensor:
-        table = table.to(actions.device)
-        i = self._group(cost.in_group, actions)
-        j = self._group(cost.out_group, actions)
-        return table.view(-1)[i * self.k + j]
-
-    def _group(self, group: frozenset[int] | None, actions: Tensor) -> Tensor:
+    def _group(self, group: frozenset[int] | None, actions: Tensor) -> Tensor | int:
         """Index 0…k−1 of the group that the actions give."""
         if group is None:
-            return torch.full((actions.shape[0],), self.k - 1, dtype=torch.int64, device=actions.device)
+            return self.k - 1
         columns = sorted(group)
         return (actions[:, columns[0]] if len(columns) == 1 else actions[:, columns].amax(1)) - 1
 
-    def candidates(self, layer: int, taken: Tensor) -> Tensor:
-        """MACs (N, k) of each action 1…k at decision `layer`, the earlier ones `taken` (N, layer), all later ones 1."""
-        n = taken.shape[0]
-        actions = torch.ones(n, self.k, self.decisions, dtype=torch.int64, device=taken.device)
-        actions[:, :, :layer] = taken[:, None, :].long()
-        actions[:, :, layer] = torch.arange(1, self.k + 1, device=taken.device)
-        return self.count(actions.view(n * self.k, -1)).view(n, self.k)
+
+@dataclass
+class CapTerm:
+    """MACs that the action of one decision adds, given the largest earlier actions of two groups."""
+
+    in_columns: list[int]  # earlier decisions whose maximum is the input's group
+    out_columns: list[int]
+    extra: Tensor  # (k · k, k): [largest earlier in − 1, out − 1][action − 1] → MACs beyond action 1
+
+
+class Cap:
+    """Keeps every image within an allowance of MACs, decision by decision, assuming action 1 for what is still to come.
+
+    `spent` is the cost of the actions so far with the cheapest completion; the MACs of every candidate differ from it only
+    in the convolutions whose groups contain this decision.
+    """
+
+    def __init__(self, counter: MacCounter) -> None:
+        self.k, self.cheapest = counter.k, counter.cheapest
+        k = self.k
+        self.terms: list[list[CapTerm]] = []
+        self.fixed: list[Tensor] = []
+        span = torch.arange(k)
+        for decision in range(counter.decisions):
+            fixed, terms = torch.zeros(k, dtype=torch.int64), {}
+            for (in_group, out_group), table in counter.pairs.items():
+                of_in, of_out = decision in (in_group or ()), decision in (out_group or ())
+                if not (of_in or of_out):
+                    continue
+                columns = [sorted(d for d in group or () if d < decision) for group in (in_group, out_group)]
+                # [earlier in][earlier out][action] → index of the table
+                i = span[:, None, None] if in_group is not None else torch.full((1, 1, 1), k - 1)
+                j = span[None, :, None] if out_group is not None else torch.full((1, 1, 1), k - 1)
+                i = torch.maximum(i, span) if of_in else i
+                j = torch.maximum(j, span) if of_out else j
+                total = table[i, j].expand(k, k, k)
+                extra = total - total[:, :, :1]
+                if not columns[0] and not columns[1]:
+                    fixed += extra[0, 0]
+                    continue
+                key = (tuple(columns[0]), tuple(columns[1]))
+                extra = extra.reshape(k * k, k)
+                if key in terms:
+                    extra = extra + terms[key].extra
+                terms[key] = CapTerm(*columns, extra)
+            self.fixed.append(fixed)
+            self.terms.append(list(terms.values()))
+
+    def lower(self, decision: int, action: Tensor, taken: list[Tensor], spent: Tensor, allowance: int) -> Tensor:
+        """The largest actions ≤ `action` (N,) int32 within `allowance`. Updates `spent` (N,) int64 in place."""
+        fixed = self.fixed[decision].to(spent.device)
+        candidates = spent[:, None] + fixed  # (N, k)
+        for term in self.terms[decision]:
+            index = self._largest(term.in_columns, taken) * self.k + self._largest(term.out_columns, taken)
+            extra = term.extra.to(spent.device)
+            candidates = candidates + (extra[index] if isinstance(index, int) else extra.index_select(0, index))
+        action = torch.minimum(action, (candidates <= allowance).sum(1, dtype=action.dtype))
+        spent.copy_(candidates.gather(1, action.long()[:, None] - 1)[:, 0])
+        return action
+
+    @staticmethod
+    def _largest(columns: list[int], taken: list[Tensor]) -> Tensor | int:
+        """Largest earlier action of the columns − 1, or 0 where there is none."""
+        if not columns:
+            return 0
+        largest = taken[columns[0]]
+        for column in columns[1:]:
+            largest = torch.maximum(largest, taken[column])
+        return largest - 1

@@ -10,11 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rnp_kernels
+from rnp_kernels import backends, reference
 
 from . import graph as g
 from .batchnorm import PrefixBatchNorm2d
-from .macs import MacCounter
+from .macs import Cap, MacCounter
+from .plan import Plan, PlanBuilder
 from .policies import FullWidth, Policy
+
+OPERATOR = torch.ops.rnp.prefix_conv2d.default
 
 if TYPE_CHECKING:
     from .convert import Report
@@ -29,6 +33,38 @@ class Trace:
     dense_macs: int  # per image, no agent
     layers: list[str]
     features: list[Tensor] | None = field(default=None)  # (N, C_l) float32 each, with return_trace="features"
+
+
+class Decider:
+    """Asks the policy, decision by decision, for one batch; keeps the cap; remembers what was decided."""
+
+    def __init__(self, network: PrunedNetwork, images: Tensor, want_features: bool) -> None:
+        self.network, self.policy, self.want_features = network, network.policy, want_features
+        self.needs_features = self.policy.needs_features or want_features
+        self.taken: list[Tensor] = []
+        self.features: list[Tensor] = []
+        self.allowance: int | None = None
+        if network.max_macs is not None:
+            self.allowance = network._allowance(network.max_macs)
+            self.cap = network._cap
+            self.spent = torch.full((images.shape[0],), self.cap.cheapest, dtype=torch.int64, device=images.device)
+        self.state = self.policy.start(network, images.shape[0], images.device)
+
+    def __call__(self, decision: int, features: Tensor | None) -> Tensor:
+        """Actions (N,) int32 for one decision; features (N, C) float32, or None where they are not needed."""
+        action, self.state = self.policy.act(decision, features, self.state)
+        if self.allowance is not None:
+            action = self.cap.lower(decision, action, self.taken, self.spent, self.allowance)
+        self.taken.append(action)
+        if self.want_features and features is not None:
+            self.features.append(features)
+        return action
+
+    def trace(self) -> Trace:
+        network, actions = self.network, torch.stack(self.taken, 1)
+        macs = network.macs(actions) + getattr(self.policy, "macs_per_image", 0)
+        features = self.features if self.want_features else None
+        return Trace(actions, macs, network.dense_macs, list(network.layers), features)
 
 
 class PrunedNetwork(nn.Module):
@@ -55,6 +91,9 @@ class PrunedNetwork(nn.Module):
         self.policy = FullWidth()
         self.penalty_shift, self.max_macs = 0.0, None
         self._steps, self._values, self._input, self._states = steps, values, input_name, states
+        self._cap = Cap(counter)
+        self._plans: dict[tuple[bool, bool], Plan] = {}
+        self._norms = [m for m in backbone.modules() if isinstance(m, (PrefixBatchNorm2d, nn.BatchNorm2d))]
 
     # -- policy --------------------------------------------------------------------------------------------------
 
@@ -105,40 +144,67 @@ class PrunedNetwork(nn.Module):
             raise ValueError(f"set_budget: max_macs {max_macs} is below the least possible here, {least:.4f}")
         return allowance
 
-    def _capped(self, layer: int, action: Tensor, taken: list[Tensor], allowance: int) -> Tensor:
-        """Lower `action` to the largest one whose MACs with the cheapest completion stay within the allowance."""
-        history = torch.stack(taken, 1) if taken else action.new_empty(action.shape[0], 0)
-        within = self.counter.candidates(layer, history) <= allowance
-        return torch.minimum(action, within.sum(1).to(action.dtype))
-
     # -- mixed actions -------------------------------------------------------------------------------------------
 
     def forward(self, images: Tensor, return_trace: bool | str = False) -> Any:
-        """images (N, C, H, W) → the model's output; with `return_trace` (True or "features") also a `Trace`."""
+        """images (N, C, H, W) → the model's output; with `return_trace` (True or "features") also a `Trace`.
+
+        In eval mode without gradients the flat plan of plan.py runs; otherwise every module, differentiably.
+        """
         want_features = return_trace == "features"
-        allowance = None if self.max_macs is None else self._allowance(self.max_macs)
-        state = self.policy.start(self, images.shape[0], images.device)
-        env: dict[str, Any] = {self._input: images.contiguous(memory_format=torch.channels_last)}
+        policy = self.policy
+        if images.dim() != 4:
+            raise ValueError(f"PrunedNetwork: images must be (N, C, H, W), got {tuple(images.shape)}")
+        images = images.contiguous(memory_format=torch.channels_last)
+        planned = not self.training and not self._differentiates(images) and not any(m.training for m in self._norms)
+        if planned and not return_trace and self.max_macs is None and type(policy) is FullWidth:
+            return self._plan(full=True, features=False).run(images, operator_for(images), None)
+        decider = Decider(self, images, want_features)
+        if planned:
+            plan = self._plan(full=False, features=policy.needs_features or want_features)
+            result = plan.run(images, operator_for(images), decider)
+        else:
+            result = self._differentiable(images, decider)
+        return (result, decider.trace()) if return_trace else result
+
+    def _differentiates(self, images: Tensor) -> bool:
+        return torch.is_grad_enabled() and (
+            images.requires_grad or any(p.requires_grad for p in self.backbone.parameters())
+        )
+
+    def _plan(self, full: bool, features: bool) -> Plan:
+        """The plan in use, made again where a parameter, buffer or module has changed."""
+        plan = self._plans.get((full, features))
+        if plan is None or not plan.current():
+            plan = PlanBuilder(self, full, features).build()
+            self._plans[full, features] = plan
+        return plan
+
+    def train(self, mode: bool = True) -> PrunedNetwork:
+        self.refresh()
+        return super().train(mode)
+
+    def refresh(self) -> None:
+        """Drop what is derived from the parameters. Needed only after a change made through `tensor.data` in place,
+        which torch does not count; every other change is noticed."""
+        self._plans = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plans": {}}
+
+    def _differentiable(self, images: Tensor, decider: Decider) -> Any:
+        env: dict[str, Any] = {self._input: images}
         groups: dict[str, Tensor | None] = {self._input: None}
-        pooled: dict[str, Tensor] = {}
-        taken: list[Tensor] = []
-        features: list[Tensor] = []
+        means: dict[str, Tensor] = {}
         result = None
         for step in self._steps:
             if isinstance(step, g.ConvStep):
-                if step.decision is not None and step.decision == len(taken):
-                    x = None
-                    if self.policy.needs_features or want_features:
-                        name = self._states[step.decision]
-                        if name not in pooled:
-                            pooled[name] = env[name].mean((2, 3), dtype=torch.float32)
-                        x = pooled[name]
-                        features.append(x)
-                    action, state = self.policy.act(step.decision, x.detach() if x is not None else None, state)
-                    if allowance is not None:
-                        action = self._capped(step.decision, action, taken, allowance)
-                    taken.append(action)
-                result = self._mixed_conv(step, env, groups, taken)
+                if step.decision is not None and step.decision == len(decider.taken):
+                    name = self._states[step.decision]
+                    if decider.needs_features and name not in means:
+                        means[name] = env[name].detach().mean((2, 3), dtype=torch.float32)
+                    decider(step.decision, means.get(name))
+                result = self._mixed_conv(step, env, groups, decider.taken)
             elif isinstance(step, g.NormStep):
                 group = groups[step.inputs[0]]
                 assert group is not None
@@ -153,11 +219,7 @@ class PrunedNetwork(nn.Module):
                 result = step.call.run(self.backbone, [env[name] for name in step.inputs], self.training)
                 groups[step.output] = groups[step.inputs[0]] if isinstance(step, g.ChannelwiseStep) else None
             env[step.output] = result
-        if not return_trace:
-            return result
-        actions = torch.stack(taken, 1)
-        macs = self.macs(actions) + getattr(self.policy, "macs_per_image", 0)
-        return result, Trace(actions, macs, self.dense_macs, list(self.layers), features if want_features else None)
+        return result
 
     def _prefix(self, group: Tensor, channels: int) -> Tensor:
         k = self.groups
@@ -261,6 +323,22 @@ class PrunedNetwork(nn.Module):
             x = add_prefix(x, env[step.inputs[1]])
             group_out = max(group_out, group[step.inputs[1]])
         return (F.relu(x) if step.relu else x), group_out
+
+
+def operator_for(images: Tensor) -> Any:
+    """torch.ops.rnp.prefix_conv2d, or the reference where that backend is in force; same arguments."""
+    return reference_operator if backends.resolve(images) == "reference" else OPERATOR
+
+
+def reference_operator(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int,
+    in_prefix: Tensor | None, out_prefix: Tensor | None, scale: Tensor | None, row: Tensor | None,
+    residual: Tensor | None, activation: str, tail: str, pooled: bool, packed: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    return reference.prefix_conv2d(
+        input, weight, bias, stride, padding, dilation, groups, in_prefix=in_prefix, out_prefix=out_prefix, scale=scale,
+        row=row, residual=residual, activation=activation, tail=tail, pooled=pooled,
+    )  # fmt: skip
 
 
 def larger(a: Tensor | None, b: Tensor | None) -> Tensor | None:

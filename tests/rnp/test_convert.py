@@ -6,10 +6,11 @@ import copy
 import pickle
 
 import pytest
-import rnp
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import rnp
 
 K = 4
 

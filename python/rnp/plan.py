@@ -1,0 +1,362 @@
+"""The flat plan a converted network runs in eval mode: a list of small functions around the registered operators.
+
+Everything that does not depend on the images is settled when the plan is built: BatchNorms folded into scale and bias
+tables, weights packed, which tails may stay undefined, where prefixes come from, when a tensor is let go. What is left per
+layer is one operator call with its arguments already in place.
+
+A value's *group* (N,) int32 1…k is the largest of some decisions' actions; its prefix is ceil(group · C / k). Tables have a
+line 0 that is never used, so that a group is at once the `row` of its line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import graph as g
+from .batchnorm import PrefixBatchNorm2d
+
+if TYPE_CHECKING:
+    from .network import PrunedNetwork
+
+Group = frozenset[int] | None
+NOTHING = 0  # slot of `values` and `prefixes` that always holds None
+
+SHAPE_ONLY = {"size", "dim", "numel"}  # methods that look at no element
+
+
+@dataclass
+class Run:
+    """What one execution of a plan carries along."""
+
+    operator: Callable[..., tuple[Tensor, Tensor]]
+    decide: Callable[[int, Tensor | None], Tensor] | None
+    values: list[Any]
+    prefixes: list[Tensor | None]
+
+
+Instruction = Callable[[Run], None]
+
+
+def tables(conv: nn.Conv2d, norm: nn.Module | None, varies: bool, k: int) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and bias of convolution + BatchNorm: (C_out,) each, or (k + 1, C_out) where the in-prefix `varies`."""
+    bias = conv.bias
+    if norm is None:
+        return None, bias
+    if isinstance(norm, PrefixBatchNorm2d):
+        scale, shift = norm.table()
+        if not varies:
+            scale, shift = scale[-1], shift[-1]
+    else:
+        assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
+        scale = torch.rsqrt(norm.running_var + norm.eps)
+        scale = scale if norm.weight is None else scale * norm.weight
+        shift = -norm.running_mean * scale
+        shift = shift if norm.bias is None else shift + norm.bias
+    if bias is not None:
+        shift = shift + scale * bias
+    if varies:
+        scale, shift = (torch.cat([t[:1], t]) for t in (scale, shift))
+    return scale.contiguous(), shift.contiguous()
+
+
+def norm_table(norm: PrefixBatchNorm2d, k: int) -> tuple[Tensor, Tensor]:
+    """Scale and shift (k + 1, C) of a BatchNorm on its own; 0 beyond the prefix that goes with the line."""
+    scale, shift = norm.table()
+    sizes = torch.tensor([g.prefix_size(i + 1, norm.num_features, k) for i in range(k)], device=scale.device)
+    live = torch.arange(norm.num_features, device=scale.device) < sizes[:, None]
+    return tuple(torch.cat([t[:1], t * live]) for t in (scale, shift))  # type: ignore[return-value]
+
+
+def zero_tails(steps: list[g.Step], states: list[str]) -> set[str]:
+    """Names of the values whose tail has to be zero, because a reader does not know the prefix."""
+    produced = {step.output: step for step in steps}
+    needed = {name for name in states if not isinstance(produced.get(name), g.ConvStep)}
+    for step in reversed(steps):
+        if isinstance(step, g.ConvStep):
+            needed.update(step.inputs[1:])
+        elif isinstance(step, (g.ChannelwiseStep, g.NormStep)):
+            if step.output in needed:
+                needed.update(step.inputs)
+        elif not (isinstance(step, g.OpaqueStep) and step.call.op == "call_method" and step.call.target in SHAPE_ONLY):
+            needed.update(step.inputs)
+    return needed
+
+
+@dataclass
+class Plan:
+    """Instructions, and the modules, parameters and buffers they were made from: (registry, name, item, address, version)."""
+
+    instructions: list[Instruction]
+    value_slots: int
+    prefix_slots: int
+    input_slot: int
+    output_slot: int
+    sources: list[tuple[dict[str, Any], str, Any, int, int]] = field(default_factory=list)
+
+    def current(self) -> bool:
+        """Whether every module, tensor, storage and version is still the one the plan was made from."""
+        for registry, name, tensor, pointer, version in self.sources:
+            now = registry.get(name)
+            if now is not tensor or (pointer and (now.data_ptr() != pointer or _version(now) != version)):
+                return False
+        return True
+
+    def run(self, images: Tensor, operator: Callable[..., Any], decide: Callable[..., Tensor] | None) -> Any:
+        values: list[Any] = [None] * self.value_slots
+        values[self.input_slot] = images
+        run = Run(operator, decide, values, [None] * self.prefix_slots)
+        for instruction in self.instructions:
+            instruction(run)
+        return values[self.output_slot]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class PlanBuilder:
+    """Builds the plan for mixed actions, or with `full` the one in which every group is k and nobody is asked."""
+
+    def __init__(self, network: PrunedNetwork, full: bool, features: bool) -> None:
+        self.network, self.full, self.features = network, full, features and not full
+        self.backbone, self.k = network.backbone, network.groups
+        self.steps, self.values = network._steps, network._values
+        self.states = [] if not self.features else network._states
+        self.zero = zero_tails(self.steps, self.states)
+        self.slots: dict[str, int] = {}
+        self.prefix_of: dict[tuple[frozenset[int], int | None], int] = {}
+        self.instructions: list[Instruction] = []
+        self.decided = 0
+        self.pooled: dict[str, int] = {}
+        self.next_value = self.next_prefix = 1
+        self.sources: list[tuple[dict[str, Any], str, Any, int, int]] = []
+
+    # -- slots ---------------------------------------------------------------------------------------------------
+
+    def slot(self, name: str) -> int:
+        if name not in self.slots:
+            self.slots[name] = self.next_value
+            self.next_value += 1
+        return self.slots[name]
+
+    def group_slot(self, group: Group) -> int:
+        """Slot of the group's tensor (N,) 1…k; emits the maximum that makes it, once."""
+        if group is None or self.full:
+            return NOTHING
+        key = (group, None)
+        if key not in self.prefix_of:
+            # Reuse the largest maximum there is: the group of a residual stream grows by one decision at a time.
+            known = [have for have, channels in self.prefix_of if channels is None and have < group]
+            first = max(known, key=len)
+            rest = self.group_slot(group - first)
+            a, target = self.prefix_of[first, None], self.new_prefix(key)
+
+            def maximum(run: Run) -> None:
+                run.prefixes[target] = torch.maximum(run.prefixes[a], run.prefixes[rest])
+
+            self.instructions.append(maximum)
+        return self.prefix_of[key]
+
+    def prefix_slot(self, group: Group, channels: int) -> int:
+        """Slot of the prefix (N,) int32 for a map of `channels`; emits the look-up that makes it, once."""
+        if group is None or self.full:
+            return NOTHING
+        key = (group, channels)
+        if key not in self.prefix_of:
+            source, target = self.group_slot(group), self.new_prefix(key)
+            sizes = [0] + [g.prefix_size(a, channels, self.k) for a in range(1, self.k + 1)]
+            table = torch.tensor(sizes, dtype=torch.int32, device=self.device)
+
+            def look_up(run: Run) -> None:
+                run.prefixes[target] = table.index_select(0, run.prefixes[source])
+
+            self.instructions.append(look_up)
+        return self.prefix_of[key]
+
+    def new_prefix(self, key: tuple[frozenset[int], int | None]) -> int:
+        self.prefix_of[key] = self.next_prefix
+        self.next_prefix += 1
+        return self.prefix_of[key]
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def build(self) -> Plan:
+        self.device = next(self.backbone.parameters()).device
+        last_use = {name: i for i, step in enumerate(self.steps) for name in step.inputs}
+        with torch.no_grad():
+            for i, step in enumerate(self.steps):
+                if isinstance(step, g.ConvStep):
+                    self.emit_conv(step)
+                elif isinstance(step, g.NormStep):
+                    self.emit_norm(step)
+                elif isinstance(step, g.AddStep):
+                    self.emit_add(step)
+                else:
+                    assert isinstance(step, (g.ChannelwiseStep, g.OpaqueStep))
+                    self.emit_call(step)
+                if step.output in self.states and step.output not in self.pooled:
+                    self.emit_mean(step.output)
+                self.emit_free([name for name in dict.fromkeys(step.inputs) if last_use[name] == i])
+        plan = Plan(
+            self.instructions, self.next_value, self.next_prefix, self.slot(self.network._input),
+            self.slot(self.steps[-1].output), self.sources,
+        )  # fmt: skip
+        return plan
+
+    def module(self, name: str) -> nn.Module:
+        """The module, whose replacement the plan will notice."""
+        owner, _, last = name.rpartition(".")
+        registry = self.backbone.get_submodule(owner)._modules
+        self.sources.append((registry, last, registry[last], 0, 0))
+        return self.backbone.get_submodule(name)
+
+    def watch(self, module: nn.Module) -> None:
+        """Let the plan notice a change of the module's parameters or buffers."""
+        for registry in (module._parameters, module._buffers):
+            for name, t in registry.items():
+                if name == "num_batches_tracked":
+                    continue
+                self.sources.append(
+                    (registry, name, t, 0 if t is None else t.data_ptr(), 0 if t is None else _version(t))
+                )
+
+    def emit_decision(self, decision: int) -> None:
+        """Ask for the action, unless that has been done."""
+        if self.full or decision < self.decided:
+            return
+        assert decision == self.decided
+        self.decided += 1
+        target = self.new_prefix((frozenset([decision]), None))
+        state = self.pooled[self.states[decision]] if self.features else NOTHING
+
+        def decide(run: Run) -> None:
+            run.prefixes[target] = run.decide(decision, run.values[state])  # type: ignore[misc]
+
+        self.instructions.append(decide)
+
+    def emit_conv(self, step: g.ConvStep) -> None:
+        conv = self.module(step.conv)
+        norm = self.module(step.norm) if step.norm else None
+        assert isinstance(conv, nn.Conv2d)
+        if step.decision is not None:
+            self.emit_decision(step.decision)
+        self.watch(conv)
+        if norm is not None:
+            self.watch(norm)
+        varies = step.in_group is not None and not self.full and isinstance(norm, PrefixBatchNorm2d)
+        scale, bias = tables(conv, norm, varies, self.k)
+        weight = conv.weight.detach()
+        packed = torch.ops.rnp.pack_weight(weight, conv.groups) if weight.device.type == "cpu" else None
+        x, y = self.slot(step.inputs[0]), self.slot(step.output)
+        in_prefix = self.prefix_slot(step.in_group, conv.in_channels)
+        out_prefix = self.prefix_slot(step.out_group, conv.out_channels)
+        row = self.group_slot(step.in_group) if varies else NOTHING
+        residual = self.slot(step.inputs[1]) if step.residual else NOTHING
+        activation = "relu" if step.relu else "none"
+        skip = out_prefix != NOTHING and not step.residual and step.output not in self.zero
+        tail = "skip" if skip else "zero"
+        pooled = step.output in self.states
+        stride, dilation, groups = list(conv.stride), list(conv.dilation), conv.groups
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        padding = [top, bottom, left, right]
+        if conv.padding_mode != "zeros":
+            x = self.emit_pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
+            padding = [0, 0, 0, 0]
+        mean = self.new_state(step.output) if pooled else NOTHING
+
+        def convolve(run: Run) -> None:
+            values, prefixes = run.values, run.prefixes
+            output = run.operator(
+                values[x], weight, bias, stride, padding, dilation, groups, prefixes[in_prefix], prefixes[out_prefix],
+                scale, prefixes[row], values[residual], activation, tail, pooled, packed,
+            )  # fmt: skip
+            values[y] = output[0]
+            if pooled:
+                values[mean] = output[1]
+
+        self.instructions.append(convolve)
+
+    def new_state(self, name: str) -> int:
+        self.pooled[name] = self.next_value
+        self.next_value += 1
+        return self.pooled[name]
+
+    def emit_pad(self, x: int, amounts: list[int], mode: str) -> int:
+        y = self.next_value
+        self.next_value += 1
+
+        def pad(run: Run) -> None:
+            run.values[y] = F.pad(run.values[x], amounts, mode=mode)
+
+        self.instructions.append(pad)
+        return y
+
+    def emit_mean(self, name: str) -> None:
+        """The state where no convolution gives it along with its output."""
+        x, y = self.slot(name), self.new_state(name)
+
+        def mean(run: Run) -> None:
+            run.values[y] = run.values[x].mean((2, 3), dtype=torch.float32)
+
+        self.instructions.append(mean)
+
+    def emit_norm(self, step: g.NormStep) -> None:
+        norm = self.module(step.norm)
+        assert isinstance(norm, PrefixBatchNorm2d)
+        self.watch(norm)
+        x, y = self.slot(step.inputs[0]), self.slot(step.output)
+        scale, shift = norm_table(norm, self.k)
+        group = self.group_slot(self.values[step.inputs[0]].group)
+        full_scale, full_shift = (t[-1, :, None, None].clone() for t in (scale, shift))
+
+        def normalise(run: Run) -> None:
+            row = run.prefixes[group]
+            if row is None:
+                run.values[y] = torch.addcmul(full_shift, run.values[x], full_scale)
+            else:
+                a, b = (t.index_select(0, row)[:, :, None, None] for t in (scale, shift))
+                run.values[y] = torch.addcmul(b, run.values[x], a)
+
+        self.instructions.append(normalise)
+
+    def emit_add(self, step: g.AddStep) -> None:
+        a, b, y = self.slot(step.inputs[0]), self.slot(step.inputs[1]), self.slot(step.output)
+
+        def add(run: Run) -> None:
+            run.values[y] = run.values[a] + run.values[b]
+
+        self.instructions.append(add)
+
+    def emit_call(self, step: g.ChannelwiseStep | g.OpaqueStep) -> None:
+        slots, y, call, backbone = [self.slot(n) for n in step.inputs], self.slot(step.output), step.call, self.backbone
+        if call.op == "call_module" and call.args == (g.Arg(0),) and not call.kwargs:
+            module, x = self.module(call.target), slots[0]
+
+            def call_module(run: Run) -> None:
+                run.values[y] = module(run.values[x])
+
+            self.instructions.append(call_module)
+            return
+
+        def execute(run: Run) -> None:
+            run.values[y] = call.run(backbone, [run.values[slot] for slot in slots], False)
+
+        self.instructions.append(execute)
+
+    def emit_free(self, names: list[str]) -> None:
+        """Let the tensors go after their last use, so that the allocator can give their memory out again."""
+        slots = [self.slot(name) for name in names]
+        if not slots:
+            return
+
+        def free(run: Run) -> None:
+            for slot in slots:
+                run.values[slot] = None
+
+        self.instructions.append(free)
