@@ -1,5 +1,5 @@
-// Every operator of torch.ops.rnp, on one screen. Kernels attach from csrc/cpu and csrc/cuda (STABLE_TORCH_LIBRARY_IMPL);
-// fake kernels, autograd and autocast rules attach from rnp_kernels/ops.py.
+// Every operator of torch.ops.rnp, on one screen. Kernels attach from csrc/cpu and csrc/cuda
+// (STABLE_TORCH_LIBRARY_IMPL); fake kernels, autograd and autocast rules attach from rnp_kernels/ops.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(rnp, m) {
@@ -9,7 +9,8 @@ STABLE_TORCH_LIBRARY(rnp, m) {
   // padding is (top, bottom, left, right). packed is pack_weight(weight, groups) or None: pack for this call only.
   // Returns (output, pooled); pooled is (N, C_out) float32, or empty (0,) where `pooled` is false.
   m.def(
-      "prefix_conv2d(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups,"
+      "prefix_conv2d(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int "
+      "groups,"
       " Tensor? in_prefix, Tensor? out_prefix, Tensor? scale, Tensor? row, Tensor? residual, str activation, str tail,"
       " bool pooled, Tensor? packed) -> (Tensor, Tensor)");
 
@@ -24,10 +25,12 @@ STABLE_TORCH_LIBRARY(rnp, m) {
   // min(max(prefix, 0), limit) on the device, without reading it back. CUDA only.
   m.def("clamp_prefix(Tensor prefix, int limit) -> Tensor");
 
-  // One decision of the agent for every sample: standardise, encode, one GRU step, decode, argmax of Q + (i - 1) * shift.
-  // Returns (hidden (N, H) float32, q (N, k) float32, action (N,) int32 counted from 1).
+  // One decision of the agent for every sample: standardise, encode, one GRU step, decode, argmax of Q + (i - 1) *
+  // shift. weight_ih has a column for each action after the code's where the previous action is an input. Returns
+  // (hidden (N, H) float32, q (N, k) float32, action (N,) int32 counted from 1, and the prefix of `channels` that the
+  // action keeps (N,) int32).
   m.def(
       "agent_step(Tensor pooled, Tensor? hidden, Tensor? previous_action, Tensor mean, Tensor inv_std,"
       " Tensor encoder_weight, Tensor encoder_bias, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih, Tensor bias_hh,"
-      " Tensor decoder_weight, Tensor decoder_bias, float shift) -> (Tensor, Tensor, Tensor)");
+      " Tensor decoder_weight, Tensor decoder_bias, float shift, int channels) -> (Tensor, Tensor, Tensor, Tensor)");
 }
