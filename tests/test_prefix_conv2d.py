@@ -1,0 +1,159 @@
+"""The operator's output: every named case, dtype and instruction set against the specification in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import rnp_kernels
+from rnp_kernels import reference, testing
+from rnp_kernels.testing import CASES, Case, assert_as_accurate_as_native
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def call(case: Case, arguments: testing.Tensors, **extra: object) -> tuple[Tensor, Tensor | None]:
+    result = rnp_kernels.prefix_conv2d(**arguments, **extra)
+    return result if case.pooled else (result, None)
+
+
+def defined(case: Case, output: Tensor) -> Tensor:
+    """The output with what `tail="skip"` leaves undefined at zero."""
+    if case.tail == "zero":
+        return output
+    prefix = torch.tensor(case.out_prefix, dtype=torch.int32)
+    return torch.where(reference.live(case.out, prefix, output), output, 0)
+
+
+def check_float64(case: Case, arguments: testing.Tensors, output: Tensor, means: Tensor | None) -> None:
+    """No wider truth is at hand, so the bound is the theorem's: a sum of K products, in any order, is off by at most
+    K eps times the sum of their absolute values; ours and the reference each by that."""
+    truth, _ = testing.run_reference(case, arguments)
+    absolute = {k: v.abs() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    size, _ = testing.run_reference(case, absolute)
+    products = case.input[1] // case.groups * case.kernel[0] * case.kernel[1] + 3  # scale, bias, residual
+    assert output.dtype == torch.float64 and output.shape == truth.shape
+    assert ((defined(case, output) - truth).abs() <= 2 * products * torch.finfo(torch.float64).eps * size).all()
+    if case.pooled:
+        torch.testing.assert_close(means, defined(case, output).mean((2, 3)).float(), rtol=1e-6, atol=1e-7)
+
+
+def check(case: Case, arguments: testing.Tensors, output: Tensor, means: Tensor | None) -> None:
+    if output.dtype == torch.float64:
+        return check_float64(case, arguments, output, means)
+    native, native_means = testing.run_reference(case, arguments)
+    truth, true_means = testing.run_reference(case, testing.convert(arguments, torch.float64))
+    assert_as_accurate_as_native("output", defined(case, output), native, truth)
+    if case.pooled:
+        assert means.dtype == torch.float32
+        assert_as_accurate_as_native("means", means, native_means.float(), true_means)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_case(case: Case, dtype: torch.dtype, isa: str, poisoned_memory: None) -> None:
+    arguments = testing.make(case, dtype)
+    output, means = call(case, arguments)
+    check(case, arguments, output, means)
+    dense = torch.nn.functional.conv2d(
+        arguments["input"], arguments["weight"], None, case.stride,
+        *((case.padding,) if isinstance(case.padding, (int, str)) else (0,)), case.dilation, case.groups,
+    )  # fmt: skip
+    if output.shape == dense.shape and output.numel():
+        assert output.stride() == dense.stride(), "conv2d gives another layout"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_packed_weights_change_no_bit(case: Case, isa: str) -> None:
+    arguments = testing.make(case)
+    packed = rnp_kernels.pack_weight(arguments["weight"], case.groups)
+    output, means = call(case, arguments)
+    again, means_again = call(case, arguments, packed=packed)
+    assert torch.equal(defined(case, output), defined(case, again))
+    assert means is None or torch.equal(means, means_again)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_reference_backend_runs_every_case(case: Case) -> None:
+    arguments = testing.make(case)
+    with rnp_kernels.backend("reference"):
+        output, means = call(case, arguments)
+    check(case, arguments, output, means)
+
+
+def test_the_reference_is_conv2d_where_no_option_is_used() -> None:
+    x, w, b = torch.randn(2, 6, 9, 9).double(), torch.randn(8, 3, 3, 3).double(), torch.randn(8).double()
+    ours, _ = reference.prefix_conv2d(x, w, b, (2, 1), (1, 1, 1, 1), (1, 1), 2)
+    torch.testing.assert_close(ours, torch.nn.functional.conv2d(x, w, b, (2, 1), 1, 1, 2), rtol=0, atol=1e-12)
+
+
+def test_the_reference_by_hand() -> None:
+    x = torch.tensor([[[[1.0]], [[2.0]]], [[[3.0]], [[torch.nan]]]])  # (2, 2, 1, 1)
+    w = torch.tensor([[1.0, 10.0], [2.0, 20.0]])[:, :, None, None]
+    prefixes = {"in_prefix": torch.tensor([2, 1]), "out_prefix": torch.tensor([1, 2])}
+    y, means = reference.prefix_conv2d(
+        x, w, torch.tensor([0.5, 0.25]), scale=torch.tensor([1.0, -1.0]), residual=torch.full((2, 2, 1, 1), 1.0),
+        activation="relu", pooled=True, **prefixes,
+    )  # fmt: skip
+    # sample 0: 1·1 + 2·10 + 0.5 + 1; pruned: 1.  sample 1: 3·1 + 0.5 + 1; −3·2 + 0.25 + 1 < 0.
+    assert y.flatten().tolist() == [22.5, 1.0, 4.5, 0.0]
+    assert torch.equal(means, y.flatten(1))
+
+
+def test_unbatched_input(isa: str) -> None:
+    arguments = testing.make(testing.case("everything"))
+    one = {k: v for k, v in arguments.items() if k not in ("in_prefix", "out_prefix", "row", "scale", "bias")}
+    one["input"], one["residual"] = torch.randn(24, 10, 9), one["residual"][0]
+    output, means = rnp_kernels.prefix_conv2d(**one, in_prefix=torch.tensor([13], dtype=torch.int32))
+    one["input"], one["residual"] = one["input"][None], one["residual"][None]
+    batch_output, batch_means = rnp_kernels.prefix_conv2d(**one, in_prefix=torch.tensor([13], dtype=torch.int32))
+    assert output.shape == (48, 5, 5) and means.shape == (48,)
+    assert torch.equal(output, batch_output[0]) and torch.equal(means, batch_means[0])
+
+
+def test_float32_tables_beside_half_precision(isa: str) -> None:
+    case = testing.case("everything")
+    wide, half = testing.make(case), testing.make(case, torch.bfloat16)
+    half |= {"scale": wide["scale"], "bias": wide["bias"]}
+    output, means = call(case, half)
+    assert output.dtype == torch.bfloat16 and means.dtype == torch.float32
+    check(case, half, output, means)
+
+
+def test_infinity_and_nan_pass_through(isa: str) -> None:
+    x = torch.ones(1, 20, 5, 5)
+    x[0, 3, 0, 0], x[0, 4, 4, 4] = torch.nan, torch.inf
+    w = torch.ones(33, 20, 1, 1)
+    for activation in ("none", "relu"):
+        y = rnp_kernels.prefix_conv2d(x, w, activation=activation)
+        assert y[0, :, 0, 0].isnan().all() and y[0, :, 4, 4].isposinf().all()
+        assert torch.equal(y[0, :, 1:4, 1:4], torch.full((33, 3, 3), 20.0))
+
+
+def test_subnormals_are_kept(isa: str) -> None:
+    y = rnp_kernels.prefix_conv2d(torch.full((1, 1, 4, 4), 1e-40), torch.ones(1, 1, 1, 1))
+    assert (y == torch.full((1, 1, 4, 4), 1e-40)).all()
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_other_random_values(seed: int, isa: str) -> None:
+    case = testing.case("everything")
+    arguments = testing.make(case, seed=seed)
+    check(case, arguments, *call(case, arguments))
+
+
+@pytest.mark.large
+def test_offsets_beyond_32_bits() -> None:
+    """The second sample of the input starts beyond 2^31 elements, as do the last rows of the output."""
+    side = 32800  # 2 * side^2 > 2^31
+    need = (2 * side * side + 2 * side * side) * 2 + (1 << 30)
+    with open("/proc/meminfo") as file:
+        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    if available < need:
+        pytest.skip(f"needs {need / 2**30:.1f} GiB of memory")
+    x = torch.zeros(2, 1, side, side, dtype=torch.bfloat16)
+    x[1, 0, -3:, -3:] = 1
+    w = torch.full((1, 1, 1, 1), 2.0, dtype=torch.bfloat16)
+    y = rnp_kernels.prefix_conv2d(x, w)
+    assert y[1, 0, -4:, -4:].float().sum() == 18 and y[0, 0, -4:, -4:].float().sum() == 0
