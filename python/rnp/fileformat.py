@@ -1,7 +1,7 @@
 """One safetensors file with a JSON header: written atomically, read whole or not at all. Never pickle.
 
-The safetensors metadata holds ``format`` ("rnp"), ``format_version``, ``kind`` ("network" or "training"), ``header`` (JSON)
-and ``sha256`` over the header and every tensor, so that a damaged file is told from a good one.
+The safetensors metadata holds ``format`` ("rnp"), ``format_version``, ``kind`` ("network" or "training"), ``header``
+(JSON) and ``sha256`` over the header and every tensor, so that a damaged file is told from a good one.
 """
 
 from __future__ import annotations

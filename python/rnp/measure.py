@@ -35,8 +35,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each call in each of ``rounds`` rounds.
 
-    A round runs every call once; every other round in reverse order, so that a drift of the machine's speed, or what one
-    call leaves in the caches, favours nobody. ``warmup`` rounds before them are not counted.
+    A round runs every call once; every other round in reverse order, so that a drift of the machine's speed, or what
+    one call leaves in the caches, favours nobody. ``warmup`` rounds before them are not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(-warmup, rounds):

@@ -1,6 +1,6 @@
 """Q-learning of the agent: the equations as pure functions, the replay buffer, one update.
 
-Source: Lin, Rao, Lu, Zhou, *Runtime Neural Pruning*, NIPS 2017 (RNP below). Values that no text gives are marked *ours*.
+Source: Lin, Rao, Lu, Zhou, *Runtime Neural Pruning*, NIPS 2017 (RNP below). Values that no text gives are *ours*.
 
 One *episode* is one image on its way through the network: L decisions with actions a_1 … a_L (1…k), and the
 classification loss of the logits at the end. Whole episodes are kept, because the agent is recurrent across the layers.
@@ -37,7 +37,7 @@ def reward_scale(losses: Tensor) -> float:
 
 
 def rewards(actions: Tensor, losses: Tensor, penalty: float, alpha: float) -> Tensor:
-    """Rewards of whole episodes, (B, L) float32 (RNP): r_t = (a_t − 1)·p, and at the last decision −α·L_cls comes to it.
+    """Rewards of whole episodes, (B, L) float32 (RNP): r_t = (a_t − 1)·p, and −α·L_cls more at the last decision.
 
     Args:
         actions: (B, L) integers 1…k.

@@ -1,0 +1,321 @@
+"""rnp.train: the same run twice, killed and resumed, interrupted, every width usable, errors that change nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import rnp
+from rnp import paths, phases, training
+from rnp.fileformat import CheckpointError
+
+TOY = Path(__file__).with_name("toy_training.py")
+
+
+def load_toy() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("toy_training", TOY)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+toy = load_toy()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> dict[str, Tensor]:
+    return toy.train(toy.Loader())
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert list(first) == list(second)
+    different = [name for name in first if not first[name].equal(second[name])]
+    assert not different
+
+
+def test_seeds_give_the_same_run_twice(uninterrupted: dict[str, Tensor]) -> None:
+    torch.manual_seed(123)  # whatever the caller's generators hold
+    np.random.seed(5)
+    torch.rand(7)
+    assert_same(uninterrupted, toy.train(toy.Loader()))
+
+
+def test_another_seed_gives_another_run(uninterrupted: dict[str, Tensor]) -> None:
+    other = toy.train(toy.Loader(), seed=1)
+    for part in ("backbone.3.weight", "agent.encoders.0.weight"):
+        assert not uninterrupted[part].equal(other[part])
+
+
+def test_training_moves_every_part(uninterrupted: dict[str, Tensor]) -> None:
+    before = toy.network().state_dict()
+    still = [name for name, tensor in before.items() if uninterrupted[name].equal(tensor)]
+    assert not still
+    assert uninterrupted["agent.decoders.0.weight"].abs().sum() > 0
+
+
+# The batch before which the run is killed: inside each phase, after its first epoch.
+KILLS = [13, 28, 36, 46]
+
+
+@pytest.mark.parametrize("at", KILLS, ids=["sandwich", "agent", "finetune", "agent-again"])
+def test_kill_9_then_resume_is_as_if_nothing_happened(
+    at: int, tmp_path: Path, uninterrupted: dict[str, Tensor]
+) -> None:
+    folder = tmp_path / "run"
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path))
+    killed = subprocess.run([sys.executable, str(TOY), str(folder), str(at)], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (folder / training.STATE_FILE).exists()
+    assert not (folder / training.NETWORK_FILE).exists()
+    resumed = toy.Loader()
+    assert_same(uninterrupted, toy.train(resumed, checkpoint_dir=folder, resume=True))
+    assert resumed.served < 48  # it did not start anew
+    assert_same(uninterrupted, rnp.load(folder / training.NETWORK_FILE, toy.model()).state_dict())
+
+
+def test_the_kills_hit_the_phases_they_name(tmp_path: Path) -> None:
+    phases_hit = []
+    for at in KILLS:
+        loader = toy.Loader(number=signal.SIGINT, at=at)
+        folder = tmp_path / str(at)
+        with pytest.raises(KeyboardInterrupt):
+            toy.train(loader, checkpoint_dir=folder)
+        _, header = rnp.fileformat.read(folder / training.STATE_FILE, "training")
+        phases_hit.append((header["phase_index"], header["inside"]))
+    assert phases_hit == [(1, True), (2, True), (3, True), (4, True)]
+
+
+@pytest.mark.parametrize(("number", "exception"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_leaves_a_usable_state(number: int, exception: type[BaseException], tmp_path: Path) -> None:
+    pruned = toy.network()
+    pruned.set_budget(-0.1, 0.9)
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(exception) as raised:
+        rnp.train(pruned, toy.Loader(number=number, at=29), None, toy.config(checkpoint_dir=tmp_path))
+    if exception is SystemExit:
+        assert raised.value.code == 128 + signal.SIGTERM
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert not pruned.training
+    assert isinstance(pruned.policy, rnp.Agent)
+    assert (pruned.policy.epsilon, pruned.penalty_shift, pruned.max_macs) == (0.0, -0.1, 0.9)
+    with torch.no_grad():
+        assert pruned(toy.scenes(3, 4)[0]).isfinite().all()
+    rnp.fileformat.read(tmp_path / training.STATE_FILE, "training")
+
+
+def test_the_callers_generators_are_left_alone() -> None:
+    pruned = toy.network()
+    torch.manual_seed(1)
+    np.random.seed(2)
+    random.seed(3)
+    expected = (torch.rand(1), np.random.rand(), random.random())
+    torch.manual_seed(1)
+    np.random.seed(2)
+    random.seed(3)
+    rnp.train(pruned, toy.Loader(), None, toy.config(rounds=0))
+    assert (torch.rand(1), np.random.rand(), random.random()) == expected
+
+
+def test_every_width_works_after_sandwich() -> None:
+    images, labels = toy.scenes(256, 7)
+    lengths = {"agent": rnp.Length(steps=0), "finetune": rnp.Length(steps=0), "recalibration_batches": 16}
+
+    def accuracies(**changes: rnp.Length) -> dict[str, float]:
+        pruned = toy.network()
+        rnp.train(pruned, toy.Loader(512, 32), None, toy.config(**lengths, **changes))
+        found = {}
+        policies = {f"uniform {width}": rnp.policies.Uniform(width) for width in (0.25, 0.5, 0.75, 1.0)}
+        for name, policy in {**policies, "random": rnp.policies.Random(torch.Generator().manual_seed(0))}.items():
+            pruned.policy = policy
+            with torch.no_grad():
+                found[name] = float((pruned(images).argmax(1) == labels).float().mean())
+        return found
+
+    with_sandwich = accuracies(pretrain=rnp.Length(steps=40), sandwich=rnp.Length(steps=600))
+    assert min(with_sandwich.values()) >= 0.95, with_sandwich
+    full_width_only = accuracies(pretrain=rnp.Length(steps=640), sandwich=rnp.Length(steps=0))
+    assert full_width_only["uniform 1.0"] >= 0.95
+    assert full_width_only["uniform 0.25"] < 0.7
+
+
+def test_lengths_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that moves by one second whenever it is read."""
+    clock = itertools.count()
+    monkeypatch.setattr(training.time, "monotonic", lambda: float(next(clock)))
+    pruned = toy.network()
+    lengths = {"sandwich": rnp.Length(seconds=20.0), "agent": rnp.Length(seconds=5.0), "rounds": 0}
+    result = rnp.train(pruned, toy.Loader(), None, toy.config(pretrain=rnp.Length(steps=0), **lengths))
+    # begin takes 1 s; an epoch of 6 batches counts 6 s; its start is not counted twice
+    assert [(row["phase"], row["steps"], row["seconds"]) for row in result.history] == [
+        ("sandwich", 19, 20.0),
+        ("agent", 4, 5.0),
+    ]
+
+
+def test_epoch_steps_may_exceed_the_loader(tmp_path: Path) -> None:
+    pruned = toy.network()
+    settings = {"sandwich": rnp.Length(steps=25), "agent": rnp.Length(steps=0), "rounds": 0}
+    rnp.train(pruned, toy.Loader(), None, toy.config(epoch_steps=10, checkpoint_dir=tmp_path, **settings))
+    assert pruned.backbone.get_submodule("4").num_batches_tracked.max() > 0
+
+
+def test_validation_is_reported() -> None:
+    pruned = toy.network()
+    result = rnp.train(pruned, toy.Loader(), toy.Loader(32, seed=2), toy.config(validation_batches=2, rounds=0))
+    assert [row["phase"] for row in result.history] == ["pretrain", "sandwich", "agent"]
+    assert [sorted(row["validation"]) for row in result.history] == [
+        ["full", "narrowest"],
+        ["full", "narrowest"],
+        ["agent", "full", "narrowest"],
+    ]
+    assert all(0 <= value <= 1 for row in result.history for value in row["validation"].values())
+    assert "agent: 7 steps" in str(result)
+
+
+def test_lines_on_a_stream_that_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    rnp.train(toy.network(), toy.Loader(), None, toy.config(progress=True, rounds=0))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["pretrain", "sandwich", "agent"]
+    rnp.train(toy.network(), toy.Loader(), None, toy.config(rounds=0))
+    assert capsys.readouterr().err == ""
+
+
+def test_resume_refuses_another_schedule_or_network(tmp_path: Path) -> None:
+    toy.train(toy.Loader(), checkpoint_dir=tmp_path, rounds=0)
+    with pytest.raises(CheckpointError, match=r"another setting: lr is 0.004 in the file and 0.1 here"):
+        toy.train(toy.Loader(), checkpoint_dir=tmp_path, resume=True, rounds=0, lr=0.1)
+    other = rnp.convert(toy.model(), torch.zeros(2, 1, 8, 8), groups=2)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(CheckpointError, match="another network: groups is 4 in the file and 2 here"):
+        rnp.train(other, toy.Loader(), None, toy.config(checkpoint_dir=tmp_path, resume=True, rounds=0))
+    assert_same(before, {name: other.state_dict()[name] for name in before})
+    state = tmp_path / training.STATE_FILE
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="truncated"):
+        toy.train(toy.Loader(), checkpoint_dir=tmp_path, resume=True, rounds=0)
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    first = toy.train(toy.Loader(), checkpoint_dir=tmp_path, rounds=0)
+    loader = toy.Loader()
+    assert_same(first, toy.train(loader, checkpoint_dir=tmp_path, resume=True, rounds=0))
+    assert loader.served == 0
+
+
+def test_what_cannot_be_trained_on_is_named() -> None:
+    with pytest.raises(ValueError, match="train_loader yielded no batch"):
+        rnp.train(toy.network(), [], None, toy.config())
+    images, labels = toy.scenes(4, 0)
+    with pytest.raises(ValueError, match=r"floating point, got torch.uint8"):
+        rnp.train(toy.network(), [(images.byte(), labels)], None, toy.config())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"penalty": 0.1}, "penalty must not be positive"),
+        ({"epsilon_end": 2.0}, "epsilon_end must lie in 0…1, got 2.0"),
+        ({"replay": 0}, "replay must be at least 1"),
+        ({"resume": True}, "resume needs checkpoint_dir"),
+        ({"lr": 0.0}, "lr must be positive"),
+    ],
+)
+def test_wrong_settings(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rnp.TrainConfig(**settings)
+
+
+@pytest.mark.parametrize("lengths", [{}, {"steps": 1, "seconds": 1.0}, {"steps": -1}])
+def test_wrong_lengths(lengths: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="Length"):
+        rnp.Length(**lengths)
+
+
+def test_one_cycle_is_torchs() -> None:
+    steps, peak = 50, 3e-3
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps, cycle_momentum=False)
+    for step in range(steps):
+        # torch puts the peak at 0.3·steps − 1 and the end at steps − 1: the same pieces, stretched
+        rise = 0.3 * steps - 1
+        progress = 0.3 * step / rise if step <= rise else 0.3 + 0.7 * (step - rise) / (steps - 1 - rise)
+        assert phases.one_cycle(progress, peak) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+
+
+def test_weight_decay_spares_norms_and_biases() -> None:
+    pruned = toy.network()
+    decayed, free = phases.backbone_parameters(pruned, 0.02)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.02, 0.0)
+    assert [tuple(parameter.shape) for parameter in decayed["params"]] == [
+        (8, 1, 3, 3),
+        (8, 8, 3, 3),
+        (16, 8, 3, 3),
+        (4, 16),
+    ]
+    assert len(free["params"]) == 7  # three pairs of BatchNorm, and the bias of the linear layer
+    assert len(list(pruned.backbone.parameters())) == 11
+
+
+def test_sandwich_runs_full_narrowest_and_random_paths_in_turn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    taken = [paths.sandwich_path(step, 6, 4, generator) for step in range(8)]
+    assert taken[0] == taken[4] == [4] * 6
+    assert taken[1] == taken[5] == [1] * 6
+    assert len({tuple(taken[step]) for step in (2, 3, 6, 7)}) == 4
+
+
+def test_finetune_batches_are_alike_images_on_a_path_of_their_own() -> None:
+    pruned = toy.network().eval()
+    pruned.policy = agent = rnp.Agent(pruned.feature_sizes, pruned.groups)
+    torch.nn.init.normal_(agent.decoders[0].weight, std=5.0, generator=torch.Generator().manual_seed(0))
+    generator = agent.generator = torch.Generator().manual_seed(0)
+    agent.set_feature_statistics(*paths.measure_features(pruned, [toy.scenes(64, 3)[0]]))
+    context = phases.Context(pruned, agent, toy.config(finetune_epsilon=0.0), generator)
+    loader = toy.Loader(48, 16)
+    batches = list(loader)
+    pieces = list(phases.Finetune(context, rnp.Length(steps=9)).arrange(iter(batches)))
+    everything = torch.cat([images for images, _ in batches])
+    with torch.no_grad():
+        _, trace = pruned(torch.cat([images for images, _, _ in pieces]), return_trace=True)
+    assert [len(labels) for _, labels, _ in pieces] == [16, 16, 16]
+    regrouped = torch.cat([images for images, _, _ in pieces])
+    assert regrouped.flatten(1).sum(1).sort().values.equal(everything.flatten(1).sum(1).sort().values)
+    spans = []
+    for (_, _, path), macs, actions in zip(pieces, trace.macs.split(16), trace.actions.split(16), strict=True):
+        assert path in actions.tolist()
+        spans.append((int(macs.min()), int(macs.max())))
+    spans.sort()
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+    assert spans[0][0] < spans[-1][1]
+
+
+def test_progress_of_a_length() -> None:
+    assert rnp.Length(steps=8).progress(2, 1e9) == 0.25
+    assert rnp.Length(seconds=8.0).progress(10**9, 2.0) == 0.25
+    assert rnp.Length(steps=0).progress(0, 0.0) == 1.0
+    assert math.isclose(rnp.Length(steps=3).progress(4, 0.0), 1.0)
