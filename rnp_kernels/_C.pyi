@@ -1,0 +1,19 @@
+"""What rnp_kernels needs from C++ that involves no tensor (csrc/python.cpp)."""
+
+from collections.abc import Sequence
+
+def build_info() -> dict[str, str | None]: ...
+def cpu_features() -> dict[str, bool]: ...
+def available_isas() -> list[str]: ...
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def macs(
+    in_prefix: Sequence[int],
+    out_prefix: Sequence[int],
+    *,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: tuple[int, int],
+    output_size: tuple[int, int],
+    groups: int = 1,
+) -> list[int]: ...
