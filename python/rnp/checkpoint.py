@@ -111,7 +111,7 @@ def _make_policy(path: str | Path, described: dict[str, Any], network: PrunedNet
 
 def require_equal(path: str | Path, what: str, stored: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     """Raise CheckpointError naming the first entry in which the file and what is present differ (floats: exactly)."""
-    for name in [*stored, *(name for name in present if name not in stored)]:
+    for name in [*present, *(name for name in stored if name not in present)]:
         if stored.get(name) != present.get(name):
             raise CheckpointError(
                 f"{path}: of another {what}: {name} is {stored.get(name)!r} in the file and {present.get(name)!r} here"
@@ -173,5 +173,7 @@ def load_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, tensors: 
             )
         if tensor.dim():
             tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+        else:
+            tensor = tensor.clone()
         state.setdefault(int(index), {})[entry] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

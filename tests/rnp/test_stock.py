@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import rnp
 from rnp import stock
 
 
@@ -132,3 +133,30 @@ def test_a_wrong_path_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_prepacked_refuses_what_onednn_does_not_do() -> None:
     with pytest.raises(ValueError, match="zero padding"):
         stock.PrepackedConv2d(nn.Conv2d(3, 4, 3, padding="same"), images().shape, relu=False)
+
+
+def test_dense_model_is_the_original_at_full_width() -> None:
+    torch.manual_seed(0)
+    original = Residual().eval()
+    pruned = rnp.convert(original, images())
+    dense = stock.dense_model(pruned)
+    assert type(dense) is Residual
+    assert not [module for module in dense.modules() if isinstance(module, rnp.PrefixBatchNorm2d)]
+    assert set(dense.state_dict()) == set(original.state_dict())
+    torch.testing.assert_close(dense(images()), original(images()))
+
+
+def test_dense_model_follows_training() -> None:
+    """Full width's own BatchNorm, and weights as they are now; the converted network keeps its own."""
+    torch.manual_seed(0)
+    pruned = rnp.convert(chain().eval(), images())
+    for tensor in pruned.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.2, 1.0)
+    before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+    dense = stock.dense_model(pruned)
+    torch.testing.assert_close(dense(images()), pruned.forward_path(images(), [4] * len(pruned.layers)))
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.zero_()
+    assert all(tensor.equal(before[name]) for name, tensor in pruned.state_dict().items())
