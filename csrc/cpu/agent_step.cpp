@@ -10,6 +10,8 @@
 namespace rnp::cpu {
 namespace {
 
+// A vector holds one number of each of 16 samples: no sum ever runs across lanes, and whether the other lanes are other
+// samples or padding changes nothing.
 constexpr int64_t kLanes = 16;
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t IVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
@@ -17,42 +19,35 @@ typedef int32_t IVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
 RNP_INLINE void load(Vec& v, const float* p) { std::memcpy(&v, p, sizeof v); }
 RNP_INLINE void store(float* p, const Vec& v) { std::memcpy(p, &v, sizeof v); }
 
-RNP_INLINE float sum(const Vec& v) {
-  float lane[kLanes];
-  store(lane, v);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
-}
-
-// out[r] = bias[r] + Σ_c w[r · stride + c] · x[c] for R rows that share each load of x.
+// out[r] = bias[r] + Σ_c w[r · stride + c] · x[c] for R rows that share each load of x. Partial sums of 64 terms keep
+// the rounding error of long rows small.
 template <int R>
-RNP_INLINE void dot_rows(const float* w, int64_t stride, const float* bias, const float* x, int64_t n, float* out) {
-  Vec acc[R] = {};
-  int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) {
-    Vec xv;
-    load(xv, x + c);
+RNP_INLINE void some_rows(const float* w, int64_t stride, const float* bias, const float* x, int64_t n, float* out) {
+  Vec total[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      Vec wv;
-      load(wv, w + r * stride + c);
-      acc[r] += wv * xv;
+  for (int r = 0; r < R; ++r) total[r] = Vec{} + bias[r];
+  for (int64_t first = 0; first < n; first += 64) {
+    const int64_t last = n - first < 64 ? n : first + 64;
+    Vec part[R] = {};
+    for (int64_t c = first; c < last; ++c) {
+      Vec xv;
+      load(xv, x + c * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) part[r] += w[r * stride + c] * xv;
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) total[r] += part[r];
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    float total = sum(acc[r]);
-    for (int64_t t = c; t < n; ++t) total += w[r * stride + t] * x[t];
-    out[r] = total + bias[r];
-  }
+  for (int r = 0; r < R; ++r) store(out + r * kLanes, total[r]);
 }
 
+// x (n, 16) → out (rows, 16)
 RNP_INLINE void linear(const float* w, int64_t stride, const float* bias, const float* x, int64_t n, int64_t rows,
                        float* out) {
   int64_t r = 0;
-  for (; r + 8 <= rows; r += 8) dot_rows<8>(w + r * stride, stride, bias + r, x, n, out + r);
-  for (; r < rows; ++r) dot_rows<1>(w + r * stride, stride, bias + r, x, n, out + r);
+  for (; r + 8 <= rows; r += 8) some_rows<8>(w + r * stride, stride, bias + r, x, n, out + r * kLanes);
+  for (; r < rows; ++r) some_rows<1>(w + r * stride, stride, bias + r, x, n, out + r * kLanes);
 }
 
 // e^x to about 2 units in the last place: 2^round(x / ln 2) times a polynomial on ±ln 2 / 2 (Cephes expf). x is clamped
@@ -96,83 +91,90 @@ RNP_INLINE void hyperbolic_tangent(Vec& y, const Vec& x) {
   y = x2 < 0.015625f ? series : 1.0f - 2.0f / (e + 1.0f);
 }
 
-int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
 struct Scratch {
-  float *x, *code, *from_input, *from_hidden, *zeros;
+  float *x, *code, *hidden, *from_input, *from_hidden, *q;  // (…, 16) each
 };
 
-RNP_INLINE void one_sample(const AgentStepParams& p, int64_t s, const Scratch& at) {
+// `count` ≤ 16 samples from `first` on.
+RNP_INLINE void one_block(const AgentStepParams& p, int64_t first, int64_t count, const Scratch& at) {
   const int64_t h = p.hidden, gates = 3 * h;
-  const float* pooled = p.pooled + s * p.features;
-  for (int64_t c = 0; c < p.features; ++c) at.x[c] = (pooled[c] - p.mean[c]) * p.inv_std[c];
+  for (int64_t s = 0; s < count; ++s) {
+    const float* pooled = p.pooled + (first + s) * p.features;
+    for (int64_t c = 0; c < p.features; ++c) at.x[c * kLanes + s] = (pooled[c] - p.mean[c]) * p.inv_std[c];
+    if (p.hidden_in)
+      for (int64_t i = 0; i < h; ++i) at.hidden[i * kLanes + s] = p.hidden_in[(first + s) * h + i];
+  }
   linear(p.encoder_weight, p.features, p.encoder_bias, at.x, p.features, p.code, at.code);
-  for (int64_t c = 0; c < p.code; ++c) at.code[c] = at.code[c] < 0 ? 0 : at.code[c];
+  for (int64_t i = 0; i < p.code * kLanes; ++i) at.code[i] = at.code[i] < 0 ? 0 : at.code[i];
   linear(p.weight_ih, p.input, p.bias_ih, at.code, p.code, gates, at.from_input);
   if (p.previous) {
-    const float* column = p.weight_ih + p.code + p.previous[s] - 1;
-    for (int64_t g = 0; g < gates; ++g) at.from_input[g] += column[g * p.input];
+    for (int64_t s = 0; s < count; ++s) {
+      const float* column = p.weight_ih + p.code + p.previous[first + s] - 1;
+      for (int64_t g = 0; g < gates; ++g) at.from_input[g * kLanes + s] += column[g * p.input];
+    }
   }
-  const float* before = p.hidden_in ? p.hidden_in + s * h : at.zeros;
-  linear(p.weight_hh, h, p.bias_hh, before, h, gates, at.from_hidden);
-  for (int64_t i = 0; i < h; i += kLanes) {  // the scratch is padded, so whole vectors may be read beyond h
-    const int64_t live = h - i < kLanes ? h - i : kLanes;
-    Vec r_i, r_h, z_i, z_h, n_i, n_h, old = {}, reset, update, fresh;
-    load(r_i, at.from_input + i), load(r_h, at.from_hidden + i);
-    load(z_i, at.from_input + h + i), load(z_h, at.from_hidden + h + i);
-    load(n_i, at.from_input + 2 * h + i), load(n_h, at.from_hidden + 2 * h + i);
-    std::memcpy(&old, before + i, static_cast<size_t>(live) * sizeof(float));
+  linear(p.weight_hh, h, p.bias_hh, at.hidden, h, gates, at.from_hidden);
+  for (int64_t i = 0; i < h; ++i) {
+    Vec r_i, r_h, z_i, z_h, n_i, n_h, old, reset, update, fresh;
+    load(r_i, at.from_input + i * kLanes), load(r_h, at.from_hidden + i * kLanes);
+    load(z_i, at.from_input + (h + i) * kLanes), load(z_h, at.from_hidden + (h + i) * kLanes);
+    load(n_i, at.from_input + (2 * h + i) * kLanes), load(n_h, at.from_hidden + (2 * h + i) * kLanes);
+    load(old, at.hidden + i * kLanes);
     sigmoid(reset, r_i + r_h);
     sigmoid(update, z_i + z_h);
     hyperbolic_tangent(fresh, n_i + reset * n_h);
-    const Vec next = fresh + update * (old - fresh);
-    std::memcpy(p.hidden_out + s * h + i, &next, static_cast<size_t>(live) * sizeof(float));
+    store(at.hidden + i * kLanes, fresh + update * (old - fresh));
   }
-  float* q = p.q + s * p.actions;
-  linear(p.decoder_weight, h, p.decoder_bias, p.hidden_out + s * h, h, p.actions, q);
-  int64_t best = 0;
-  float best_value = q[0];
-  for (int64_t i = 1; i < p.actions; ++i) {
-    const float value = q[i] + static_cast<float>(i) * p.shift;
-    if (value > best_value) best = i, best_value = value;
+  linear(p.decoder_weight, h, p.decoder_bias, at.hidden, h, p.actions, at.q);
+  for (int64_t s = 0; s < count; ++s) {
+    for (int64_t i = 0; i < h; ++i) p.hidden_out[(first + s) * h + i] = at.hidden[i * kLanes + s];
+    int64_t best = 0;
+    float best_value = 0;
+    for (int64_t i = 0; i < p.actions; ++i) {
+      const float q = at.q[i * kLanes + s], value = q + static_cast<float>(i) * p.shift;
+      p.q[(first + s) * p.actions + i] = q;
+      if (i == 0 || value > best_value) best = i, best_value = value;
+    }
+    p.action[first + s] = static_cast<int32_t>(best + 1);
+    p.out_prefix[first + s] = static_cast<int32_t>(((best + 1) * p.channels + p.actions - 1) / p.actions);
   }
-  p.action[s] = static_cast<int32_t>(best + 1);
-  p.out_prefix[s] = static_cast<int32_t>(((best + 1) * p.channels + p.actions - 1) / p.actions);
 }
 
-RNP_INLINE void all_samples(const AgentStepParams& p, int64_t begin, int64_t end, const Scratch& at) {
-  for (int64_t s = begin; s < end; ++s) one_sample(p, s, at);
+RNP_INLINE void all_blocks(const AgentStepParams& p, int64_t begin, int64_t end, const Scratch& at) {
+  for (int64_t first = begin; first < end; first += kLanes)
+    one_block(p, first, end - first < kLanes ? end - first : kLanes, at);
 }
 
 void portable(const AgentStepParams& p, int64_t begin, int64_t end, const Scratch& at) {
-  all_samples(p, begin, end, at);
+  all_blocks(p, begin, end, at);
 }
 
 #if defined(__x86_64__)
 __attribute__((target("avx2,fma"))) void avx2(const AgentStepParams& p, int64_t begin, int64_t end, const Scratch& at) {
-  all_samples(p, begin, end, at);
+  all_blocks(p, begin, end, at);
 }
 
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void avx512(const AgentStepParams& p, int64_t begin,
                                                                               int64_t end, const Scratch& at) {
-  all_samples(p, begin, end, at);
+  all_blocks(p, begin, end, at);
 }
 #endif
 
 }  // namespace
 
 int64_t agent_step_scratch(const AgentStepParams& p) {
-  return padded(p.features) + padded(p.code) + 2 * padded(3 * p.hidden + kLanes) + padded(p.hidden);
+  return kLanes * (p.features + p.code + 7 * p.hidden + p.actions);
 }
 
 void agent_step(const AgentStepParams& p, int64_t begin, int64_t end, float* scratch) {
   std::memset(scratch, 0, static_cast<size_t>(agent_step_scratch(p)) * sizeof(float));
   Scratch at = {};
   at.x = scratch;
-  at.code = at.x + padded(p.features);
-  at.from_input = at.code + padded(p.code);
-  at.from_hidden = at.from_input + padded(3 * p.hidden + kLanes);
-  at.zeros = at.from_hidden + padded(3 * p.hidden + kLanes);
+  at.code = at.x + kLanes * p.features;
+  at.hidden = at.code + kLanes * p.code;
+  at.from_input = at.hidden + kLanes * p.hidden;
+  at.from_hidden = at.from_input + kLanes * 3 * p.hidden;
+  at.q = at.from_hidden + kLanes * 3 * p.hidden;
 #if defined(__x86_64__)
   switch (current_isa()) {
     case Isa::kAvx512:

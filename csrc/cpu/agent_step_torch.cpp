@@ -18,21 +18,29 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Checks dtype, device and shape, and returns a contiguous tensor that the caller keeps alive.
-Tensor checked(const char* name, const Tensor& t, ScalarType dtype, const std::vector<int64_t>& shape) {
+std::string text(const std::vector<int64_t>& shape) {
+  std::string out = "(";
+  for (size_t d = 0; d < shape.size(); ++d) out += (d ? ", " : "") + std::to_string(shape[d]);
+  return out + ")";
+}
+
+// Checks dtype, device and shape (rows, columns), or (rows) where columns < 0; keeps a contiguous tensor in `keep`.
+const void* checked(std::vector<Tensor>& keep, const char* name, const Tensor& t, ScalarType dtype, int64_t rows,
+                    int64_t columns) {
   STD_TORCH_CHECK(t.is_cpu(), "agent_step: ", name, " must be on the CPU");
   STD_TORCH_CHECK(t.scalar_type() == dtype, "agent_step: ", name, " must be ", torch::headeronly::toString(dtype),
                   "; got ", torch::headeronly::toString(t.scalar_type()));
-  bool same = t.dim() == static_cast<int64_t>(shape.size());
-  std::string wanted, got;
-  for (size_t d = 0; d < shape.size(); ++d) {
-    same = same && t.size(static_cast<int64_t>(d)) == shape[d];
-    wanted += (d ? ", " : "") + std::to_string(shape[d]);
+  const bool matrix = columns >= 0;
+  if (t.dim() != (matrix ? 2 : 1) || t.size(0) != rows || (matrix && t.size(1) != columns)) {
+    std::vector<int64_t> got;
+    for (int64_t d = 0; d < t.dim(); ++d) got.push_back(t.size(d));
+    STD_TORCH_CHECK(false, "agent_step: ", name, " must have shape ",
+                    text(matrix ? std::vector<int64_t>{rows, columns} : std::vector<int64_t>{rows}), "; got ",
+                    text(got));
   }
-  if (!same)
-    for (int64_t d = 0; d < t.dim(); ++d) got += (d ? ", " : "") + std::to_string(t.size(d));
-  STD_TORCH_CHECK(same, "agent_step: ", name, " must have shape (", wanted, "); got (", got, ")");
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  if (t.is_contiguous()) return t.const_data_ptr();
+  keep.push_back(torch::stable::contiguous(t));
+  return keep.back().const_data_ptr();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> agent_step_cpu(const Tensor& pooled, const OptionalTensor& hidden,
@@ -64,25 +72,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> agent_step_cpu(const Tensor& pooled, 
   STD_TORCH_CHECK(!previous_action || p.input == p.code + p.actions,
                   "agent_step: previous_action needs its k columns in weight_ih; got ", p.input, " columns");
   std::vector<Tensor> keep;
-  auto floats = [&](const char* name, const Tensor& t, const std::vector<int64_t>& shape) {
-    keep.push_back(checked(name, t, kFloat, shape));
-    return static_cast<const float*>(keep.back().const_data_ptr());
+  auto floats = [&](const char* name, const Tensor& t, int64_t rows, int64_t columns = -1) {
+    return static_cast<const float*>(checked(keep, name, t, kFloat, rows, columns));
   };
-  p.pooled = floats("pooled", pooled, {p.samples, p.features});
-  p.mean = floats("mean", mean, {p.features});
-  p.inv_std = floats("inv_std", inv_std, {p.features});
-  p.encoder_weight = floats("encoder_weight", encoder_weight, {p.code, p.features});
-  p.encoder_bias = floats("encoder_bias", encoder_bias, {p.code});
-  p.weight_ih = floats("weight_ih", weight_ih, {gates, p.input});
-  p.weight_hh = floats("weight_hh", weight_hh, {gates, p.hidden});
-  p.bias_ih = floats("bias_ih", bias_ih, {gates});
-  p.bias_hh = floats("bias_hh", bias_hh, {gates});
-  p.decoder_weight = floats("decoder_weight", decoder_weight, {p.actions, p.hidden});
-  p.decoder_bias = floats("decoder_bias", decoder_bias, {p.actions});
-  if (hidden) p.hidden_in = floats("hidden", *hidden, {p.samples, p.hidden});
+  p.pooled = floats("pooled", pooled, p.samples, p.features);
+  p.mean = floats("mean", mean, p.features);
+  p.inv_std = floats("inv_std", inv_std, p.features);
+  p.encoder_weight = floats("encoder_weight", encoder_weight, p.code, p.features);
+  p.encoder_bias = floats("encoder_bias", encoder_bias, p.code);
+  p.weight_ih = floats("weight_ih", weight_ih, gates, p.input);
+  p.weight_hh = floats("weight_hh", weight_hh, gates, p.hidden);
+  p.bias_ih = floats("bias_ih", bias_ih, gates);
+  p.bias_hh = floats("bias_hh", bias_hh, gates);
+  p.decoder_weight = floats("decoder_weight", decoder_weight, p.actions, p.hidden);
+  p.decoder_bias = floats("decoder_bias", decoder_bias, p.actions);
+  if (hidden) p.hidden_in = floats("hidden", *hidden, p.samples, p.hidden);
   if (previous_action) {
-    keep.push_back(checked("previous_action", *previous_action, ScalarType::Int, {p.samples}));
-    p.previous = static_cast<const int32_t*>(keep.back().const_data_ptr());
+    p.previous =
+        static_cast<const int32_t*>(checked(keep, "previous_action", *previous_action, ScalarType::Int, p.samples, -1));
     for (int64_t s = 0; s < p.samples; ++s)
       STD_TORCH_CHECK(p.previous[s] >= 1 && p.previous[s] <= p.actions, "agent_step: previous_action must lie in 1...",
                       p.actions, "; got ", p.previous[s], " at sample ", s);
@@ -100,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> agent_step_cpu(const Tensor& pooled, 
     std::vector<float> scratch(static_cast<size_t>(agent_step_scratch(p)));
     agent_step(p, begin, end, scratch.data());
   };
-  constexpr int64_t kSamplesWorthAThread = 32;
+  constexpr int64_t kSamplesWorthAThread = 64;  // some microseconds
   if (p.samples > 0) torch::stable::parallel_for(0, p.samples, kSamplesWorthAThread, run);
   return {hidden_out, q, action, out_prefix};
 }
