@@ -58,9 +58,6 @@ struct PackedLayout {
     return data_at() + g * group_floats() + (ob * kLanes * icg + ib * ic_block * lanes(ob)) * area();
   }
 
-  // Index within one filter (icg * kh * kw elements, in weight order) of the element that stands in the fingerprint.
-  int64_t sample_of(int64_t oc) const { return (oc * 40503 + 17) % (icg * area()); }
-
   bool operator==(const PackedLayout&) const = default;
 };
 

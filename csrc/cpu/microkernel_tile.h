@@ -94,6 +94,12 @@ struct Tile {
     RNP_UNROLL
     for (int r = 0; r < R; ++r)
       RNP_UNROLL for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NV; ++v) acc[r][c][v] = V::zero();
+    if (a.last) {  // the lines to be written arrive while the sums are computed
+      RNP_UNROLL
+      for (int r = 0; r < R; ++r)
+        RNP_UNROLL for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NV; ++v)
+            __builtin_prefetch(a.out + r * a.out_row_step + c * a.out_col_step + v * kWidth, 1);
+    }
     const ColSteps s(a.x_col_step * static_cast<int64_t>(sizeof(float)));
     for (int64_t i = 0; i < a.run_count; ++i) {
       const Run& run_ = a.runs[i];

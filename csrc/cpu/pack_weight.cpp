@@ -27,16 +27,26 @@ void pack_block(const T* w, const Strides4& st, const PackedLayout& l, int64_t g
   }
 }
 
-template <typename T>
-float sample(const T* w, const Strides4& st, const PackedLayout& l, int64_t oc) {
-  const int64_t k = l.sample_of(oc), ic = k / l.area(), tap = k % l.area();
-  return static_cast<float>(to_float(w[oc * st.n + ic * st.c + tap / l.kw * st.h + tap % l.kw * st.w]));
+// Calls f(filter, value) with one element of every filter. The position steps through input channels and taps at once,
+// without divisions: this runs at every call.
+template <typename T, typename F>
+void for_samples(const T* w, const Strides4& st, const PackedLayout& l, F&& f) {
+  int64_t ic = 0, i = 0, j = 0;
+  for (int64_t oc = 0; oc < l.groups * l.ocg; ++oc) {
+    f(oc, static_cast<float>(to_float(w[oc * st.n + ic * st.c + i * st.h + j * st.w])));
+    if (++ic == l.icg) ic = 0;
+    if (++i == l.kh) {
+      i = 0;
+      if (++j == l.kw) j = 0;
+    }
+  }
 }
 
 template <typename T>
 void pack_typed(const T* w, const Strides4& st, const PackedLayout& l, float* packed, const Threads& threads) {
   const int64_t c_out = l.groups * l.ocg;
-  for (int64_t oc = 0; oc < c_out; ++oc) packed[l.fingerprint_at() + oc] = sample(w, st, l, oc);
+  float* samples = packed + l.fingerprint_at();
+  for_samples(w, st, l, [&](int64_t oc, float value) { samples[oc] = value; });
   if (l.depthwise()) {
     float* to = packed + l.data_at();
     for (int64_t i = 0; i < l.kh; ++i)
@@ -53,10 +63,12 @@ void pack_typed(const T* w, const Strides4& st, const PackedLayout& l, float* pa
 
 template <typename T>
 bool same_samples(const T* w, const Strides4& st, const PackedLayout& l, const float* packed) {
-  bool same = true;
-  for (int64_t oc = 0; oc < l.groups * l.ocg; ++oc)
-    same &= std::bit_cast<uint32_t>(sample(w, st, l, oc)) == std::bit_cast<uint32_t>(packed[l.fingerprint_at() + oc]);
-  return same;
+  const float* samples = packed + l.fingerprint_at();
+  uint32_t differs = 0;
+  for_samples(w, st, l, [&](int64_t oc, float value) {
+    differs |= std::bit_cast<uint32_t>(value) ^ std::bit_cast<uint32_t>(samples[oc]);
+  });
+  return differs == 0;
 }
 
 struct Header {

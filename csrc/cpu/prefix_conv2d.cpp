@@ -68,7 +68,9 @@ struct Call {
     direct_output = f32 && p.output_stride.c == 1 && (!p.residual || p.residual_stride.c == 1) &&
                     (!flat || (flat_output && flat_residual));
     const bool padded = s.pad_top + s.pad_bottom + s.pad_left + s.pad_right > 0;
-    direct_input = f32 && flat && !padded && s.stride_h == 1 && s.stride_w == 1 && p.input_stride.c == 1 &&
+    // Pixels 2 KB apart share a few sets of L1: then the live channels are copied side by side first.
+    const bool aliased = p.input_stride.w % 512 == 0;
+    direct_input = f32 && flat && !aliased && !padded && s.stride_h == 1 && s.stride_w == 1 && p.input_stride.c == 1 &&
                    p.input_stride.h == s.w * p.input_stride.w;
   }
 
@@ -83,7 +85,7 @@ struct Call {
 };
 
 void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int64_t block, int64_t out_live,
-                    const TilePlan& plan, const BandGeometry& geometry, const float* band, float* sums) {
+                    TilePlan& plan, const BandGeometry& geometry, const float* band, float* sums) {
   const PrefixConv2dParams& p = call.p;
   const ConvShape& s = p.shape;
   const PackedLayout& l = call.layout;
@@ -108,7 +110,6 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
       residual = static_cast<const float*>(p.residual) + item.n * p.residual_stride.n +
                  item.row0 * p.residual_stride.h + channel0;
   }
-  std::vector<Run>& runs = plan.runs;
   for (int64_t sub = 0; sub < block_live; sub += call.kernels.lanes) {
     const int live = static_cast<int>(std::min<int64_t>(call.kernels.lanes, block_live - sub));
     const int wide = live > call.kernels.half_lanes ? 1 : 0;
@@ -133,9 +134,10 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
       args.relu = p.activation == Activation::kRelu;
       args.x_row_step = geometry.row_step * plan.cols_in * pixel;
       args.x_col_step = geometry.col_step * pixel;
+      plan.list_runs(pixel, count, l.ic_count(ib), w_step);
       for (const RowTile& row : plan.row_tiles) {
         for (const ColTile& col : plan.col_tiles) {
-          plan.list_runs(row, col, pixel, count, l.ic_count(ib), w_step, runs);
+          const std::vector<Run>& runs = plan.runs(row, col);
           args.runs = runs.data();
           args.run_count = static_cast<int64_t>(runs.size());
           args.x = x + (row.first * geometry.row_step * plan.cols_in + col.first * geometry.col_step) * pixel;
@@ -164,7 +166,7 @@ void run_item(const Call& call, const WorkItem& item, float* scratch, float* row
   const int64_t group0 = item.g * l.ocg;
   if (item.block0 < item.block1) {
     const BandGeometry geometry(p.shape, item.row0, item.row1);
-    const TilePlan plan(p.shape, geometry, call.kernels, item.row0, item.row1, call.flat);
+    TilePlan plan(p.shape, geometry, call.kernels, item.row0, item.row1, call.flat);
     const float* band = scratch;
     if (call.direct_input) {
       band = static_cast<const float*>(p.input) + item.n * p.input_stride.n + item.g * l.icg +

@@ -29,6 +29,18 @@ std::vector<int32_t> skips(int64_t first, int64_t count, int64_t kernel, int64_t
   return out;
 }
 
+// Numbers the kinds of an axis; returns how many there are.
+int64_t number_kinds(std::vector<AxisTile>& tiles) {
+  int64_t kinds = 0;
+  for (size_t i = 0; i < tiles.size(); ++i) {
+    tiles[i].kind = -1;
+    for (size_t j = 0; j < i && tiles[i].kind < 0; ++j)
+      if (tiles[j].skip == tiles[i].skip) tiles[i].kind = tiles[j].kind;
+    if (tiles[i].kind < 0) tiles[i].kind = kinds++;
+  }
+  return kinds;
+}
+
 // The tallest tile that is instantiated for this width, at most `rows` high.
 int64_t tile_rows(const Kernels& kernels, int64_t cols, int64_t rows) {
   int64_t best = 1;
@@ -44,7 +56,7 @@ TilePlan::TilePlan(const ConvShape& s, const BandGeometry& geometry, const Kerne
     : kh(s.kh), kw(s.kw), dilation_h(s.dilation_h), dilation_w(s.dilation_w), cols(s.out_w), cols_in(geometry.cols_in) {
   if (flat) {
     cols = cols_in = (row1 - row0) * s.out_w;
-    row_tiles.push_back({0, 1, {kSkipNone}});
+    row_tiles.push_back({0, 1, 0, {kSkipNone}});
   }
   const int64_t pieces = (cols + kernels.max_cols - 1) / kernels.max_cols;
   for (int64_t i = 0; i < pieces; ++i) {
@@ -52,17 +64,38 @@ TilePlan::TilePlan(const ConvShape& s, const BandGeometry& geometry, const Kerne
     std::vector<int32_t> skip =
         flat ? std::vector<int32_t>{kSkipNone}
              : skips(first, count, kw, s.stride_w, s.pad_left, s.dilation_w, s.w, kSkipFirstCol, kSkipLastCol);
-    col_tiles.push_back({first, count, std::move(skip)});
+    col_tiles.push_back({first, count, 0, std::move(skip)});
   }
   for (int64_t r = 0; !flat && r < row1 - row0;) {
     const int64_t count = pieces == 1 ? tile_rows(kernels, cols, row1 - row0 - r) : 1;
     row_tiles.push_back(
-        {r, count, skips(row0 + r, count, kh, s.stride_h, s.pad_top, s.dilation_h, s.h, kSkipFirstRow, kSkipLastRow)});
+        {r, count, 0,
+         skips(row0 + r, count, kh, s.stride_h, s.pad_top, s.dilation_h, s.h, kSkipFirstRow, kSkipLastRow)});
     r += count;
+  }
+  row_kinds_ = number_kinds(row_tiles);
+  col_kinds_ = number_kinds(col_tiles);
+  lists_.resize(static_cast<size_t>(row_kinds_ * col_kinds_));
+}
+
+void TilePlan::list_runs(int64_t pixel, int64_t count, int64_t packed, int64_t w_step) {
+  const int64_t wanted[4] = {pixel, count, packed, w_step};
+  if (std::equal(wanted, wanted + 4, listed_)) return;
+  std::copy(wanted, wanted + 4, listed_);
+  int64_t row_kind = 0;  // kinds are numbered in the order of their first tiles
+  for (const RowTile& row : row_tiles) {
+    if (row.kind != row_kind) continue;
+    ++row_kind;
+    int64_t col_kind = 0;
+    for (const ColTile& col : col_tiles) {
+      if (col.kind != col_kind) continue;
+      ++col_kind;
+      list_tile(row, col, pixel, count, packed, w_step, lists_[static_cast<size_t>(row.kind * col_kinds_ + col.kind)]);
+    }
   }
 }
 
-void TilePlan::list_runs(const RowTile& row, const ColTile& col, int64_t pixel, int64_t count, int64_t packed,
+void TilePlan::list_tile(const RowTile& row, const ColTile& col, int64_t pixel, int64_t count, int64_t packed,
                          int64_t w_step, std::vector<Run>& runs) const {
   runs.clear();
   if (count == 0) return;

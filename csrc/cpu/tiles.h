@@ -13,6 +13,7 @@ namespace rnp::cpu {
 struct AxisTile {
   static constexpr int32_t kSkipAll = -1;
   int64_t first, count;
+  int64_t kind;  // tiles of one kind have equal `skip`
   std::vector<int32_t> skip;
 };
 using RowTile = AxisTile;
@@ -24,17 +25,26 @@ struct TilePlan {
   int64_t cols_in;  // band pixels of a row
   std::vector<RowTile> row_tiles;
   std::vector<ColTile> col_tiles;
-  mutable std::vector<Run> runs;  // reused by every tile of an item
 
   TilePlan(const ConvShape& shape, const BandGeometry& geometry, const Kernels& kernels, int64_t row0, int64_t row1,
            bool flat);
 
-  // Taps whose input lies in the padding for the whole tile are left out; those for which one edge row or column does
-  // are marked; others read the band's zeros. Neighbouring runs that continue each other (small kernels over few
-  // channels) merge. `pixel`: floats between band pixels; `count`: live channels of the block, `packed`: channels it
-  // has in the packed weights.
-  void list_runs(const RowTile& row, const ColTile& col, int64_t pixel, int64_t count, int64_t packed, int64_t w_step,
+  // Lists the taps of every kind of tile, for a block of input channels. Taps whose input lies in the padding for the
+  // whole tile are left out; those for which one edge row or column does are marked; others read the band's zeros.
+  // Neighbouring runs that continue each other merge. `pixel`: floats between band pixels; `count`: live channels of
+  // the block, `packed`: channels it has in the packed weights.
+  void list_runs(int64_t pixel, int64_t count, int64_t packed, int64_t w_step);
+  const std::vector<Run>& runs(const RowTile& row, const ColTile& col) const {
+    return lists_[static_cast<size_t>(row.kind * col_kinds_ + col.kind)];
+  }
+
+ private:
+  void list_tile(const RowTile& row, const ColTile& col, int64_t pixel, int64_t count, int64_t packed, int64_t w_step,
                  std::vector<Run>& runs) const;
+
+  int64_t row_kinds_ = 0, col_kinds_ = 0;
+  int64_t listed_[4] = {-1, -1, -1, -1};  // arguments of the last list_runs
+  std::vector<std::vector<Run>> lists_;   // [row kind][column kind]
 };
 
 }  // namespace rnp::cpu
