@@ -112,6 +112,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.geometry = (stride, padding, dilation, groups)
     ctx.input_size, ctx.weight_size, ctx.tail = input.shape, weight.shape, tail
     ctx.output_size, ctx.dtype = output[0].shape, input.dtype
+    ctx.memory_format = torch._prims_common.suggest_memory_format(output[0])
     ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
 
 
@@ -148,6 +149,8 @@ def _backward(ctx: Any, grad: Tensor | None, grad_pooled: Tensor | None) -> tupl
         grads[9] = _table_grad((live_grad * plain).sum((2, 3), dtype=wide), scale.shape, scale.dtype, row)
     if scale is not None:
         live_grad = (live_grad * per_channel(scale, row)).to(grad.dtype)
+    if needs[0] or needs[1]:  # expanded or in another layout, it would be converted once for each
+        live_grad = live_grad.contiguous(memory_format=ctx.memory_format)
     if needs[0]:
         grads[0] = torch.ops.rnp.prefix_conv2d_input_grad(
             live_grad, weight, ctx.input_size, *ctx.geometry, in_prefix, out_prefix

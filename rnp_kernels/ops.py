@@ -17,9 +17,11 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def _needs_autograd(*tensors: Tensor | None) -> bool:
-    """Whether autograd must see the call. Forward-mode levels count, since only the autograd layer can refuse them."""
-    if forward_ad._current_level >= 0:
-        return True
+    """Whether autograd must see the call."""
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise NotImplementedError("prefix_conv2d: forward-mode derivatives are not implemented, got a dual tensor")
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

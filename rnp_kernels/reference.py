@@ -39,7 +39,9 @@ def prefix_conv2d(
     """Return the output (N, C_out, OH, OW) and its mean over positions (N, C_out) float32, or None unless `pooled`."""
     top, bottom, left, right = padding
     x = torch.where(live(input.shape[1], in_prefix, input), input, 0)
-    y = F.conv2d(F.pad(x, (left, right, top, bottom)), weight, None, stride, 0, dilation, groups)
+    even = top == bottom and left == right
+    x = x if even else F.pad(x, (left, right, top, bottom))
+    y = F.conv2d(x, weight, None, stride, (top, left) if even else 0, dilation, groups)
     y = y if scale is None else y * per_channel(scale, row)
     y = y if bias is None else y + per_channel(bias, row)
     y = torch.where(live(y.shape[1], out_prefix, y), y, 0)

@@ -90,8 +90,10 @@ CASES = (
     Case("no live input", (2, 20, 7, 7), 40, in_prefix=(0, 0), activation="relu"),
     Case("mixed, 1x1 stride 2", (4, 68, 9, 7), 36, kernel=(1, 1), padding=0, stride=2,
          in_prefix=(68, 34, 17, 51), out_prefix=(9, 18, 27, 36)),
-    Case("mixed, contiguous", (4, 40, 9, 9), 36, layout="contiguous", in_prefix=(40, 7, 0, 16), out_prefix=(3, 36, 18, 32)),
-    Case("mixed, stem", (3, 3, 20, 21), 40, kernel=(7, 7), stride=2, padding=3, in_prefix=(3, 2, 1), out_prefix=(40, 9, 33)),
+    Case("mixed, contiguous", (4, 40, 9, 9), 36, layout="contiguous", in_prefix=(40, 7, 0, 16),
+         out_prefix=(3, 36, 18, 32)),
+    Case("mixed, stem", (3, 3, 20, 21), 40, kernel=(7, 7), stride=2, padding=3, in_prefix=(3, 2, 1),
+         out_prefix=(40, 9, 33)),
     Case("mixed, dilated", (3, 10, 13, 14), 34, dilation=2, padding=2, in_prefix=(10, 3, 9), out_prefix=(34, 33, 2)),
     Case("prefix across groups", (4, 24, 8, 8), 36, groups=3, in_prefix=(24, 9, 8, 1), out_prefix=(13, 36, 12, 25)),
     Case("prefix, depthwise", (4, 40, 9, 9), 40, groups=40, in_prefix=(40, 13, 32, 0), out_prefix=(40, 17, 5, 40)),
@@ -108,10 +110,11 @@ CASES = (
     Case("bias table, no scale", (3, 8, 6, 6), 12, bias="table", row=(1, 1, 0), out_prefix=(12, 0, 7)),
     Case("everything", (4, 24, 10, 9), 48, scale="table", bias="table", row=(1, 0, 2, 1), in_prefix=(24, 12, 6, 18),
          out_prefix=(12, 48, 24, 36), residual=True, activation="relu", pooled=True, stride=2),
-    Case("everything, contiguous", (3, 24, 10, 9), 48, scale="table", bias="table", row=(1, 0, 2), in_prefix=(24, 12, 6),
-         out_prefix=(12, 48, 24), residual=True, activation="relu", pooled=True, layout="contiguous"),
-    Case("everything, depthwise", (3, 24, 10, 9), 24, scale="table", bias="table", row=(1, 0, 2), in_prefix=(24, 12, 6),
-         out_prefix=(12, 24, 20), residual=True, activation="relu", pooled=True, groups=24),
+    Case("everything, contiguous", (3, 24, 10, 9), 48, scale="table", bias="table", row=(1, 0, 2),
+         in_prefix=(24, 12, 6), out_prefix=(12, 48, 24), residual=True, activation="relu", pooled=True,
+         layout="contiguous"),
+    Case("everything, depthwise", (3, 24, 10, 9), 24, scale="table", bias="table", row=(1, 0, 2),
+         in_prefix=(24, 12, 6), out_prefix=(12, 24, 20), residual=True, activation="relu", pooled=True, groups=24),
     Case("skipped tail", (3, 16, 7, 8), 40, tail="skip", in_prefix=(16, 8, 3), out_prefix=(40, 20, 1)),
     Case("skipped tail, pooled", (3, 16, 7, 8), 40, tail="skip", in_prefix=(16, 8, 3), out_prefix=(40, 20, 0),
          activation="relu", pooled=True, scale="table", bias="table", row=(0, 1, 2)),
@@ -160,7 +163,7 @@ def _laid_out(layout: str, values: Tensor, dtype: torch.dtype, device: Any) -> T
 def make(case: Case, dtype: torch.dtype = torch.float32, device: Any = "cpu", seed: int = 0) -> Tensors:
     """The arguments of `prefix_conv2d` for a case, by name. Input channels that are not live are NaN."""
     generator = torch.Generator().manual_seed(seed)
-    batch, c_in, height, width = case.input
+    batch, c_in = case.input[:2]
     weight_shape = (case.out, c_in // case.groups, *case.kernel)
     fan_in = max(1, weight_shape[1] * case.kernel[0] * case.kernel[1])
     input = _values(generator, *case.input)
@@ -220,8 +223,8 @@ class Errors:
 def assert_as_accurate_as_native(name: str, ours: Tensor, native: Tensor, truth: Tensor) -> Errors:
     """Largest error of ours <= 2 x the largest of native torch's + one rounding step of the largest value.
 
-    `native` is plain torch in the dtype of `ours`, `truth` plain torch in float64. AssertionError, with the tensor's name,
-    where the rule is broken, shapes or dtypes differ, or a NaN appears.
+    `native` is plain torch in the dtype of `ours`, `truth` plain torch in float64. AssertionError, with the tensor's
+    name, where the rule is broken, shapes or dtypes differ, or a NaN appears.
     """
     assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
     assert ours.dtype == native.dtype, f"{name}: dtype {ours.dtype}, expected {native.dtype}"

@@ -1,0 +1,208 @@
+"""Every gradient, by name, against autograd through the specification; gradcheck in float64; what must raise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rnp_kernels
+from rnp_kernels import reference, testing
+from rnp_kernels.testing import CASES, Case, assert_as_accurate_as_native
+
+PARAMETERS = ("input", "weight", "bias", "scale", "residual")
+GRADIENT_CASES = [c for c in CASES if c.layout != "expanded"]
+MIXED = [
+    testing.case(name)
+    for name in ("everything", "mixed, dilated", "prefix across groups", "skipped tail", "prefix, depthwise")
+]
+
+
+def leaves(arguments: testing.Tensors, dtype: torch.dtype) -> testing.Tensors:
+    """The arguments with every floating tensor a leaf that needs a gradient, its strides kept."""
+    out = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value = value.detach().clone(memory_format=torch.preserve_format).to(dtype).requires_grad_()
+        out[name] = value
+    return out
+
+
+def reference_call(case: Case, arguments: testing.Tensors) -> tuple[Tensor, Tensor | None]:
+    output, means = testing.run_reference(case, arguments)
+    return output, None if means is None else means.float() if output.dtype != torch.float64 else means
+
+
+def operator_call(case: Case, arguments: testing.Tensors) -> tuple[Tensor, Tensor | None]:
+    result = rnp_kernels.prefix_conv2d(**arguments)
+    return result if case.pooled else (result, None)
+
+
+def gradients(
+    call: Any, case: Case, arguments: testing.Tensors, dtype: torch.dtype, upstream: Tensor
+) -> dict[str, Tensor]:
+    arguments = leaves(arguments, dtype)
+    output, means = call(case, arguments)
+    loss = (torch.where(output.isnan(), 0, output) * upstream.to(dtype)).sum()
+    if means is not None:
+        loss = loss + (means.to(dtype) * upstream.mean((2, 3)).to(dtype)).sum()
+    loss.backward()
+    return {name: arguments[name].grad for name in PARAMETERS if arguments[name] is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
+def test_every_gradient_of_every_case(case: Case, dtype: torch.dtype) -> None:
+    arguments = testing.make(case, dtype)
+    shape = testing.run_reference(case, arguments)[0].shape
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    if case.tail == "skip":  # a reader of a skipped tail that uses it gets what it deserves; ours must not
+        prefix = torch.tensor(case.out_prefix, dtype=torch.int32)
+        upstream = torch.where(reference.live(case.out, prefix, upstream), upstream, 0)
+    ours = gradients(operator_call, case, arguments, dtype, upstream)
+    native = gradients(reference_call, case, arguments, dtype, upstream)
+    truth = gradients(reference_call, case, arguments, torch.float64, upstream)
+    assert ours.keys() == truth.keys()
+    for name, gradient in ours.items():
+        assert gradient is not None, f"no gradient of {name}"
+        assert_as_accurate_as_native(f"gradient of {name}", gradient, native[name], truth[name])
+
+
+def grad_outputs(shape: tuple[int, ...]) -> dict[str, Tensor]:
+    n, c, h, w = shape
+    values = torch.randn(shape, dtype=torch.float64)
+    return {
+        "contiguous": values,
+        "channels_last": values.contiguous(memory_format=torch.channels_last),
+        "transposed": values.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+        "expanded": torch.ones((), dtype=torch.float64).expand(shape),
+        "expanded over positions": values[:, :, :1, :1].expand(shape),
+        "slice": torch.full((n, c + 3, h, 2 * w), torch.nan, dtype=torch.float64)[:, 2:-1, :, ::2].copy_(values),
+    }
+
+
+@pytest.mark.parametrize("case", MIXED, ids=str)
+@pytest.mark.parametrize("layout", grad_outputs((1, 1, 1, 1)))
+def test_any_strides_of_grad_output(layout: str, case: Case) -> None:
+    arguments = testing.make(case, torch.float64)
+    upstream = grad_outputs(tuple(testing.run_reference(case, arguments)[0].shape))[layout]
+    results = []
+    for call in (operator_call, reference_call):
+        mine = leaves(arguments, torch.float64)
+        output, _ = call(case, mine)
+        wanted = [mine[name] for name in PARAMETERS if mine[name] is not None]
+        if case.tail == "skip":
+            prefix = torch.tensor(case.out_prefix, dtype=torch.int32)
+            upstream = torch.where(reference.live(case.out, prefix, upstream), upstream, torch.nan)
+            output = output if call is operator_call else torch.where(upstream.isnan(), 0, output)
+            upstream = upstream if call is operator_call else upstream.nan_to_num(0)
+        results.append(torch.autograd.grad(output, wanted, upstream))
+    for ours, truth in zip(*results, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", MIXED, ids=str)
+def test_gradcheck_and_gradgradcheck(case: Case) -> None:
+    small = {k: v for k, v in testing.make(case, torch.float64).items() if k != "pooled"}
+    small = leaves(small, torch.float64)
+    small["input"] = small["input"].detach().nan_to_num(0.25).requires_grad_()
+    names = [name for name in PARAMETERS if small[name] is not None]
+
+    def function(*tensors: Tensor) -> Tensor:
+        output = rnp_kernels.prefix_conv2d(**{**small, **dict(zip(names, tensors, strict=True))})
+        if case.tail == "zero":
+            return output
+        return torch.where(reference.live(case.out, small["out_prefix"], output), output, 0)
+
+    inputs = [small[name] for name in names]
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+def test_gradcheck_in_full_on_a_tiny_case() -> None:
+    x, w = torch.randn(3, 3, 4, 3).double().requires_grad_(), torch.randn(4, 3, 2, 2).double().requires_grad_()
+    table = (torch.randn(2, 4).double() + 1).requires_grad_()
+    prefixes = {name: torch.tensor(v, dtype=torch.int32) for name, v in
+                {"in_prefix": (3, 1, 0), "out_prefix": (2, 4, 3), "row": (1, 0, 1)}.items()}  # fmt: skip
+
+    def function(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return rnp_kernels.prefix_conv2d(x, w, bias, 1, (1, 0, 0, 1), scale=scale, **prefixes)
+
+    assert torch.autograd.gradcheck(function, (x, w, table, table.detach().clone().requires_grad_()))
+
+
+def test_poison_beyond_the_prefixes_reaches_no_gradient() -> None:
+    case = testing.case("mixed prefixes")
+    arguments = leaves(testing.make(case), torch.float32)
+    output = rnp_kernels.prefix_conv2d(**arguments)
+    live = reference.live(case.out, arguments["out_prefix"], output)
+    output.backward(torch.where(live, torch.ones_like(output), torch.nan))
+    for name in ("input", "weight", "bias"):
+        assert torch.isfinite(arguments[name].grad).all(), name
+    dead = ~reference.live(case.input[1], arguments["in_prefix"], arguments["input"])
+    assert (arguments["input"].grad.masked_select(dead) == 0).all()
+
+
+@pytest.mark.parametrize("wanted", PARAMETERS)
+def test_only_what_is_asked_for_is_computed(wanted: str) -> None:
+    case = testing.case("everything")
+    arguments = testing.make(case)
+    arguments = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    arguments[wanted] = arguments[wanted].clone().requires_grad_()
+    output, means = rnp_kernels.prefix_conv2d(**arguments)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        (output.sum() + means.sum()).backward()
+    assert arguments[wanted].grad is not None
+    ran = {event.key for event in profile.key_averages()}
+    for name, operator in (("input", "rnp::prefix_conv2d_input_grad"), ("weight", "rnp::prefix_conv2d_weight_grad")):
+        assert (operator in ran) == (wanted == name), f"{operator} for {wanted}"
+    assert ("rnp::prefix_conv2d" in ran) == (wanted == "scale")
+
+
+def test_the_means_alone_have_gradients() -> None:
+    case = testing.case("everything")
+    ours, truth = leaves(testing.make(case), torch.float32), leaves(testing.make(case), torch.float64)
+    rnp_kernels.prefix_conv2d(**ours)[1].sum().backward()
+    testing.run_reference(case, truth)[1].sum().backward()
+    for name in PARAMETERS:
+        torch.testing.assert_close(ours[name].grad.double(), truth[name].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_deterministic_mode_repeats_bit_by_bit() -> None:
+    case = testing.case("everything")
+    torch.use_deterministic_algorithms(True)
+    try:
+        upstream = torch.randn(4, 48, 5, 5)
+        runs = [gradients(operator_call, case, testing.make(case), torch.float32, upstream) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in PARAMETERS:
+        assert torch.equal(runs[0][name], runs[1][name]), name
+
+
+def test_forward_mode_refuses_loudly() -> None:
+    x, w = torch.randn(2, 4, 5, 5), torch.randn(4, 4, 1, 1)
+    with pytest.raises(NotImplementedError, match="forward-mode"), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        torch.autograd.forward_ad.unpack_dual(rnp_kernels.prefix_conv2d(dual, w))
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.equal(rnp_kernels.prefix_conv2d(x, w), rnp_kernels.prefix_conv2d(x, w))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_is_a_loop() -> None:
+    x, w = torch.randn(3, 2, 4, 5, 5), torch.randn(6, 4, 1, 1)
+    mapped = torch.vmap(lambda one: rnp_kernels.prefix_conv2d(one, w))(x)
+    assert torch.equal(mapped, torch.stack([rnp_kernels.prefix_conv2d(one, w) for one in x]))
+
+
+def test_grad_mode_and_inference_mode() -> None:
+    x, w = torch.randn(2, 4, 5, 5), torch.randn(4, 4, 1, 1, requires_grad=True)
+    assert rnp_kernels.prefix_conv2d(x, w).requires_grad
+    with torch.no_grad():
+        assert not rnp_kernels.prefix_conv2d(x, w).requires_grad
+    assert not rnp_kernels.prefix_conv2d(x, w.detach()).requires_grad
+    with torch.inference_mode():
+        assert rnp_kernels.prefix_conv2d(x, w).is_inference()
