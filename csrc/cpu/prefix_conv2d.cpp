@@ -14,6 +14,7 @@
 #include "cpu/epilogue.h"
 #include "cpu/isa.h"
 #include "cpu/microkernel.h"
+#include "cpu/prefetch.h"
 #include "cpu/tiles.h"
 
 namespace rnp::cpu {
@@ -85,7 +86,8 @@ struct Call {
 };
 
 void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int64_t block, int64_t out_live,
-                    TilePlan& plan, const BandGeometry& geometry, const float* band, float* sums) {
+                    TilePlan& plan, const BandGeometry& geometry, const float* band, float* sums,
+                    Prefetcher& prefetcher) {
   const PrefixConv2dParams& p = call.p;
   const ConvShape& s = p.shape;
   const PackedLayout& l = call.layout;
@@ -148,6 +150,7 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
                 residual ? residual + row.first * args.residual_row_step + col.first * args.residual_col_step + sub
                          : nullptr;
           }
+          prefetcher.step();
           call.kernels.tile[wide][row.count - 1][col.count - 1](args);
         }
       }
@@ -158,7 +161,7 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
                  {sums, s.out_w * PackedLayout::kLanes, PackedLayout::kLanes});
 }
 
-void run_item(const Call& call, const WorkItem& item, float* scratch, float* row_sums) {
+void run_item(const Call& call, const WorkItem& item, const WorkItem* following, float* scratch, float* row_sums) {
   const PrefixConv2dParams& p = call.p;
   const PackedLayout& l = call.layout;
   const int64_t in_live = live_in_group(p.in_live(item.n), item.g, l.icg);
@@ -175,8 +178,16 @@ void run_item(const Call& call, const WorkItem& item, float* scratch, float* row
       copy_band(p, geometry, item.n, item.g * l.icg, in_live, in_live, l.ic_block, scratch);
     }
     float* sums = scratch + call.band_floats(item);
+    Prefetcher prefetcher;
+    if (following && following->block0 < following->block1) {
+      const int64_t calls = static_cast<int64_t>(plan.row_tiles.size() * plan.col_tiles.size()) *
+                            (item.block1 - item.block0) * std::max<int64_t>(1, (in_live + l.ic_block - 1) / l.ic_block);
+      prefetcher =
+          Prefetcher(p, *following, following->g * l.icg, live_in_group(p.in_live(following->n), following->g, l.icg),
+                     p.dtype == DType::kFloat32 ? 4 : 2, calls);
+    }
     for (int64_t b = item.block0; b < item.block1; ++b)
-      convolve_block(call, item, in_live, b, out_live, plan, geometry, band, sums);
+      convolve_block(call, item, in_live, b, out_live, plan, geometry, band, sums, prefetcher);
   }
   if (item.tail) fill_tail(p, item.n, item.row0, item.row1, group0 + out_live, group0 + l.ocg);
   if (row_sums) {
@@ -209,7 +220,15 @@ void prefix_conv2d(const PrefixConv2dParams& p, const Threads& threads) {
     float* memory = scratch.get(static_cast<size_t>(need * workers));
     std::atomic<size_t> next{0};
     threads(workers, [&](int worker) {
-      for (size_t i = next++; i < items.size(); i = next++) run_item(call, items[i], memory + worker * need, sums);
+      // An item is claimed while its predecessor runs, to fetch its input meanwhile; not near the end, where an idle
+      // worker could take it.
+      const size_t claimable = items.size() > 2 * static_cast<size_t>(workers) ? items.size() - workers : 0;
+      for (size_t i = next++; i < items.size();) {
+        const bool claim = workers == 1 || i < claimable;
+        const size_t following = claim ? next++ : items.size();
+        run_item(call, items[i], following < items.size() ? &items[following] : nullptr, memory + worker * need, sums);
+        i = claim ? following : next++;
+      }
     });
   }
   if (p.pooled)

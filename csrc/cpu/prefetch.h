@@ -1,0 +1,54 @@
+// Fetching the next work item's input into L2 a few lines at a time, while the tiles of the current item compute.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/band.h"
+
+namespace rnp::cpu {
+
+class Prefetcher {
+ public:
+  Prefetcher() = default;
+
+  // Walks the live channels of the pixels of `item`'s band, spread over `calls` calls of step().
+  Prefetcher(const PrefixConv2dParams& p, const WorkItem& item, int64_t first_channel, int64_t in_live, int64_t element,
+             int64_t calls) {
+    const ConvShape& s = p.shape;
+    const BandGeometry g(s, item.row0, item.row1);
+    const int64_t y0 = std::max<int64_t>(0, g.y0), y1 = std::min(s.h, g.y0 + (g.rows_in - 1) * g.y_step + 1);
+    if (p.input_stride.c != 1 || in_live == 0 || y1 <= y0 || calls <= 0) return;
+    rows_ = (y1 - y0 + g.y_step - 1) / g.y_step;
+    cols_ = (s.w + g.x_step - 1) / g.x_step;
+    row_bytes_ = g.y_step * p.input_stride.h * element;
+    col_bytes_ = g.x_step * p.input_stride.w * element;
+    pixel_bytes_ = in_live * element;
+    row_ = static_cast<const char*>(p.input) + (item.n * p.input_stride.n + first_channel + y0 * p.input_stride.h) * element;
+    if (pixel_bytes_ == col_bytes_) {  // pixels touch: one run per row
+      pixel_bytes_ *= cols_;
+      cols_ = 1;
+    }
+    per_call_ = (rows_ * cols_ * ((pixel_bytes_ + kLine - 1) / kLine) + calls - 1) / calls;
+  }
+
+  void step() {
+    for (int64_t i = 0; i < per_call_; ++i) {
+      __builtin_prefetch(row_ + col_ * col_bytes_ + byte_, 0, 2);
+      byte_ += kLine;
+      if (byte_ < pixel_bytes_) continue;
+      byte_ = 0;
+      if (++col_ < cols_) continue;
+      col_ = 0;
+      row_ += row_bytes_;
+      if (--rows_ == 0) per_call_ = 0;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char* row_ = nullptr;
+  int64_t rows_ = 0, cols_ = 0, row_bytes_ = 0, col_bytes_ = 0, pixel_bytes_ = 0;
+  int64_t col_ = 0, byte_ = 0, per_call_ = 0;
+};
+
+}  // namespace rnp::cpu
