@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import rnp_kernels.agent_step  # noqa: F401 (registers the operator's fake kernel)
+
+AGENT_STEP = torch.ops.rnp.agent_step.default
 CELLS = ("gru", "lstm", "none")
 
 
@@ -26,6 +29,9 @@ class AgentState:
     hidden: Tensor | None = None  # (N, H)
     cell: Tensor | None = None  # (N, H), LSTM only
     previous: Tensor | None = None  # (N,) int32, 1…k
+    channels: list[int] | None = None  # output channels that each decision is about
+    out_prefix: Tensor | None = None  # (N,) int32, live channels under the last actions, where they came with them
+    fused: list[tuple[Tensor, ...]] | None = None  # per layer, what the operator takes between previous and shift
 
 
 class Agent(nn.Module):
@@ -37,7 +43,8 @@ class Agent(nn.Module):
     the RNN also reads the last action, one-hot (zeros at the first decision); not possible with cell "none".
 
     `epsilon` (default 0) is the probability of a uniformly random action, drawn from `generator` (a CPU generator, or
-    torch's global one). In eval mode a sample's actions are the same alone and in any batch.
+    torch's global one). In eval mode a sample's actions are the same alone and in any batch; with cell "gru" and a
+    shared decoder a decision is then one operator, `torch.ops.rnp.agent_step`, on a CPU. Else plain torch runs.
     """
 
     needs_features = True
@@ -62,6 +69,7 @@ class Agent(nn.Module):
         self.shared_decoder, self.previous_action = shared_decoder, previous_action and cell != "none"
         self.epsilon = 0.0
         self.generator: torch.Generator | None = None
+        self._fused: tuple[list[Any], list[tuple[Tensor, ...]]] | None = None
         self.encoders = nn.ModuleList(nn.Linear(size, code) for size in self.feature_sizes)
         inputs = code + (groups if self.previous_action else 0)
         self.rnn = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}[cell](inputs, hidden) if cell != "none" else None
@@ -142,17 +150,55 @@ class Agent(nn.Module):
 
     def start(self, network: Any, batch_size: int, device: torch.device) -> AgentState:
         """Begin a batch; Δp comes from `network.penalty_shift`."""
-        return AgentState(shift=network.penalty_shift)
+        channels = getattr(network, "decision_channels", None)
+        return AgentState(shift=network.penalty_shift, channels=channels, fused=self._fused_arguments(device))
 
+    @torch.no_grad()
     def act(self, layer: int, features: Tensor | None, state: AgentState) -> tuple[Tensor, AgentState]:
         """argmax_i [Q_i + (i − 1)·Δp], ties to the smaller action; with probability `epsilon` a random action."""
         assert features is not None
-        q = self.step(layer, features, state)
-        actions = greedy_actions(q, state.shift)
+        if state.fused is not None:
+            previous = state.previous if self.previous_action else None
+            channels = state.channels[layer] if state.channels is not None else 0
+            state.hidden, _, actions, state.out_prefix = AGENT_STEP(
+                features, state.hidden, previous, *state.fused[layer], state.shift, channels
+            )
+        else:
+            actions = greedy_actions(self.step(layer, features, state), state.shift)
         if self.epsilon > 0:
-            actions = self._explore(actions)
+            actions, state.out_prefix = self._explore(actions), None
         state.previous = actions
         return actions, state
+
+    def took(self, layer: int, actions: Tensor, state: AgentState) -> None:
+        """The network took other actions than `act` answered, to keep its cap."""
+        state.previous = actions
+
+    def _fused_arguments(self, device: torch.device) -> list[tuple[Tensor, ...]] | None:
+        """What `torch.ops.rnp.agent_step` takes for each layer, or None where the plain torch path has to run.
+
+        The list is kept and made again when a parameter or buffer has been replaced by another tensor.
+        """
+        if self.training or self.cell != "gru" or not self.shared_decoder or device.type != "cpu":
+            return None
+        if self._fused is None or not all(registry.get(name) is t for registry, name, t in self._fused[0]):
+            rnn, decoder = self.rnn, self.decoder(0)
+            assert isinstance(rnn, nn.GRUCell)
+            named = [[(self, f"mean_{i}"), (self, f"inv_std_{i}"), (encoder, "weight"), (encoder, "bias")]
+                     for i, encoder in enumerate(self.encoders)]  # fmt: skip
+            shared = [(rnn, "weight_ih"), (rnn, "weight_hh"), (rnn, "bias_ih"), (rnn, "bias_hh")]
+            shared += [(decoder, "weight"), (decoder, "bias")]
+            sources = []
+            for module, name in [*shared, *(item for layer in named for item in layer)]:
+                registry = module._parameters if name in module._parameters else module._buffers
+                sources.append((registry, name, registry[name]))
+            arguments = [tuple(getattr(m, name) for m, name in [*layer, *shared]) for layer in named]
+            self._fused = (sources, arguments)
+        usable = all(t.dtype is torch.float32 and t.device.type == "cpu" for t in self._fused[1][0])
+        return self._fused[1] if usable else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fused": None}
 
     def _explore(self, actions: Tensor) -> Tensor:
         size = actions.shape

@@ -86,10 +86,10 @@ class CapTerm:
 
 
 class Cap:
-    """Keeps every image within an allowance of MACs, decision by decision, assuming action 1 for what is still to come.
+    """Keeps every image within an allowance of MACs, decision by decision, assuming action 1 for what is to come.
 
-    `spent` is the cost of the actions so far with the cheapest completion; the MACs of every candidate differ from it only
-    in the convolutions whose groups contain this decision.
+    `spent` is the cost of the actions so far with the cheapest completion; the MACs of every candidate differ from it
+    only in the convolutions whose groups contain this decision.
     """
 
     def __init__(self, counter: MacCounter) -> None:

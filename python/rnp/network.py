@@ -18,6 +18,7 @@ from .macs import Cap, MacCounter
 from .plan import Plan, PlanBuilder
 from .policies import FullWidth, Policy
 
+below_autograd = torch._C._AutoDispatchBelowAutograd  # autograd's Python layer costs more than a small convolution
 OPERATOR = torch.ops.rnp.prefix_conv2d.default
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Decider:
         self.needs_features = self.policy.needs_features or want_features
         self.taken: list[Tensor] = []
         self.features: list[Tensor] = []
+        self.out_prefix: Tensor | None = None  # what the policy knows of the last decision's prefix
         self.allowance: int | None = None
         if network.max_macs is not None:
             self.allowance = network._allowance(network.max_macs)
@@ -53,8 +55,12 @@ class Decider:
     def __call__(self, decision: int, features: Tensor | None) -> Tensor:
         """Actions (N,) int32 for one decision; features (N, C) float32, or None where they are not needed."""
         action, self.state = self.policy.act(decision, features, self.state)
+        self.out_prefix = getattr(self.state, "out_prefix", None)
         if self.allowance is not None:
             action = self.cap.lower(decision, action, self.taken, self.spent, self.allowance)
+            self.out_prefix = None
+            if hasattr(self.policy, "took"):
+                self.policy.took(decision, action, self.state)
         self.taken.append(action)
         if self.want_features and features is not None:
             self.features.append(features)
@@ -86,6 +92,8 @@ class PrunedNetwork(nn.Module):
         self.backbone = backbone
         self.groups, self.layers, self.report = groups, layers, report
         self.feature_sizes = [values[name].channels for name in states]
+        convs = {step.decision: step for step in reversed(steps) if isinstance(step, g.ConvStep)}
+        self.decision_channels = [backbone.get_submodule(convs[d].conv).out_channels for d in range(len(layers))]
         self.dense_macs = counter.dense
         self.counter = counter
         self.policy = FullWidth()
@@ -158,11 +166,14 @@ class PrunedNetwork(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)
         planned = not self.training and not self._differentiates(images) and not any(m.training for m in self._norms)
         if planned and not return_trace and self.max_macs is None and type(policy) is FullWidth:
-            return self._plan(full=True, features=False).run(images, operator_for(images), None)
+            plan = self._plan(full=True, features=False)
+            with below_autograd():
+                return plan.run(images, operator_for(images), None)
         decider = Decider(self, images, want_features)
         if planned:
             plan = self._plan(full=False, features=policy.needs_features or want_features)
-            result = plan.run(images, operator_for(images), decider)
+            with below_autograd():
+                result = plan.run(images, operator_for(images), decider)
         else:
             result = self._differentiable(images, decider)
         return (result, decider.trace()) if return_trace else result

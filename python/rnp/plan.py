@@ -1,11 +1,11 @@
 """The flat plan a converted network runs in eval mode: a list of small functions around the registered operators.
 
 Everything that does not depend on the images is settled when the plan is built: BatchNorms folded into scale and bias
-tables, weights packed, which tails may stay undefined, where prefixes come from, when a tensor is let go. What is left per
-layer is one operator call with its arguments already in place.
+tables, weights packed, which tails may stay undefined, where prefixes come from, when a tensor is let go. What is left
+per layer is one operator call with its arguments already in place.
 
-A value's *group* (N,) int32 1…k is the largest of some decisions' actions; its prefix is ceil(group · C / k). Tables have a
-line 0 that is never used, so that a group is at once the `row` of its line.
+A value's *group* (N,) int32 1…k is the largest of some decisions' actions; its prefix is ceil(group · C / k). Tables
+have a line 0 that is never used, so that a group is at once the `row` of its line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from . import graph as g
 from .batchnorm import PrefixBatchNorm2d
 
 if TYPE_CHECKING:
-    from .network import PrunedNetwork
+    from .network import Decider, PrunedNetwork
 
 Group = frozenset[int] | None
 NOTHING = 0  # slot of `values` and `prefixes` that always holds None
@@ -35,7 +35,7 @@ class Run:
     """What one execution of a plan carries along."""
 
     operator: Callable[..., tuple[Tensor, Tensor]]
-    decide: Callable[[int, Tensor | None], Tensor] | None
+    decide: Decider | None
     values: list[Any]
     prefixes: list[Tensor | None]
 
@@ -90,7 +90,7 @@ def zero_tails(steps: list[g.Step], states: list[str]) -> set[str]:
 
 @dataclass
 class Plan:
-    """Instructions, and the modules, parameters and buffers they were made from: (registry, name, item, address, version)."""
+    """Instructions, and what they were made from: (registry, name, module or tensor, address, version) each."""
 
     instructions: list[Instruction]
     value_slots: int
@@ -107,7 +107,7 @@ class Plan:
                 return False
         return True
 
-    def run(self, images: Tensor, operator: Callable[..., Any], decide: Callable[..., Tensor] | None) -> Any:
+    def run(self, images: Tensor, operator: Callable[..., Any], decide: Decider | None) -> Any:
         values: list[Any] = [None] * self.value_slots
         values[self.input_slot] = images
         run = Run(operator, decide, values, [None] * self.prefix_slots)
@@ -170,14 +170,18 @@ class PlanBuilder:
         key = (group, channels)
         if key not in self.prefix_of:
             source, target = self.group_slot(group), self.new_prefix(key)
-            sizes = [0] + [g.prefix_size(a, channels, self.k) for a in range(1, self.k + 1)]
-            table = torch.tensor(sizes, dtype=torch.int32, device=self.device)
+            table = self.prefix_table(channels)
 
             def look_up(run: Run) -> None:
                 run.prefixes[target] = table.index_select(0, run.prefixes[source])
 
             self.instructions.append(look_up)
         return self.prefix_of[key]
+
+    def prefix_table(self, channels: int) -> Tensor:
+        """Group 0…k → live channels (k + 1,) int32."""
+        sizes = [0] + [g.prefix_size(a, channels, self.k) for a in range(1, self.k + 1)]
+        return torch.tensor(sizes, dtype=torch.int32, device=self.device)
 
     def new_prefix(self, key: tuple[frozenset[int], int | None]) -> int:
         self.prefix_of[key] = self.next_prefix
@@ -235,8 +239,15 @@ class PlanBuilder:
         target = self.new_prefix((frozenset([decision]), None))
         state = self.pooled[self.states[decision]] if self.features else NOTHING
 
+        channels = self.network.decision_channels[decision]
+        prefix, table = self.new_prefix((frozenset([decision]), channels)), self.prefix_table(channels)
+
         def decide(run: Run) -> None:
-            run.prefixes[target] = run.decide(decision, run.values[state])  # type: ignore[misc]
+            decider = run.decide
+            assert decider is not None
+            run.prefixes[target] = action = decider(decision, run.values[state])
+            known = decider.out_prefix
+            run.prefixes[prefix] = table.index_select(0, action) if known is None else known
 
         self.instructions.append(decide)
 

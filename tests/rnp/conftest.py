@@ -1,8 +1,8 @@
 """Small networks, and each of them once more as a plain masked computation, written by hand and not by the converter.
 
 An oracle gets the state dict of the converted backbone, images, and actions (N, L) in 1…k. It computes everything
-densely in plain torch and multiplies by masks; it returns the logits, the MACs of each image counted on the way, and the
-state that each decision should have seen.
+densely in plain torch and multiplies by masks; it returns the logits, the MACs of each image counted on the way, and
+the state that each decision should have seen.
 """
 
 from __future__ import annotations
