@@ -171,9 +171,6 @@ def load_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, tensors: 
             raise CheckpointError(
                 f"{path}: optimizer state {name!r} must have shape {tuple(parameter.shape)}, got {tuple(tensor.shape)}"
             )
-        if tensor.dim():
-            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
-        else:
-            tensor = tensor.clone()
-        state.setdefault(int(index), {})[entry] = tensor
+        own = torch.empty_like(parameter, dtype=tensor.dtype) if tensor.dim() else torch.empty_like(tensor)
+        state.setdefault(int(index), {})[entry] = own.copy_(tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

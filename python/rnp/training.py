@@ -84,6 +84,7 @@ def train(
     agent = pruned.policy
     epsilon, generator = agent.epsilon, agent.generator
     pruned.set_budget()
+    pruned.backbone.to(memory_format=torch.channels_last)
     interruption = Interruption()
     try:
         with interruption:
@@ -209,11 +210,12 @@ class Run:
                 elapsed = before + time.monotonic() - started
                 bar.update(elapsed - self.seconds if phase.length.seconds is not None else 1)
                 self.seconds = elapsed
+                if count % 20 == 0 and self.bars:
+                    bar.set_postfix_str(f"loss {float(total) / count:.4f}", refresh=False)
                 if phase.length.progress(self.steps, self.seconds) >= 1:
                     ended = True
                     break
             self.loss = float(total) / max(count, 1)
-            bar.set_postfix_str(f"loss {self.loss:.4f}", refresh=False)
         return ended
 
     def _close_phase(self, phase: Phase) -> None:

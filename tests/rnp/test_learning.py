@@ -1,9 +1,9 @@
 """A problem whose best policy is known: the agent has to find it, through the whole of rnp.train.
 
 Of an image's four channels exactly one is bright. Channel 0 says "class 0, easy", 1 "class 1, easy", 2 "class 0, hard",
-3 "class 1, hard". The network computes the evidence for class 0 in its first channel if the image is easy and in its last
-if it is hard, and without evidence it says class 1: so only a hard image of class 0 needs full width. The features of the
-first, dense layer show which image is which.
+3 "class 1, hard". The network computes the evidence for class 0 in its first channel if the image is easy and in its
+last if it is hard, and without evidence it says class 1: so only a hard image of class 0 needs full width. The features
+of the first, dense layer show which image is which.
 """
 
 from __future__ import annotations
