@@ -98,6 +98,7 @@ struct Scratch {
 // `count` ≤ 16 samples from `first` on.
 RNP_INLINE void one_block(const AgentStepParams& p, int64_t first, int64_t count, const Scratch& at) {
   const int64_t h = p.hidden, gates = 3 * h;
+  std::memset(at.hidden, 0, static_cast<size_t>(h * kLanes) * sizeof(float));  // the block before left its own there
   for (int64_t s = 0; s < count; ++s) {
     const float* pooled = p.pooled + (first + s) * p.features;
     for (int64_t c = 0; c < p.features; ++c) at.x[c * kLanes + s] = (pooled[c] - p.mean[c]) * p.inv_std[c];
