@@ -1,0 +1,226 @@
+// Every instruction set's kernels against a double-precision reference, with NaN beyond every prefix; bitwise
+// invariance.
+#include <cstring>
+#include <string>
+
+#include "cpu/isa.h"
+#include "tests/check.h"
+#include "tests/conv_case.h"
+
+namespace rnp::tests {
+namespace {
+
+enum Mode { kFull, kMixed, kTables, kResidual, kSkip, kModes };
+const char* const kModeNames[] = {"full", "mixed prefixes", "tables, relu, pooled", "residual, relu, pooled",
+                                  "skip, pooled"};
+
+// One call with its own memory. T is the storage type of input, weight, residual and output.
+template <typename T>
+struct Problem {
+  ConvShape s;
+  Mode mode;
+  std::vector<T> input, weight, residual, output;
+  std::vector<float> packed, scale, bias, pooled;
+  std::vector<double> reference, tolerance;  // (n, c, h, w); NaN where the output is undefined
+  std::vector<int32_t> in_prefix, out_prefix, row;
+  PrefixConv2dParams p;
+
+  Problem(const ConvCase& c, Mode m, DType dtype, bool channels_last, double unit) : s(c.shape()), mode(m) {
+    Random random(static_cast<uint64_t>(s.c_in * 100 + s.c_out + m));
+    const PackedLayout l(s);
+    fill(weight, s.c_out * l.icg * s.kh * s.kw, random);
+    fill(input, s.n * s.c_in * s.h * s.w, random);
+    fill(residual, s.n * s.c_out * s.out_h * s.out_w, random);
+    for (int i = 0; i < 3 * s.c_out; ++i) scale.push_back(static_cast<float>(random.next()));
+    for (int i = 0; i < 3 * s.c_out; ++i) bias.push_back(static_cast<float>(random.next()));
+    for (int64_t n = 0; n < s.n; ++n) {
+      in_prefix.push_back(random.below(s.c_in + 1));
+      out_prefix.push_back(n == 1 ? 0 : 1 + random.below(s.c_out));
+      row.push_back(random.below(3));
+    }
+    p.shape = s;
+    p.dtype = dtype;
+    p.input_stride = strides_of(s.c_in, s.h, s.w, channels_last);
+    p.weight_stride = strides_of(l.icg, s.kh, s.kw, false);
+    p.output_stride = p.residual_stride = strides_of(s.c_out, s.out_h, s.out_w, channels_last);
+    packed.resize(static_cast<size_t>(l.total_floats()));
+    cpu::pack_weight({weight.data(), dtype, p.weight_stride}, l, packed.data(), {});
+    output.assign(residual.size(), from_float<T, float>(kNaN));
+    pooled.assign(static_cast<size_t>(s.n * s.c_out), kNaN);
+    if (mode != kFull) p.in_prefix = in_prefix.data(), p.out_prefix = out_prefix.data();
+    if (mode == kTables) {
+      p.scale = scale.data(), p.bias = bias.data(), p.row = row.data();
+      p.scale_row_stride = p.bias_row_stride = s.c_out;
+    } else if (mode == kFull) {
+      p.bias = bias.data();
+    }
+    if (mode == kResidual) p.residual = residual.data();
+    if (mode == kTables || mode == kResidual) p.activation = Activation::kRelu;
+    if (mode == kSkip) p.tail = Tail::kSkip;
+    poison();
+    bind();
+    compute_reference(unit);
+  }
+
+  void bind() {
+    p.input = input.data(), p.weight = weight.data(), p.packed = packed.data(), p.output = output.data();
+    p.pooled = mode >= kTables ? pooled.data() : nullptr;
+  }
+
+  static void fill(std::vector<T>& to, int64_t count, Random& random) {
+    for (int64_t i = 0; i < count; ++i) to.push_back(from_float<T, float>(static_cast<float>(random.next())));
+  }
+
+  void poison() {
+    for (int64_t n = 0; n < s.n && p.in_prefix; ++n)
+      for (int64_t c = in_prefix[n]; c < s.c_in; ++c)
+        for (int64_t y = 0; y < s.h; ++y)
+          for (int64_t x = 0; x < s.w; ++x) input[at(p.input_stride, n, c, y, x)] = from_float<T, float>(kNaN);
+  }
+
+  static size_t at(const Strides4& st, int64_t n, int64_t c, int64_t y, int64_t x) {
+    return static_cast<size_t>(n * st.n + c * st.c + y * st.h + x * st.w);
+  }
+
+  // `unit`: the storage type's rounding error, relative, of one store.
+  void compute_reference(double unit) {
+    const int64_t icg = s.group_in(), ocg = s.group_out();
+    for (int64_t n = 0; n < s.n; ++n)
+      for (int64_t c = 0; c < s.c_out; ++c)
+        for (int64_t oy = 0; oy < s.out_h; ++oy)
+          for (int64_t ox = 0; ox < s.out_w; ++ox) {
+            double sum = 0, magnitude = 0, terms = 1;
+            for (int64_t i = 0; i < icg * s.kh * s.kw; ++i) {
+              const int64_t ic = i / (s.kh * s.kw), ky = i / s.kw % s.kh, kx = i % s.kw, channel = c / ocg * icg + ic;
+              const int64_t y = oy * s.stride_h - s.pad_top + ky * s.dilation_h;
+              const int64_t x = ox * s.stride_w - s.pad_left + kx * s.dilation_w;
+              if (y < 0 || y >= s.h || x < 0 || x >= s.w || channel >= p.in_live(n)) continue;
+              const double v = static_cast<double>(to_float(input[at(p.input_stride, n, channel, y, x)])) *
+                               static_cast<double>(to_float(weight[at(p.weight_stride, c, ic, ky, kx)]));
+              sum += v, magnitude += std::abs(v), terms += 1;
+            }
+            const int64_t line = p.row ? row[n] : 0;
+            const double a = p.scale ? scale[line * s.c_out + c] : 1, b = p.bias ? bias[line * s.c_out + c] : 0;
+            const bool live = c < p.out_live(n);
+            double v = live ? sum * a + b : 0;
+            if (p.residual) v += to_float(residual[at(p.residual_stride, n, c, oy, ox)]);
+            if (p.activation == Activation::kRelu) v = std::max(v, 0.0);
+            reference.push_back(!live && p.tail == Tail::kSkip ? kNaN : v);
+            tolerance.push_back(8 * 0x1p-24 * (std::sqrt(terms) * magnitude * std::abs(a) + std::abs(b) + std::abs(v)) +
+                                unit * std::abs(v));
+          }
+  }
+
+  void check(const std::string& where) {
+    size_t i = 0;
+    for (int64_t n = 0; n < s.n; ++n)
+      for (int64_t c = 0; c < s.c_out; ++c) {
+        double mean = 0, slack = 0;
+        for (int64_t y = 0; y < s.out_h; ++y)
+          for (int64_t x = 0; x < s.out_w; ++x, ++i) {
+            const double got = to_float(output[at(p.output_stride, n, c, y, x)]);
+            if (std::isnan(reference[i])) continue;  // skipped tail: counts as 0 in the mean
+            mean += reference[i], slack += tolerance[i] + 1e-6 * std::abs(reference[i]);
+            CHECK(std::abs(got - reference[i]) <= tolerance[i])
+                << where << " at (" << n << ", " << c << ", " << y << ", " << x << "): " << got << " instead of "
+                << reference[i];
+          }
+        if (!p.pooled) continue;
+        const double positions = static_cast<double>(s.out_h * s.out_w),
+                     got = pooled[static_cast<size_t>(n * s.c_out + c)];
+        CHECK(std::abs(got - mean / positions) <= slack / positions)
+            << where << " mean of (" << n << ", " << c << "): " << got << " instead of " << mean / positions;
+      }
+  }
+};
+
+template <typename T>
+void check_dtype(DType dtype, double unit, const char* name) {
+  const cpu::Isa before = cpu::current_isa();
+  for (cpu::Isa isa : cpu::available_isas()) {
+    cpu::set_isa(cpu::isa_name(isa));
+    for (const ConvCase& c : conv_cases())
+      for (int mode = 0; mode < kModes; ++mode)
+        for (bool channels_last : {true, false}) {
+          Problem<T> problem(c, static_cast<Mode>(mode), dtype, channels_last, unit);
+          cpu::prefix_conv2d(problem.p, {});
+          problem.check(std::string(name) + ", " + cpu::isa_name(isa) + ", " + c.name + ", " + kModeNames[mode] +
+                        (channels_last ? ", channels_last" : ", contiguous"));
+        }
+  }
+  cpu::set_isa(cpu::isa_name(before));
+}
+
+}  // namespace
+
+TEST(float32_equals_the_reference_on_every_isa) { check_dtype<float>(DType::kFloat32, 0, "float32"); }
+TEST(bfloat16_equals_the_reference_on_every_isa) { check_dtype<BFloat16>(DType::kBFloat16, 0x1p-8, "bfloat16"); }
+TEST(float16_equals_the_reference_on_every_isa) { check_dtype<Float16>(DType::kFloat16, 0x1p-11 * 1.01, "float16"); }
+
+TEST(the_plain_kernel_equals_the_reference) {
+  for (const ConvCase& c : conv_cases())
+    for (int mode = 0; mode < kModes; ++mode) {
+      Problem<float> problem(c, static_cast<Mode>(mode), DType::kFloat32, true, 0);
+      cpu::prefix_conv2d_plain(problem.p, std_threads(2));
+      problem.check(std::string("plain, ") + c.name + ", " + kModeNames[mode]);
+    }
+}
+
+TEST(a_sample_has_the_same_bits_alone_in_a_batch_and_with_any_threads) {
+  const cpu::Isa before = cpu::current_isa();
+  for (cpu::Isa isa : cpu::available_isas()) {
+    cpu::set_isa(cpu::isa_name(isa));
+    for (const ConvCase& c : conv_cases())
+      for (Mode mode : {kTables, kResidual}) {
+        const std::string where = std::string(cpu::isa_name(isa)) + ", " + c.name + ", " + kModeNames[mode];
+        Problem<float> batch(c, mode, DType::kFloat32, true, 0);
+        cpu::prefix_conv2d(batch.p, {});
+        for (int threads : {2, 5}) {
+          Problem<float> other(c, mode, DType::kFloat32, true, 0);
+          cpu::prefix_conv2d(other.p, std_threads(threads));
+          CHECK(std::memcmp(other.output.data(), batch.output.data(), 4 * batch.output.size()) == 0)
+              << where << ", threads";
+          CHECK(std::memcmp(other.pooled.data(), batch.pooled.data(), 4 * batch.pooled.size()) == 0)
+              << where << ", threads";
+        }
+        for (int64_t n = 0; n < c.n; ++n) {
+          Problem<float> alone(c, mode, DType::kFloat32, true, 0);
+          alone.p.shape.n = 1;
+          alone.p.input = alone.input.data() + n * alone.p.input_stride.n;
+          alone.p.residual = mode == kResidual ? alone.residual.data() + n * alone.p.residual_stride.n : nullptr;
+          alone.p.in_prefix += n, alone.p.out_prefix += n;
+          if (alone.p.row) alone.p.row += n;
+          cpu::prefix_conv2d(alone.p, std_threads(2));
+          const size_t size = alone.output.size() / static_cast<size_t>(c.n), means = static_cast<size_t>(c.c_out);
+          CHECK(std::memcmp(alone.output.data(), batch.output.data() + n * size, 4 * size) == 0)
+              << where << ", sample " << n;
+          CHECK(std::memcmp(alone.pooled.data(), batch.pooled.data() + n * means, 4 * means) == 0)
+              << where << ", sample " << n;
+        }
+      }
+  }
+  cpu::set_isa(cpu::isa_name(before));
+}
+
+TEST(nan_and_infinity_of_live_channels_pass_through) {
+  const cpu::Isa before = cpu::current_isa();
+  for (cpu::Isa isa : cpu::available_isas()) {
+    cpu::set_isa(cpu::isa_name(isa));
+    for (float value : {kNaN, std::numeric_limits<float>::infinity()}) {
+      Problem<float> problem(conv_cases()[0], kFull, DType::kFloat32, true, 0);
+      problem.p.activation = Activation::kRelu;
+      problem.input[problem.at(problem.p.input_stride, 1, 2, 5, 3)] = value;
+      cpu::prefix_conv2d(problem.p, {});
+      for (int64_t c = 0; c < problem.s.c_out; ++c) {
+        const float centre = problem.output[problem.at(problem.p.output_stride, 1, c, 5, 3)];
+        const float weight = problem.weight[problem.at(problem.p.weight_stride, c, 2, 1, 1)];
+        const float far = problem.output[problem.at(problem.p.output_stride, 1, c, 8, 3)];
+        CHECK(std::isnan(value) ? std::isnan(centre) : centre == (weight > 0 ? value : 0.0f)) << cpu::isa_name(isa);
+        CHECK(std::isfinite(far)) << cpu::isa_name(isa) << ": it spread to a pixel that does not see it";
+      }
+    }
+  }
+  cpu::set_isa(cpu::isa_name(before));
+}
+
+}  // namespace rnp::tests
