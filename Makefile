@@ -1,10 +1,10 @@
-# The newcomer's door. It needs a Linux machine with Python >= 3.10 (with venv) and a C++ compiler; everything else comes from pip.
+# The newcomer's door. It needs a Linux machine with Python >= 3.10 (with venv) and a C++ compiler; the rest comes from pip.
 #
 #   make demo       .venv with the package, then `rnp demo`        make test       C++ tests (ctest), then pytest
 #   make lint       ruff and clang-format, changing nothing        make sanitize   the C++ tests under ASan and UBSan
 #   make wheel      build/wheel/*.whl, built in isolation          make clean      removes .venv and everything built
 #
-# Variables: PYTHON (which Python makes .venv), VENV, MAX_JOBS, RNP_CUDA, RNP_CUDA_ARCHS, ARGS (arguments for rnp demo or pytest).
+# Variables: PYTHON (which Python makes .venv), VENV, MAX_JOBS, RNP_CUDA, RNP_CUDA_ARCHS, ARGS (for rnp demo or pytest).
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -38,7 +38,7 @@ demo: $(STAMPS)/demo
 
 test: ctest pytest
 
-# ---- .venv --------------------------------------------------------------------------------------------------------------------
+# ---- .venv --------------------
 
 $(STAMPS)/venv:
 	@echo "== creating $(VENV)"
@@ -54,7 +54,7 @@ $(STAMPS)/wheel: $(STAMPS)/venv $(SOURCES)
 	$(PIP) wheel --no-deps --wheel-dir $(BUILD)/wheel .
 	@touch $@
 
-# torch, and with it numpy, at once with the extra, so that the resolver sees everything; the package itself is replaced each time.
+# The dependencies first, in one resolution; then the package itself, which pip would keep where the version is unchanged.
 $(STAMPS)/demo: $(STAMPS)/wheel
 	@echo "== installing rnp-kernels[demo] into $(VENV)"
 	$(PIP) install "$$(ls $(BUILD)/wheel/*.whl)[demo]"
@@ -72,7 +72,7 @@ $(STAMPS)/lint: $(STAMPS)/venv pyproject.toml
 	$(PIP) install $$(sed -nE 's/.*"(ruff==[^"]+)".*"(clang-format==[^"]+)".*/\1 \2/p' pyproject.toml)
 	@touch $@
 
-# ---- tests --------------------------------------------------------------------------------------------------------------------
+# ---- tests --------------------
 
 CMAKE_CONFIGURE = $(VENV)/bin/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DRNP_BUILD_EXTENSION=OFF
 CMAKE_BUILD = $(VENV)/bin/cmake --build $(1) --parallel $${MAX_JOBS:-$$(nproc)}
@@ -93,7 +93,7 @@ sanitize: $(STAMPS)/test
 	$(call CMAKE_BUILD,$(BUILD)/sanitize)
 	UBSAN_OPTIONS=print_stacktrace=1 $(VENV)/bin/ctest --test-dir $(BUILD)/sanitize --output-on-failure --no-tests=error
 
-# ---- the rest -----------------------------------------------------------------------------------------------------------------
+# ---- the rest --------------------
 
 wheel: $(STAMPS)/wheel
 	@ls -l $(BUILD)/wheel/*.whl

@@ -1,5 +1,5 @@
-# librnp_cuda.so. RNP_CUDA=auto builds it where an nvcc is found that compiles for every architecture asked for with this host
-# compiler; no GPU need be visible. RNP_CUDA=1 makes every reason not to build it an error. Sets, for build_info():
+# librnp_cuda.so. RNP_CUDA=auto builds it where an nvcc is found that compiles for every architecture asked for with this
+# host compiler; no GPU need be visible. RNP_CUDA=1 makes every reason not to build it an error. Sets, for build_info():
 #   RNP_CUDA_COMPILER     "NVIDIA 13.0.88", or "" where the library is not built
 #   RNP_CUDA_BUILT_ARCHS  "80;90a", or ""
 #   RNP_CUDA_REASON       why it is not built, or ""
