@@ -188,7 +188,9 @@ class Agent(nn.Module):
                      for i, encoder in enumerate(self.encoders)]  # fmt: skip
             shared = [(rnn, "weight_ih"), (rnn, "weight_hh"), (rnn, "bias_ih"), (rnn, "bias_hh")]
             shared += [(decoder, "weight"), (decoder, "bias")]
-            sources = []
+            sources = [(self._modules, name, self._modules[name]) for name in ("rnn", "encoders", "decoders")]
+            for modules in (self.encoders._modules, self.decoders._modules):
+                sources += [(modules, name, module) for name, module in modules.items()]
             for module, name in [*shared, *(item for layer in named for item in layer)]:
                 registry = module._parameters if name in module._parameters else module._buffers
                 sources.append((registry, name, registry[name]))
