@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,10 +97,10 @@ def test_a_kernel_that_raises_fails(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert all(len(row["failures"]) == row["cases"] for row in rows)
 
 
-def test_an_instruction_set_that_cannot_run_is_told_and_fails():
+def test_an_instruction_set_that_cannot_run_is_told_and_fails(tmp_path: Path):
     environment = {**os.environ, "RNP_ISA": "sse9"}
     command = [sys.executable, "-m", "rnp.cli", "doctor"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1, result.stderr
     assert "instruction set: NONE" in result.stdout and "'sse9'" in result.stdout
     assert "Traceback" not in result.stderr

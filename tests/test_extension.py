@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -55,10 +56,11 @@ def test_an_unknown_isa_is_refused_and_changes_nothing():
 
 
 @pytest.mark.parametrize("name", ["portable", "sse9"])
-def test_the_environment_forces_the_isa_or_is_refused(name: str):
+def test_the_environment_forces_the_isa_or_is_refused(name: str, tmp_path: Path):
     code = "from rnp_kernels import _C; print(_C.isa())"
     environment = {**os.environ, "RNP_ISA": name}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]  # in another folder, so that the sources are not imported
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     if name == "portable":
         assert (result.returncode, result.stdout.strip()) == (0, "portable"), result.stderr
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,8 +31,9 @@ def test_an_unknown_command_is_a_usage_error(capsys: pytest.CaptureFixture[str])
     assert "prune" in capsys.readouterr().err
 
 
-def test_the_module_runs_as_a_program():
-    result = subprocess.run([sys.executable, "-m", "rnp.cli", "--version"], capture_output=True, text=True)
+def test_the_module_runs_as_a_program(tmp_path: Path):
+    command = [sys.executable, "-m", "rnp.cli", "--version"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
 
 
