@@ -21,7 +21,7 @@ STAMPS := $(VENV)/.stamps
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-PIP := $(VENV)/bin/python -m pip --quiet --no-input
+PIP := $(VENV)/bin/python -m pip -qq --no-input
 
 # Whatever ends up in the wheel: when one of these changes, it is built again.
 SOURCES := $(shell find csrc cmake rnp_kernels python -type f ! -name '*.so' ! -name '*.pyc' ! -path '*.egg-info/*') \
