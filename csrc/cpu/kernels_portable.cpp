@@ -46,6 +46,7 @@ const Kernels& portable_kernels() {
     k.lanes = 8;
     k.half_lanes = 4;
     k.max_cols = 5;
+    k.sum_kernel_rows = true;
     add_columns<V128, 5>(k);
     k.depthwise_row = &depthwise_row<V128>;
     return k;

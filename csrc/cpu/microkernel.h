@@ -14,6 +14,7 @@ struct Run {
   int64_t x;  // floats from the tile's first pixel
   int64_t w;  // floats from the tile's weights
   int64_t count;
+  int32_t kernel_row;
   int32_t skip;  // a sum of Skip flags: at most one of the columns' and one of the rows'
 };
 enum Skip : int32_t { kSkipNone = 0, kSkipFirstCol = 1, kSkipLastCol = 2, kSkipFirstRow = 3, kSkipLastRow = 6 };
@@ -66,6 +67,8 @@ struct Kernels {
   int lanes;       // output channels of a tile
   int half_lanes;  // output channels of the narrow variant
   int max_cols;    // of a one-row tile
+  // Without fused multiply-add every product rounds too: each kernel row is then summed by itself, for shorter chains.
+  bool sum_kernel_rows;
   // tile[wide][rows - 1][cols - 1]; null where the shape is not instantiated. One-row tiles of 1…max_cols always are.
   TileKernel tile[2][kMaxRows][kMaxCols];
   void (*depthwise_row)(const DepthwiseArgs&);

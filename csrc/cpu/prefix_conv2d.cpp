@@ -85,6 +85,23 @@ struct Call {
   }
 };
 
+// Sums the runs of a tile, in one chain or in one per kernel row. The cut must not depend on the tile, hence not on the
+// band.
+void run_tile(const Kernels& kernels, TileKernel tile, const std::vector<Run>& runs, bool first, bool last,
+              TileArgs& args) {
+  size_t begin = 0;
+  do {
+    size_t end = kernels.sum_kernel_rows ? begin : runs.size();
+    while (end < runs.size() && runs[end].kernel_row == runs[begin].kernel_row) ++end;
+    args.runs = runs.data() + begin;
+    args.run_count = static_cast<int64_t>(end - begin);
+    args.first = first && begin == 0;
+    args.last = last && end == runs.size();
+    tile(args);
+    begin = end;
+  } while (begin < runs.size());
+}
+
 void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int64_t block, int64_t out_live,
                     TilePlan& plan, const BandGeometry& geometry, const float* band, float* sums,
                     Prefetcher& prefetcher) {
@@ -123,8 +140,6 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
       args.w = p.packed + l.panel_at(item.g, block, ib) + sub;
       args.w_step = w_step;
       args.live = live;
-      args.first = ib == 0;
-      args.last = ib == ic_blocks - 1 && call.direct_output;
       args.partial_col_step = PackedLayout::kLanes;
       args.partial_row_step = plan.cols * PackedLayout::kLanes;
       args.out_row_step = p.output_stride.h;
@@ -139,19 +154,17 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
       plan.list_runs(pixel, count, l.ic_count(ib), w_step);
       for (const RowTile& row : plan.row_tiles) {
         for (const ColTile& col : plan.col_tiles) {
-          const std::vector<Run>& runs = plan.runs(row, col);
-          args.runs = runs.data();
-          args.run_count = static_cast<int64_t>(runs.size());
           args.x = x + (row.first * geometry.row_step * plan.cols_in + col.first * geometry.col_step) * pixel;
           args.partial = sums + (row.first * plan.cols + col.first) * PackedLayout::kLanes + sub;
-          if (args.last) {
+          if (out) {
             args.out = out + row.first * args.out_row_step + col.first * args.out_col_step + sub;
             args.residual =
                 residual ? residual + row.first * args.residual_row_step + col.first * args.residual_col_step + sub
                          : nullptr;
           }
           prefetcher.step();
-          call.kernels.tile[wide][row.count - 1][col.count - 1](args);
+          run_tile(call.kernels, call.kernels.tile[wide][row.count - 1][col.count - 1], plan.runs(row, col), ib == 0,
+                   ib == ic_blocks - 1 && call.direct_output, args);
         }
       }
     }

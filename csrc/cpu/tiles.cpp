@@ -107,10 +107,11 @@ void TilePlan::list_tile(const RowTile& row, const ColTile& col, int64_t pixel, 
       if (col_skip == AxisTile::kSkipAll && count >= kMergeBelow) continue;
       if (count < kMergeBelow) col_skip = kSkipNone;
       const Run run{(i * dilation_h * cols_in + j * dilation_w) * pixel, (i * kw + j) * packed * w_step, count,
-                    row_skip + col_skip};
+                    static_cast<int32_t>(i), row_skip + col_skip};
       if (!runs.empty()) {
         Run& last = runs.back();
-        if (last.skip == run.skip && last.x + last.count == run.x && last.w + last.count * w_step == run.w) {
+        if (last.kernel_row == run.kernel_row && last.skip == run.skip && last.x + last.count == run.x &&
+            last.w + last.count * w_step == run.w) {
           last.count += count;
           continue;
         }
