@@ -163,7 +163,8 @@ def check_call(
     tail: str,
 ) -> None:  # fmt: skip
     """Every rule on the arguments as the caller gave them; an unbatched input counts as a batch of one."""
-    autocast = isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type)
+    kind = input.device.type if isinstance(input, Tensor) else None
+    autocast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
     check_types(input, weight, autocast)
     stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
     padding = four_paddings(padding, weight.shape[2:], stride, dilation)

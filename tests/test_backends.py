@@ -1,0 +1,125 @@
+"""The choice of the backend, and the errors of wrong arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import rnp_kernels
+from rnp_kernels import testing
+
+
+def test_names_and_reasons() -> None:
+    found = rnp_kernels.available_backends()
+    assert list(found) == ["cpu", "cuda", "triton", "reference"]
+    assert found["cpu"] is None and found["reference"] is None
+    assert all(reason is None or len(reason) > 10 for reason in found.values())
+    assert rnp_kernels.get_backend() == "auto"
+
+
+def test_the_setting_is_restored_even_after_an_error() -> None:
+    with pytest.raises(KeyError), rnp_kernels.backend("reference"):
+        assert rnp_kernels.get_backend() == "reference"
+        with rnp_kernels.backend("cpu"):
+            assert rnp_kernels.get_backend() == "cpu"
+        assert rnp_kernels.get_backend() == "reference"
+        raise KeyError
+    assert rnp_kernels.get_backend() == "auto"
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_backend_that_cannot_run_says_why(name: str) -> None:
+    reason = rnp_kernels.available_backends()[name]
+    if reason is None:
+        pytest.skip(f"{name} runs here")
+    with pytest.raises(RuntimeError) as raised:
+        rnp_kernels.set_backend(name)
+    assert name in str(raised.value) and reason in str(raised.value)
+    assert rnp_kernels.get_backend() == "auto"
+
+
+def test_an_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="'cudnn'"):
+        rnp_kernels.set_backend("cudnn")
+    assert rnp_kernels.get_backend() == "auto"
+
+
+def test_the_choice_decides_what_runs() -> None:
+    arguments = testing.make(testing.case("everything"))
+    ran = {}
+    for name in ("cpu", "reference"):
+        with rnp_kernels.backend(name), torch.profiler.profile() as profile:
+            rnp_kernels.prefix_conv2d(**arguments)
+        ran[name] = {event.key for event in profile.key_averages()}
+    assert "rnp::prefix_conv2d" in ran["cpu"] and "aten::convolution" not in ran["cpu"]
+    assert "rnp::prefix_conv2d" not in ran["reference"] and "aten::convolution" in ran["reference"]
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+X, W = torch.randn(2, 6, 5, 5), torch.randn(8, 6, 3, 3)
+TABLE = torch.randn(3, 8)
+WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "input is no tensor": (TypeError, "list", {"input": [1.0]}),
+    "input is 2-D": (ValueError, r"\(3, 4\)", {"input": torch.randn(3, 4)}),
+    "integer input": (TypeError, "int64", {"input": X.long(), "weight": W.long()}),
+    "weight is 3-D": (ValueError, r"\(8, 6, 3\)", {"weight": W[..., 0]}),
+    "weight is None": (TypeError, "NoneType", {"weight": None}),
+    "weight of another dtype": (TypeError, "float64", {"weight": W.double()}),
+    "channels": (ValueError, "got 5", {"input": X[:, :5]}),
+    "groups": (ValueError, "got 0", {"groups": 0}),
+    "output channels and groups": (ValueError, "got 8", {"input": torch.randn(2, 18, 5, 5), "groups": 3}),
+    "stride": (ValueError, r"\(0, 1\)", {"stride": (0, 1)}),
+    "stride of three": (ValueError, r"\(1, 1, 1\)", {"stride": (1, 1, 1)}),
+    "stride is a float": (TypeError, "float", {"stride": 1.5}),
+    "dilation": (ValueError, r"\(0, 0\)", {"dilation": 0}),
+    "padding": (ValueError, "-1", {"padding": (0, -1)}),
+    "padding's name": (ValueError, "'full'", {"padding": "full"}),
+    "same with a stride": (ValueError, r"\(2, 2\)", {"padding": "same", "stride": 2}),
+    "kernel larger than the input": (ValueError, "-1", {"input": X[..., :1]}),
+    "in_prefix of another dtype": (TypeError, "int64", {"in_prefix": int32(1, 2).long()}),
+    "in_prefix is a list": (TypeError, "list", {"in_prefix": [1, 2]}),
+    "in_prefix too long": (ValueError, r"\(3,\)", {"in_prefix": int32(1, 2, 3)}),
+    "out_prefix is 2-D": (ValueError, r"\(1, 2\)", {"out_prefix": int32(1, 2)[None]}),
+    "in_prefix too large": (RuntimeError, "7", {"in_prefix": int32(1, 7)}),
+    "in_prefix negative": (RuntimeError, "-1", {"in_prefix": int32(1, -1)}),
+    "out_prefix too large": (RuntimeError, "9", {"out_prefix": int32(9, 1)}),
+    "row too large": (RuntimeError, "3", {"bias": TABLE, "row": int32(3, 0)}),
+    "bias's shape": (ValueError, r"\(7,\)", {"bias": torch.randn(7)}),
+    "bias's dtype": (TypeError, "float64", {"bias": torch.randn(8).double()}),
+    "scale is 3-D": (ValueError, r"\(1, 1, 8\)", {"scale": torch.randn(1, 1, 8)}),
+    "table without row": (ValueError, "row=None", {"scale": TABLE}),
+    "tables of two lengths": (ValueError, r"\[3, 2\]", {"scale": TABLE, "bias": TABLE[:2], "row": int32(0, 1)}),
+    "activation": (ValueError, "'gelu'", {"activation": "gelu"}),
+    "tail": (ValueError, "'keep'", {"tail": "keep"}),
+    "residual's shape": (ValueError, r"\(2, 8, 1, 1\)", {"residual": torch.randn(2, 8, 1, 1)}),
+    "residual's dtype": (TypeError, "float64", {"residual": torch.randn(2, 8, 3, 3).double()}),
+    "residual and skip": (ValueError, "skip", {"residual": torch.randn(2, 8, 3, 3), "tail": "skip"}),
+    "another weight's pack": (RuntimeError, "packed", {"packed": rnp_kernels.pack_weight(torch.randn(4, 6, 3, 3))}),
+}
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
+def test_wrong_arguments(wrong: tuple[type[Exception], str, dict[str, Any]], name: str) -> None:
+    kind, value, change = wrong
+    if "packed" in change and name == "reference":
+        return
+    with rnp_kernels.backend(name), pytest.raises(kind, match=value) as raised:
+        rnp_kernels.prefix_conv2d(**({"input": X, "weight": W} | change))
+    assert "prefix_conv2d" in str(raised.value)
+
+
+@pytest.mark.parametrize("wrong", [w for w in WRONG.values() if w[0] is not RuntimeError and "packed" not in w[2]][:24],
+                         ids=str)  # fmt: skip
+def test_wrong_shapes_raise_while_compiling_too(wrong: tuple[type[Exception], str, dict[str, Any]]) -> None:
+    _, value, change = wrong
+    arguments = {"input": X, "weight": W} | change
+    if any(not isinstance(arguments[name], torch.Tensor) for name in ("input", "weight")):
+        return
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(Exception, match=value):
+        rnp_kernels.prefix_conv2d(**arguments)

@@ -1,0 +1,334 @@
+"""`PrefixConv2d` as a drop-in for `nn.Conv2d`, `replace_conv2d`, and the packed weights beside the parameters."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import rnp_kernels
+from rnp_kernels import PrefixConv2d, replace_conv2d
+
+SETTINGS = {
+    "plain": {"kernel_size": 3},
+    "stride and padding": {"kernel_size": (3, 5), "stride": (2, 1), "padding": (1, 2)},
+    "same": {"kernel_size": 4, "padding": "same", "dilation": 2},
+    "valid": {"kernel_size": 2, "padding": "valid"},
+    "groups": {"kernel_size": 3, "groups": 4, "bias": False},
+    "zeros": {"kernel_size": 3, "padding": 1, "padding_mode": "zeros"},
+    "reflect": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    "replicate": {"kernel_size": 3, "padding": (2, 1), "padding_mode": "replicate"},
+    "circular": {"kernel_size": 3, "padding": "same", "padding_mode": "circular"},
+}
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_stands_in_for_conv2d(settings: dict, layout: torch.memory_format, isa: str) -> None:
+    theirs = nn.Conv2d(8, 12, **settings)
+    ours = PrefixConv2d(8, 12, **settings)
+    assert ours.load_state_dict(theirs.state_dict()).missing_keys == []
+    theirs.load_state_dict(ours.state_dict())
+    assert repr(ours) == repr(theirs).replace("Conv2d", "PrefixConv2d")
+    for shape in ((2, 8, 11, 9), (8, 11, 9)):
+        x = torch.randn(shape)
+        x = x.contiguous(memory_format=layout) if x.dim() == 4 else x
+        close(ours(x), theirs(x))
+        with torch.no_grad():
+            for _ in range(3):  # unpacked, then packed
+                y = ours(x)
+                close(y, theirs(x))
+                assert y.stride() == theirs(x).stride()
+
+
+def test_prefixes_reach_the_operator(isa: str) -> None:
+    conv = PrefixConv2d(8, 12, 3, padding=1)
+    x = torch.randn(3, 8, 6, 6)
+    y = conv(x, int32(8, 2, 0), int32(3, 12, 5))
+    x[1, 2:], x[2] = 0, 0
+    dense = nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
+    for sample, width in enumerate((3, 12, 5)):
+        close(y[sample, :width], dense[sample, :width])
+        assert (y[sample, width:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "copier", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"]
+)
+def test_copies_do_not_share_packs(copier: Callable[[nn.Module], nn.Module]) -> None:
+    conv = PrefixConv2d(8, 12, 3)
+    assert conv.packed_weight() is not None
+    twin = copier(conv)
+    assert type(twin) is PrefixConv2d and "_packs" not in vars(twin)
+    x = torch.randn(1, 8, 5, 5)
+    with torch.no_grad():
+        close(twin(x), conv(x))
+        twin.weight = nn.Parameter(twin.weight + 1)
+        assert not torch.allclose(twin(x), conv(x))
+
+
+def test_saved_files_hold_no_packs() -> None:
+    conv = PrefixConv2d(64, 64, 3)
+    sizes = []
+    for _ in range(2):
+        file = io.BytesIO()
+        torch.save(conv, file)
+        sizes.append(file.tell())
+        assert conv.packed_weight() is not None
+    assert sizes[0] == sizes[1]
+    assert set(conv.state_dict()) == {"weight", "bias"}
+
+
+def optimizer_step(conv: PrefixConv2d) -> None:
+    optimizer = torch.optim.SGD(conv.parameters(), lr=0.5)
+    conv.weight.grad = torch.randn_like(conv.weight)
+    optimizer.step()
+
+
+def single_element(conv: PrefixConv2d) -> None:
+    with torch.no_grad():
+        conv.weight[5, 3, 2, 1] += 10
+
+
+def inside_inference_mode(conv: PrefixConv2d) -> None:
+    with torch.inference_mode():
+        conv.weight.mul_(3)
+
+
+def new_parameter(conv: PrefixConv2d) -> None:
+    conv.weight = nn.Parameter(torch.randn_like(conv.weight))
+
+
+def freed_and_reused(conv: PrefixConv2d) -> None:
+    """The allocator likes to hand the same address out again."""
+    shape = conv.weight.shape
+    conv.weight = None
+    conv.weight = nn.Parameter(torch.randn(shape))
+
+
+def data_transposed(conv: PrefixConv2d) -> None:
+    conv.weight.data = conv.weight.data.transpose(2, 3)
+
+
+CHANGES: dict[str, Callable[[PrefixConv2d], object]] = {
+    "optimizer step": optimizer_step,
+    "in place": lambda c: nn.init.ones_(c.weight),
+    "one element": single_element,
+    "in inference mode": inside_inference_mode,
+    "load_state_dict": lambda c: c.load_state_dict({k: torch.randn_like(v) for k, v in c.state_dict().items()}),
+    "load_state_dict, assign": lambda c: c.load_state_dict(
+        {k: torch.randn_like(v) for k, v in c.state_dict().items()}, assign=True
+    ),
+    "a new parameter": new_parameter,
+    "freed and reused": freed_and_reused,
+    ".data assigned": lambda c: setattr(c.weight, "data", torch.randn_like(c.weight)),
+    ".data transposed": data_transposed,
+    ".data written": lambda c: c.weight.data.mul_(2),
+    ".data copied": lambda c: c.weight.data.copy_(torch.randn_like(c.weight)),
+    "half and back": lambda c: c.half().float(),
+    "double and back": lambda c: c.double().float(),
+    "to channels_last": lambda c: c.to(memory_format=torch.channels_last),
+    "vector_to_parameters": lambda c: nn.utils.vector_to_parameters(
+        torch.randn(sum(p.numel() for p in c.parameters())), c.parameters()
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_changed_weight_is_packed_again(change: Callable[[PrefixConv2d], object], isa: str) -> None:
+    torch.manual_seed(0)
+    conv = PrefixConv2d(20, 24, 3, padding=1)
+    x = torch.randn(2, 20, 6, 6).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        conv(x), conv(x)
+    for _ in range(2):
+        before = conv.packed_weight()
+        change(conv)
+        with torch.no_grad():
+            for _ in range(4):
+                close(conv(x), nn.functional.conv2d(x, conv.weight, conv.bias, padding=1))
+        after = conv.packed_weight()
+        assert torch.equal(after, rnp_kernels.pack_weight(conv.weight))
+        assert after is not before or torch.equal(before, after)
+
+
+def test_training_never_packs_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = rnp_kernels.packing.pack_weight
+    monkeypatch.setattr(rnp_kernels.packing, "pack_weight", lambda *a: made.append(1) or real(*a))
+    conv = PrefixConv2d(8, 8, 3)
+    optimizer = torch.optim.SGD(conv.parameters(), lr=0.1)
+    x = torch.randn(1, 8, 5, 5)
+    for _ in range(4):
+        conv(x).sum().backward()
+        optimizer.step()
+    assert made == []
+    with torch.no_grad():
+        for _ in range(4):
+            conv(x)
+    assert made == [1]
+
+
+def test_inference_tensors_are_never_packed() -> None:
+    with torch.inference_mode():
+        conv = PrefixConv2d(8, 8, 3)
+        x = torch.randn(1, 8, 5, 5)
+        for _ in range(3):
+            close(conv(x), nn.functional.conv2d(x, conv.weight, conv.bias))
+            conv.weight[0, 0, 0, 0] += 5
+        assert conv.packed_weight() is None
+
+
+def test_two_threads_and_a_writer() -> None:
+    conv = PrefixConv2d(32, 32, 3)
+    x = torch.randn(1, 32, 6, 6)
+    weights = [torch.full_like(conv.weight, value) for value in (1.0, 2.0)]
+    answers = [nn.functional.conv2d(x, w, conv.bias) for w in weights]
+    failures: list[str] = []
+
+    def read() -> None:
+        with torch.no_grad():
+            for _ in range(200):
+                y = conv(x)
+                if not torch.isfinite(y).all():
+                    failures.append("not finite")
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for step in range(20):
+        conv.weight = nn.Parameter(weights[step % 2].clone())
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    with torch.no_grad():
+        close(conv(x), answers[1])
+        close(conv(x), answers[1])
+
+
+def test_from_conv2d_shares_parameters_and_settings() -> None:
+    conv = nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", dtype=torch.float64).eval()
+    conv.bias.requires_grad_(False)
+    seen = []
+    conv.register_forward_hook(lambda module, args, output: seen.append(type(module)))
+    ours = PrefixConv2d.from_conv2d(conv)
+    assert ours.weight is conv.weight and ours.bias is conv.bias and not ours.training
+    assert ours.padding_mode == "reflect" and repr(ours) == repr(conv).replace("Conv2d", "PrefixConv2d")
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    close(ours(x), conv(x))
+    assert seen == [PrefixConv2d, nn.Conv2d]
+    ours.register_forward_hook(lambda *a: None)
+    assert len(conv._forward_hooks) == 1
+    ours.train()
+    assert not conv.training
+
+
+@pytest.mark.parametrize(
+    "module", [nn.LazyConv2d(4, 3), nn.Conv1d(3, 4, 3), nn.Linear(2, 2)], ids=lambda m: type(m).__name__
+)
+def test_from_conv2d_refuses_what_is_not_one(module: nn.Module) -> None:
+    with pytest.raises(TypeError, match=type(module).__name__):
+        PrefixConv2d.from_conv2d(module)
+    with pytest.raises(ValueError, match="complex64"):
+        PrefixConv2d.from_conv2d(nn.Conv2d(2, 2, 1, dtype=torch.complex64))
+
+
+class Odd(nn.Conv2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) + 1
+
+
+def test_replace_conv2d() -> None:
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), shared, nn.Sequential(nn.Identity(), shared), Odd(4, 4, 1),
+        nn.Conv2d(4, 2, 1, dtype=torch.complex64), PrefixConv2d(4, 4, 1), nn.LazyConv2d(4, 1),
+    )  # fmt: skip
+    before = dict(model.named_parameters(remove_duplicate=False))
+    calls = []
+    handle = shared.register_forward_pre_hook(lambda module, args: calls.append(type(module)))
+    kept = model[7]
+    assert replace_conv2d(model) is model
+    kinds = [type(m) for m in model]
+    assert kinds == [PrefixConv2d, nn.BatchNorm2d, nn.ReLU, PrefixConv2d, nn.Sequential, Odd, nn.Conv2d, PrefixConv2d,
+                     nn.LazyConv2d]  # fmt: skip
+    assert model[3] is model[4][1] and model[7] is kept
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
+    model[:6](torch.randn(1, 3, 8, 8))
+    assert calls == [PrefixConv2d, PrefixConv2d]
+    handle.remove()
+    model[:6](torch.randn(1, 3, 8, 8))
+    assert len(calls) == 2
+
+
+def test_replace_a_model_that_is_a_conv2d() -> None:
+    conv = nn.Conv2d(3, 4, 3)
+    new = replace_conv2d(conv)
+    assert type(new) is PrefixConv2d and new.weight is conv.weight
+    assert replace_conv2d(new) is new
+    with pytest.raises(TypeError, match="replace_conv2d"):
+        replace_conv2d(conv.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("first", [True, False], ids=["norm before the swap", "norm after the swap"])
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm],
+                         ids=["weight_norm", "parametrized", "spectral_norm"])  # fmt: skip
+def test_normalised_weights(norm: Callable[[nn.Module], nn.Module], first: bool) -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(4, 6, 3).eval()
+    ours = copy.deepcopy(plain)
+    torch.manual_seed(1)
+    plain = norm(plain)
+    torch.manual_seed(1)
+    ours = replace_conv2d(norm(ours)) if first else norm(replace_conv2d(ours))
+    plain.eval(), ours.eval()
+    x = torch.randn(2, 4, 7, 7)
+    for _ in range(3):
+        with torch.no_grad():
+            close(ours(x), plain(x))
+            for module in (plain, ours):
+                next(module.parameters()).mul_(1.5)
+    ours(x).sum().backward()
+
+
+def test_fuse_conv_bn_eval() -> None:
+    conv, norm = PrefixConv2d(4, 6, 3).eval(), nn.BatchNorm2d(6).eval()
+    nn.init.uniform_(norm.running_var, 0.5, 2), nn.init.normal_(norm.running_mean)
+    x = torch.randn(2, 4, 7, 7)
+    with torch.no_grad():
+        conv(x), conv(x)
+        fused = torch.nn.utils.fuse_conv_bn_eval(conv, norm)
+        assert type(fused) is PrefixConv2d
+        close(fused(x), norm(conv(x)))
+
+
+def test_functional_call_uses_the_given_weights() -> None:
+    conv = PrefixConv2d(4, 6, 3)
+    x = torch.randn(1, 4, 5, 5)
+    with torch.no_grad():
+        conv(x), conv(x)
+        for _ in range(3):
+            other = {"weight": torch.randn_like(conv.weight), "bias": torch.randn(6)}
+            close(torch.func.functional_call(conv, other, (x,)), nn.functional.conv2d(x, *other.values()))
+
+
+def test_meta_device() -> None:
+    conv = PrefixConv2d(4, 6, 3, device="meta")
+    y = conv(torch.empty(2, 4, 8, 8, device="meta"))
+    assert y.shape == (2, 6, 6, 6) and y.device.type == "meta" and conv.packed_weight() is None

@@ -1,0 +1,79 @@
+"""The same sample gives the same bits: alone, in any batch, with any number of threads, with or without prefixes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rnp_kernels
+from rnp_kernels import reference, testing
+from rnp_kernels.testing import CASES, Case
+
+PER_SAMPLE = ("input", "residual", "in_prefix", "out_prefix", "row")
+INVARIANCE_CASES = [c for c in CASES if c.input[0] > 0 and c.layout != "expanded"]
+
+
+def call(case: Case, arguments: testing.Tensors) -> list[Tensor]:
+    result = rnp_kernels.prefix_conv2d(**arguments)
+    output, *means = result if case.pooled else (result,)
+    if case.tail == "skip":  # what stands in the tail is undefined
+        output = torch.where(reference.live(case.out, arguments["out_prefix"], output), output, 0)
+    return [output, *means]
+
+
+def pick(arguments: testing.Tensors, index: Any) -> testing.Tensors:
+    return {k: v[index] if k in PER_SAMPLE and v is not None else v for k, v in arguments.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", INVARIANCE_CASES, ids=str)
+def test_alone_and_in_any_batch(case: Case, dtype: torch.dtype, isa: str, threads: None, poisoned_memory: None) -> None:
+    arguments = testing.make(case, dtype)
+    batch = case.input[0]
+    torch.set_num_threads(1)
+    whole = call(case, arguments)
+    order = torch.arange(batch).flip(0)
+    longer = torch.cat([order, torch.arange(batch), order])
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        for tensor, again in zip(whole, call(case, arguments), strict=True):
+            assert torch.equal(tensor, again), f"{count} threads"
+        for index in (order, longer):
+            for tensor, again in zip(whole, call(case, pick(arguments, index)), strict=True):
+                assert torch.equal(tensor[index], again), f"{count} threads, samples {index.tolist()}"
+        for n in range(batch):
+            for tensor, again in zip(whole, call(case, pick(arguments, slice(n, n + 1))), strict=True):
+                assert torch.equal(tensor[n : n + 1], again), f"{count} threads, sample {n} alone"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [c for c in INVARIANCE_CASES if c.tail == "zero"], ids=str)
+def test_none_is_an_explicit_full_prefix(case: Case, dtype: torch.dtype, isa: str) -> None:
+    arguments = testing.make(case, dtype)
+    arguments["input"] = torch.where(arguments["input"].isnan(), 0.5, arguments["input"])
+    batch, c_in = case.input[:2]
+    arguments |= {"in_prefix": None, "out_prefix": None}
+    dense = call(case, arguments)
+    prefixes = {"in_prefix": torch.full((batch,), c_in).int(), "out_prefix": torch.full((batch,), case.out).int()}
+    for names in (("in_prefix",), ("out_prefix",), ("in_prefix", "out_prefix")):
+        some = {name: prefixes[name] for name in names}
+        for tensor, again in zip(dense, call(case, arguments | some), strict=True):
+            assert torch.equal(tensor, again), names
+    mixed = {name: value.clone() for name, value in prefixes.items()}
+    mixed["in_prefix"][0] = c_in // 2
+    mixed["out_prefix"][0] = case.out // 2
+    for tensor, again in zip(dense, call(case, arguments | mixed), strict=True):
+        assert torch.equal(tensor[1:], again[1:]), "beside a sample of another width"
+
+
+@pytest.mark.parametrize("case", INVARIANCE_CASES, ids=str)
+def test_a_live_sample_does_not_depend_on_poison(case: Case, isa: str) -> None:
+    if case.in_prefix is None:
+        return
+    arguments = testing.make(case)
+    clean = arguments | {"input": torch.where(arguments["input"].isnan(), 0, arguments["input"])}
+    for tensor, again in zip(call(case, arguments), call(case, clean), strict=True):
+        assert torch.equal(tensor, again)
