@@ -7,19 +7,33 @@ only when asked for, so that `rnp doctor` works where the packages of the demo a
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
 
-# name: (module, the extra that brings the packages it needs, one line of help)
-COMMANDS: dict[str, tuple[str, str | None, str]] = {
-    "doctor": (
-        "rnp_kernels.doctor",
-        None,
-        "what was built, what this machine offers, which backend runs; a self-test",
+
+@dataclass(frozen=True)
+class Command:
+    """Where a sub-command lives, its line of help, and the extra that brings the packages it needs."""
+
+    module: str
+    summary: str
+    extra: str = ""
+    needs: tuple[str, ...] = ()  # import names, checked before the command starts, not when it has run for minutes
+
+
+COMMANDS = {
+    "doctor": Command(
+        "rnp_kernels.doctor", "what was built, what this machine offers, which backend runs; a self-test"
     ),
-    "demo": ("rnp.demo", "demo", "train and measure a network that spends less on easy images (about six minutes)"),
+    "demo": Command(
+        "rnp.demo",
+        "train and measure a network that spends less on easy images (about six minutes)",
+        extra="demo",
+        needs=("sklearn", "matplotlib"),
+    ),
 }
 
 
@@ -30,14 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="command")
     chosen = arguments[0] if arguments and arguments[0] in COMMANDS else None
-    for name, (module_name, extra, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.summary, description=command.summary)
         if name == chosen:
-            module = _import(name, module_name, extra)
-            if module is None:
+            missing = [package for package in command.needs if importlib.util.find_spec(package) is None]
+            if missing:
+                print(f"rnp {name}: missing Python packages: {', '.join(missing)}. Install them with", file=sys.stderr)
+                print(f"  pip install 'rnp-kernels[{command.extra}]'", file=sys.stderr)
                 return 1
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
+            module = import_module(command.module)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
 
     options = parser.parse_args(arguments)
     if options.version:
@@ -53,19 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"rnp {options.command}: interrupted", file=sys.stderr)
         return 130
-
-
-def _import(command: str, module: str, extra: str | None) -> ModuleType | None:
-    """The sub-command's module; None, with a message, where a package of its extra is missing."""
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if extra is None or missing in ("rnp", "rnp_kernels", ""):
-            raise
-        print(f"rnp {command}: the Python package {missing!r} is missing. The command needs:", file=sys.stderr)
-        print(f"  pip install 'rnp-kernels[{extra}]'", file=sys.stderr)
-        return None
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -47,25 +48,31 @@ def test_only_the_command_asked_for_is_imported(monkeypatch: pytest.MonkeyPatch)
     assert imported == ["rnp.demo"]
 
 
-def test_a_missing_extra_is_named_with_the_command_that_installs_it(
+def test_a_missing_extra_is_named_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def fail(name: str) -> None:
-        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn.datasets")
-
-    monkeypatch.setattr(cli, "import_module", fail)
-    assert cli.main(["demo"]) == 1
+    command = cli.Command("rnp.nowhere", "", extra="demo", needs=("argparse", "no_such_package", "nor_this_one"))
+    monkeypatch.setitem(cli.COMMANDS, "demo", command)
+    assert cli.main(["demo", "--steps", "3"]) == 1
     message = capsys.readouterr().err
-    assert "'sklearn' is missing" in message and "pip install 'rnp-kernels[demo]'" in message
+    assert "rnp demo: missing Python packages: no_such_package, nor_this_one." in message
+    assert "pip install 'rnp-kernels[demo]'" in message
 
 
 def test_a_bug_in_a_command_is_not_taken_for_a_missing_extra(monkeypatch: pytest.MonkeyPatch):
-    def fail(name: str) -> None:
-        raise ModuleNotFoundError("No module named 'rnp.demmo'", name="rnp.demmo")
-
-    monkeypatch.setattr(cli, "import_module", fail)
+    monkeypatch.setitem(cli.COMMANDS, "demo", cli.Command("rnp.demmo", "", extra="demo"))
     with pytest.raises(ModuleNotFoundError, match=r"rnp\.demmo"):
         cli.main(["demo"])
+
+
+def test_the_demo_extra_brings_what_the_demo_needs():
+    try:
+        requirements = importlib.metadata.requires("rnp-kernels") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("runs from the sources, without an installed distribution")
+    brought = {r.partition(";")[0].strip() for r in requirements if "extra ==" in r and "demo" in r}
+    assert {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}.keys() == set(cli.COMMANDS["demo"].needs)
+    assert brought >= {"scikit-learn", "matplotlib"}
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
