@@ -89,6 +89,8 @@ class TrainConfig:
     """ε at the start of every agent phase but the first: the agent continues on a changed backbone (*ours*)."""
     agent_lr: float = 3e-3
     """Learning rate of the agent, Adam (*ours*)."""
+    agent_lr_end: float = 0.05
+    """Share of ``agent_lr`` that is left at the end of an agent phase; it falls linearly (*ours*)."""
     agent_batch: int = 256
     """Episodes in one update (*ours*)."""
     agent_updates: int = 2
@@ -98,6 +100,9 @@ class TrainConfig:
     agent_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of :class:`rnp.Agent`, for a network that has no agent yet."""
 
+    finetune_batchnorm: str = "frozen"
+    """In finetune. ``frozen``: statistics stay as they are (*ours*). ``train``: those of the batch are used, and every
+    width is recalibrated afterwards."""
     finetune_epsilon: float = 0.05
     """Exploration while the paths for finetune are recorded (*ours*)."""
     finetune_sandwich: float = 0.25
@@ -138,6 +143,8 @@ class TrainConfig:
             ("statistics_batches", self.statistics_batches >= 1, "must be at least 1"),
             ("recalibration_batches", self.recalibration_batches >= 0, "must not be negative"),
             ("finetune_chunk", self.finetune_chunk >= 1, "must be at least 1"),
+            ("agent_lr_end", 0 <= self.agent_lr_end <= 1, "must lie in 0…1"),
+            ("finetune_batchnorm", self.finetune_batchnorm in ("frozen", "train"), "must be 'frozen' or 'train'"),
             ("epoch_steps", self.epoch_steps is None or self.epoch_steps >= 1, "must be at least 1"),
         ]
         for name, holds, rule in rules:

@@ -109,6 +109,12 @@ class BackbonePhase(Phase):
         """The paths of a step, and the weight of each one's loss."""
         raise NotImplementedError
 
+    def recalibrate(self, batches: Iterable[Batch]) -> None:
+        """Measure BatchNorm's statistics anew for every width, if the settings say so."""
+        context, count = self.context, self.context.config.recalibration_batches
+        if count:
+            recalibrate(context.network, batches, batches=count, generator=context.generator)
+
     def step(self, number: int, progress: float, images: Tensor, labels: Tensor, extra: Any) -> Tensor:
         config, network = self.context.config, self.context.network
         for group in self.optimizer.param_groups:
@@ -174,14 +180,11 @@ class Sandwich(BackbonePhase):
         return super().arrange(batches)
 
     def finish(self, batches: Iterable[Batch]) -> None:
-        context = self.context
-        if context.config.recalibration_batches:
-            count = context.config.recalibration_batches
-            recalibrate(context.network, batches, batches=count, generator=context.generator)
+        self.recalibrate(batches)
 
 
 class Finetune(BackbonePhase):
-    """The backbone under the agent's own paths, BatchNorm statistics frozen (RNP: D fixed, greedy; ε is *ours*).
+    """The backbone under the agent's own paths (RNP: D fixed, greedy; ε is *ours*).
 
     A mixed batch is not sliced, so ``finetune_chunk`` batches are recorded at once with the real kernels, sorted by the
     MACs their images got and cut again into batches of alike images; each runs on the path of one of its own, but for a
@@ -202,7 +205,6 @@ class Finetune(BackbonePhase):
         return [(extra, 1.0)]
 
     def arrange(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor, Any]]:
-        self.context.network.eval()  # statistics frozen; gradients flow all the same
         chunk: list[Batch] = []
         for batch in batches:
             chunk.append(batch)
@@ -216,6 +218,7 @@ class Finetune(BackbonePhase):
         """The images of a chunk in batches of alike MACs, in random order, each with the path of one of its images."""
         agent, generator = self.context.agent, self.context.generator
         agent.epsilon = self.context.config.finetune_epsilon
+        self.context.network.eval()
         traces = []
         with torch.no_grad():
             for images, _ in chunk:
@@ -224,11 +227,17 @@ class Finetune(BackbonePhase):
         actions = torch.cat([trace.actions for trace in traces])
         images = torch.cat([images for images, _ in chunk])
         labels = torch.cat([labels for _, labels in chunk])
+        # In eval mode the steps use the frozen statistics; gradients flow all the same.
+        self.context.network.train(self.context.config.finetune_batchnorm == "train")
         pieces = macs.argsort(stable=True).tensor_split(len(chunk))
         for turn in torch.randperm(len(pieces), generator=generator).tolist():
             piece = pieces[turn]
             member = piece[torch.randint(len(piece), (), generator=generator)]
             yield images[piece], labels[piece], actions[member].tolist()
+
+    def finish(self, batches: Iterable[Batch]) -> None:
+        if self.context.config.finetune_batchnorm == "train":
+            self.recalibrate(batches)
 
 
 class TrainAgent(Phase):
@@ -277,6 +286,8 @@ class TrainAgent(Phase):
         config, agent = self.context.config, self.context.agent
         start = config.epsilon_start if self.first else min(config.epsilon_start, config.epsilon_restart)
         agent.epsilon = qlearning.epsilon(progress, start, config.epsilon_end, config.epsilon_fraction)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.agent_lr * (1 - (1 - config.agent_lr_end) * progress)
         with torch.no_grad():
             logits, trace = self.context.network(images, return_trace="features")
             losses = F.cross_entropy(logits.float(), labels, reduction="none")

@@ -7,6 +7,8 @@ interrupted run loses at most the current epoch, and one resumed from the last f
 
 from __future__ import annotations
 
+import math
+import os
 import random
 import signal
 import sys
@@ -71,6 +73,7 @@ def train(
 
     Raises:
         ValueError: an empty loader, images that are not floating point.
+        FloatingPointError: the loss is no longer finite.
         rnp.CheckpointError: ``resume`` found a training state that is damaged, or of another network or other settings.
     """
     config = TrainConfig() if config is None else config
@@ -103,6 +106,7 @@ class Interruption:
     """SIGINT and SIGTERM as a flag that is looked at between batches. A second one acts at once, as without this."""
 
     def __init__(self) -> None:
+        self.process = os.getpid()
         self.signal: int | None = None
         self.before: dict[int, Any] = {}
 
@@ -113,6 +117,11 @@ class Interruption:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:  # a loader's worker inherits this: Ctrl-C is the main process's business
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
         self.signal = number
         self._restore()
 
@@ -155,7 +164,7 @@ class Run:
         self.epoch = 0
         self.steps = 0
         self.seconds = 0.0
-        self.loss = float("nan")
+        self.loss = 0.0  # mean of the last epoch
         self.result = TrainResult()
         self.passes = 0
         self.folder = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
@@ -216,6 +225,11 @@ class Run:
                     ended = True
                     break
             self.loss = float(total) / max(count, 1)
+            if not math.isfinite(self.loss):
+                raise FloatingPointError(
+                    f"train: the loss of phase {phase.name} is {self.loss} in epoch {self.epoch}; the last checkpoint "
+                    f"is older. A smaller learning rate may help; images must be finite"
+                )
         return ended
 
     def _close_phase(self, phase: Phase) -> None:
@@ -228,7 +242,7 @@ class Run:
         if self.config.progress:
             tqdm.write(describe(row), file=sys.stderr)
         self.phase_index += 1
-        self.epoch, self.steps, self.seconds, self.loss = 0, 0, 0.0, float("nan")
+        self.epoch, self.steps, self.seconds, self.loss = 0, 0, 0.0, 0.0
         self._save(None)
 
     @torch.no_grad()
@@ -320,6 +334,7 @@ class Run:
             "epoch": self.epoch,
             "steps": self.steps,
             "seconds": self.seconds,
+            "loss": self.loss,
             "values": values,
             "history": self.result.history,
         }
@@ -337,7 +352,8 @@ class Run:
         part = checkpoint.parts(tensors)
         checkpoint.load_state(path, self.network, part["network"])
         self.phase_index = header["phase_index"]
-        self.epoch, self.steps, self.seconds = header["epoch"], header["steps"], header["seconds"]
+        self.epoch, self.steps = header["epoch"], header["steps"]
+        self.seconds, self.loss = header["seconds"], header["loss"]
         self.result.history = header["history"]
         if not header["inside"]:
             return None

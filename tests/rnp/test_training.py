@@ -314,6 +314,72 @@ def test_finetune_batches_are_alike_images_on_a_path_of_their_own() -> None:
     assert spans[0][0] < spans[-1][1]
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: Path) -> None:
+    loader = toy.Loader()
+    loader.images[40:] = float("inf")
+    with pytest.raises(FloatingPointError, match="the loss of phase pretrain is nan"):
+        toy.train(loader, checkpoint_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+class SignalsItself(torch.utils.data.Dataset):
+    """Its worker sends itself a signal at the first image."""
+
+    def __init__(self, number: int) -> None:
+        self.images, self.labels = toy.scenes(32, 1)
+        self.number, self.parent = number, os.getpid()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        assert os.getpid() != self.parent
+        if index == 0:
+            os.kill(os.getpid(), self.number)
+        return self.images[index], self.labels[index]
+
+
+def test_workers_of_a_loader_leave_ctrl_c_to_the_run_and_can_be_terminated() -> None:
+    lengths = {"sandwich": rnp.Length(steps=0), "agent": rnp.Length(steps=0), "rounds": 0}
+
+    def run(number: int) -> training.TrainResult:
+        loader = torch.utils.data.DataLoader(SignalsItself(number), 16, num_workers=1)
+        return rnp.train(toy.network(), loader, None, toy.config(**lengths))
+
+    assert run(signal.SIGINT).history[0]["steps"] == 4
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        run(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "train"])
+def test_finetune_batchnorm(mode: str) -> None:
+    """Frozen statistics stay to the bit, while weights and affine parameters move."""
+    pruned = toy.network().eval()
+    pruned.policy = agent = rnp.Agent(pruned.feature_sizes, pruned.groups)
+    agent.generator = torch.Generator().manual_seed(0)
+    settings = toy.config(finetune_batchnorm=mode, finetune_epsilon=1.0, finetune_sandwich=0.0)
+    phase = phases.Finetune(phases.Context(pruned, agent, settings, agent.generator), rnp.Length(steps=9))
+    before = {name: tensor.clone() for name, tensor in pruned.backbone.state_dict().items()}
+    for number, (images, labels, path) in enumerate(phase.arrange(iter(list(toy.Loader(96, 16))))):
+        phase.step(number, 0.5, images, labels, path)
+    after = pruned.backbone.state_dict()
+    same = {name: before[name].equal(after[name]) for name in before}
+    statistics = [name for name in before if "running" in name or "tracked" in name]
+    assert all(same[name] == (mode == "frozen") for name in statistics)
+    assert not any(same[name] for name in before if name not in statistics)
+
+
+def test_the_agents_learning_rate_falls_linearly() -> None:
+    pruned = toy.network().eval()
+    pruned.policy = agent = rnp.Agent(pruned.feature_sizes, pruned.groups)
+    context = phases.Context(pruned, agent, toy.config(agent_lr=0.01, agent_lr_end=0.1), torch.Generator())
+    phase = phases.TrainAgent(context, rnp.Length(steps=9), first=True)
+    images, labels = toy.scenes(16, 0)
+    for progress, expected in [(0.0, 0.01), (0.5, 0.0055), (1.0, 0.001)]:
+        phase.step(0, progress, images, labels, None)
+        assert phase.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
 def test_progress_of_a_length() -> None:
     assert rnp.Length(steps=8).progress(2, 1e9) == 0.25
     assert rnp.Length(seconds=8.0).progress(10**9, 2.0) == 0.25
