@@ -181,23 +181,31 @@ class Agent(nn.Module):
         """
         if self.training or self.cell != "gru" or not self.shared_decoder or device.type != "cpu":
             return None
-        if self._fused is None or not all(registry.get(name) is t for registry, name, t in self._fused[0]):
-            rnn, decoder = self.rnn, self.decoder(0)
-            assert isinstance(rnn, nn.GRUCell)
-            named = [[(self, f"mean_{i}"), (self, f"inv_std_{i}"), (encoder, "weight"), (encoder, "bias")]
-                     for i, encoder in enumerate(self.encoders)]  # fmt: skip
-            shared = [(rnn, "weight_ih"), (rnn, "weight_hh"), (rnn, "bias_ih"), (rnn, "bias_hh")]
-            shared += [(decoder, "weight"), (decoder, "bias")]
-            sources = [(self._modules, name, self._modules[name]) for name in ("rnn", "encoders", "decoders")]
-            for modules in (self.encoders._modules, self.decoders._modules):
-                sources += [(modules, name, module) for name, module in modules.items()]
-            for module, name in [*shared, *(item for layer in named for item in layer)]:
-                registry = module._parameters if name in module._parameters else module._buffers
-                sources.append((registry, name, registry[name]))
-            arguments = [tuple(getattr(m, name) for m, name in [*layer, *shared]) for layer in named]
-            self._fused = (sources, arguments)
-        usable = all(t.dtype is torch.float32 and t.device.type == "cpu" for t in self._fused[1][0])
-        return self._fused[1] if usable else None
+        if torch.compiler.is_compiling():
+            fused = self._collect_arguments()
+        elif self._fused is None or not all(registry.get(name) is t for registry, name, t in self._fused[0]):
+            self._fused = fused = self._collect_arguments()
+        else:
+            fused = self._fused
+        usable = all(t.dtype is torch.float32 and t.device.type == "cpu" for t in fused[1][0])
+        return fused[1] if usable else None
+
+    def _collect_arguments(self) -> tuple[list[Any], list[tuple[Tensor, ...]]]:
+        """Where the arguments come from, (registry, name, module or tensor) each, and the arguments of each layer."""
+        rnn, decoder = self.rnn, self.decoder(0)
+        assert isinstance(rnn, nn.GRUCell)
+        named = [[(self, f"mean_{i}"), (self, f"inv_std_{i}"), (encoder, "weight"), (encoder, "bias")]
+                 for i, encoder in enumerate(self.encoders)]  # fmt: skip
+        shared = [(rnn, "weight_ih"), (rnn, "weight_hh"), (rnn, "bias_ih"), (rnn, "bias_hh")]
+        shared += [(decoder, "weight"), (decoder, "bias")]
+        sources = [(self._modules, name, self._modules[name]) for name in ("rnn", "encoders", "decoders")]
+        for modules in (self.encoders._modules, self.decoders._modules):
+            sources += [(modules, name, module) for name, module in modules.items()]
+        for module, name in [*shared, *(item for layer in named for item in layer)]:
+            registry = module._parameters if name in module._parameters else module._buffers
+            sources.append((registry, name, registry[name]))
+        arguments = [tuple(getattr(m, name) for m, name in [*layer, *shared]) for layer in named]
+        return sources, arguments
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fused": None}

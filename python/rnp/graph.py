@@ -339,6 +339,23 @@ def channelwise(node: fx.Node, model: nn.Module, shapes: dict[str, tuple[int, ..
     return None
 
 
+def is_global_mean(call: Call) -> bool | None:
+    """None: `call` is not the mean of its one input over all positions. Else whether it keeps the two dimensions."""
+    if call.op == "call_function" and call.target is F.adaptive_avg_pool2d:
+        size = call.args[1] if len(call.args) > 1 else call.kwargs.get("output_size")
+        return True if size in (1, (1, 1), [1, 1]) else None
+    means = (call.op == "call_method" and call.target == "mean") or (call.op, call.target) == (
+        "call_function",
+        torch.mean,
+    )
+    if not means or not call.args or set(call.kwargs) - {"dim", "keepdim"} or len(call.args) > 2:
+        return None
+    dims = call.args[1] if len(call.args) > 1 else call.kwargs.get("dim")
+    if not isinstance(dims, (tuple, list)) or sorted(d % 4 for d in dims) != [2, 3]:
+        return None
+    return bool(call.kwargs.get("keepdim", False))
+
+
 def prefix_size(action: int, channels: int, k: int) -> int:
     """Channels that action 1…k leaves live: r = ceil(action · C / k)."""
     return math.ceil(action * channels / k)

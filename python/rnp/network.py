@@ -18,7 +18,6 @@ from .macs import Cap, MacCounter
 from .plan import Plan, PlanBuilder
 from .policies import FullWidth, Policy
 
-below_autograd = torch._C._AutoDispatchBelowAutograd  # autograd's Python layer costs more than a small convolution
 OPERATOR = torch.ops.rnp.prefix_conv2d.default
 
 if TYPE_CHECKING:
@@ -74,7 +73,19 @@ class Decider:
 
 
 class PrunedNetwork(nn.Module):
-    """Made by `rnp.convert`. `policy` decides the widths; `backbone` holds the parameters, under their own names."""
+    """Made by `rnp.convert`. `policy` decides the widths; `backbone` holds the parameters, under their own names.
+
+    The state of a decision is the mean over positions of the feature map that the decision's first convolution reads,
+    taken before any pooling layer in between, so that the convolution which makes the map gives its mean along with it.
+
+    In eval mode without gradients (no_grad, or frozen parameters) a flat plan of fused operator calls runs; it is made
+    at the first call and again when a parameter, buffer or module has changed. Otherwise every layer runs by itself,
+    differentiably, in train mode with the batch statistics of live samples. A sample's features and actions are the
+    same bits alone and in any batch.
+
+    After one call in eval mode, `torch.compile(network, fullgraph=True)` and `torch.export.export` (dynamic batch size
+    included) give one static graph whose actions depend on the images. It keeps the parameters it was made from.
+    """
 
     def __init__(
         self,
@@ -166,14 +177,11 @@ class PrunedNetwork(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)
         planned = not self.training and not self._differentiates(images) and not any(m.training for m in self._norms)
         if planned and not return_trace and self.max_macs is None and type(policy) is FullWidth:
-            plan = self._plan(full=True, features=False)
-            with below_autograd():
-                return plan.run(images, operator_for(images), None)
+            return self._plan(full=True, features=False).run(images, operator_for(images), None)
         decider = Decider(self, images, want_features)
         if planned:
             plan = self._plan(full=False, features=policy.needs_features or want_features)
-            with below_autograd():
-                result = plan.run(images, operator_for(images), decider)
+            result = plan.run(images, operator_for(images), decider)
         else:
             result = self._differentiable(images, decider)
         return (result, decider.trace()) if return_trace else result
@@ -186,6 +194,10 @@ class PrunedNetwork(nn.Module):
     def _plan(self, full: bool, features: bool) -> Plan:
         """The plan in use, made again where a parameter, buffer or module has changed."""
         plan = self._plans.get((full, features))
+        if torch.compiler.is_compiling():
+            if plan is None:
+                raise RuntimeError("PrunedNetwork: run it once in eval mode before torch.compile or torch.export")
+            return plan
         if plan is None or not plan.current():
             plan = PlanBuilder(self, full, features).build()
             self._plans[full, features] = plan

@@ -73,11 +73,16 @@ def norm_table(norm: PrefixBatchNorm2d, k: int) -> tuple[Tensor, Tensor]:
     return tuple(torch.cat([t[:1], t * live]) for t in (scale, shift))  # type: ignore[return-value]
 
 
-def zero_tails(steps: list[g.Step], states: list[str]) -> set[str]:
-    """Names of the values whose tail has to be zero, because a reader does not know the prefix."""
+def zero_tails(steps: list[g.Step], states: list[str], averages: set[str]) -> set[str]:
+    """Names of the values whose tail has to be zero, because a reader does not know the prefix.
+
+    `averages` are the outputs of global pools that a convolution's pooled output replaces: they read no feature map.
+    """
     produced = {step.output: step for step in steps}
     needed = {name for name in states if not isinstance(produced.get(name), g.ConvStep)}
     for step in reversed(steps):
+        if step.output in averages:
+            continue
         if isinstance(step, g.ConvStep):
             needed.update(step.inputs[1:])
         elif isinstance(step, (g.ChannelwiseStep, g.NormStep)):
@@ -111,8 +116,13 @@ class Plan:
         values: list[Any] = [None] * self.value_slots
         values[self.input_slot] = images
         run = Run(operator, decide, values, [None] * self.prefix_slots)
-        for instruction in self.instructions:
-            instruction(run)
+        if torch.compiler.is_compiling():
+            for instruction in self.instructions:
+                instruction(run)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():  # autograd's Python layer costs more than a small convolution
+                for instruction in self.instructions:
+                    instruction(run)
         return values[self.output_slot]
 
 
@@ -128,7 +138,8 @@ class PlanBuilder:
         self.backbone, self.k = network.backbone, network.groups
         self.steps, self.values = network._steps, network._values
         self.states = [] if not self.features else network._states
-        self.zero = zero_tails(self.steps, self.states)
+        self.averages = self.find_averages()
+        self.zero = zero_tails(self.steps, self.states, set(self.averages))
         self.slots: dict[str, int] = {}
         self.prefix_of: dict[tuple[frozenset[int], int | None], int] = {}
         self.instructions: list[Instruction] = []
@@ -136,6 +147,27 @@ class PlanBuilder:
         self.pooled: dict[str, int] = {}
         self.next_value = self.next_prefix = 1
         self.sources: list[tuple[dict[str, Any], str, Any, int, int]] = []
+
+    def find_averages(self) -> dict[str, bool]:
+        """Global average pools that a convolution's pooled output replaces, and whether each keeps two dimensions of 1.
+
+        That output is float32: not for float64.
+        """
+        convs = {step.output: step for step in self.steps if isinstance(step, g.ConvStep)}
+        found: dict[str, bool] = {}
+        for step in self.steps:
+            if not isinstance(step, (g.ChannelwiseStep, g.OpaqueStep)) or len(step.inputs) != 1:
+                continue
+            conv = convs.get(step.inputs[0])
+            if conv is None or self.backbone.get_submodule(conv.conv).weight.dtype is torch.float64:
+                continue
+            keep = g.is_global_mean(step.call)
+            if step.call.op == "call_module":
+                pool = self.backbone.get_submodule(step.call.target)
+                keep = (type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1), [1, 1])) or None
+            if keep is not None:
+                found[step.output] = keep
+        return found
 
     # -- slots ---------------------------------------------------------------------------------------------------
 
@@ -272,7 +304,8 @@ class PlanBuilder:
         activation = "relu" if step.relu else "none"
         skip = out_prefix != NOTHING and not step.residual and step.output not in self.zero
         tail = "skip" if skip else "zero"
-        pooled = step.output in self.states
+        averaged = any(s.output in self.averages and s.inputs[0] == step.output for s in self.steps)
+        pooled = step.output in self.states or averaged
         stride, dilation, groups = list(conv.stride), list(conv.dilation), conv.groups
         left, right, top, bottom = conv._reversed_padding_repeated_twice
         padding = [top, bottom, left, right]
@@ -345,6 +378,9 @@ class PlanBuilder:
         self.instructions.append(add)
 
     def emit_call(self, step: g.ChannelwiseStep | g.OpaqueStep) -> None:
+        if step.output in self.averages:
+            self.emit_average(step)
+            return
         slots, y, call, backbone = [self.slot(n) for n in step.inputs], self.slot(step.output), step.call, self.backbone
         if call.op == "call_module" and call.args == (g.Arg(0),) and not call.kwargs:
             module, x = self.module(call.target), slots[0]
@@ -359,6 +395,17 @@ class PlanBuilder:
             run.values[y] = call.run(backbone, [run.values[slot] for slot in slots], False)
 
         self.instructions.append(execute)
+
+    def emit_average(self, step: g.Step) -> None:
+        """Global average pooling: the convolution before has given the means already."""
+        x, y, mean = self.slot(step.inputs[0]), self.slot(step.output), self.pooled[step.inputs[0]]
+        keep = self.averages[step.output]
+
+        def average(run: Run) -> None:
+            means = run.values[mean].to(run.values[x].dtype)
+            run.values[y] = means[:, :, None, None] if keep else means
+
+        self.instructions.append(average)
 
     def emit_free(self, names: list[str]) -> None:
         """Let the tensors go after their last use, so that the allocator can give their memory out again."""

@@ -74,6 +74,7 @@ class Fixed:
         self.actions = torch.as_tensor(actions).to(torch.int32)
         if self.actions.dim() not in (1, 2):
             raise ValueError(f"Fixed: actions must be (L,) or (N, L), got {tuple(self.actions.shape)}")
+        self.least, self.largest = (int(x) for x in self.actions.aminmax()) if self.actions.numel() else (1, 1)
 
     def start(self, network: Any, batch_size: int, device: torch.device) -> Any:
         actions, depth = self.actions, len(network.layers)
@@ -81,8 +82,8 @@ class Fixed:
             raise ValueError(
                 f"Fixed: actions must be ({depth},) or ({batch_size}, {depth}) here, got {tuple(actions.shape)}"
             )
-        if actions.numel() and (int(actions.min()) < 1 or int(actions.max()) > network.groups):
-            raise ValueError(f"Fixed: actions must lie in 1…{network.groups}")
+        if self.least < 1 or self.largest > network.groups:
+            raise ValueError(f"Fixed: actions must lie in 1…{network.groups}, got {self.least}…{self.largest}")
         return actions.expand(batch_size, depth).t().contiguous().to(device)
 
     def act(self, layer: int, features: Tensor | None, state: Any) -> tuple[Tensor, Any]:
