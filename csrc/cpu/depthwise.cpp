@@ -18,6 +18,8 @@ int64_t rows_of_band(const ConvShape& s) {
   return std::clamp<int64_t>(rows, std::min<int64_t>(4, s.out_h), s.out_h);
 }
 
+int64_t padded(int64_t channels) { return (channels + kDepthwisePanel - 1) / kDepthwisePanel * kDepthwisePanel; }
+
 }  // namespace
 
 void depthwise(const PrefixConv2dParams& p, const Kernels& kernels, const Threads& threads,
@@ -26,7 +28,7 @@ void depthwise(const PrefixConv2dParams& p, const Kernels& kernels, const Thread
   const PackedLayout layout(s);
   const int64_t rows = rows_of_band(s), bands = (s.out_h + rows - 1) / rows, items = s.n * bands;
   const bool direct = p.dtype == DType::kFloat32 && p.output_stride.c == 1 && (!p.residual || p.residual_stride.c == 1);
-  const int64_t band_floats = BandGeometry(s, 0, rows).pixels() * s.c_in, line_floats = s.out_w * s.c_out;
+  const int64_t band_floats = BandGeometry(s, 0, rows).pixels() * padded(s.c_in), line_floats = s.out_w * s.c_out;
   const int64_t need = (band_floats + line_floats + 15) / 16 * 16;
   const int workers = static_cast<int>(std::min<int64_t>(threads.count, items));
   float* memory = scratch(static_cast<size_t>(need * workers));
@@ -42,10 +44,10 @@ void depthwise(const PrefixConv2dParams& p, const Kernels& kernels, const Thread
       // A channel whose input is pruned but whose output is not is a sum over nothing: its band is 0.
       const int64_t live = p.out_live(n), in_live = std::min(live, p.in_live(n));
       const BandGeometry g(s, row0, row1);
-      if (live > 0) copy_band(p, g, n, 0, in_live, live, live, band);
+      if (live > 0) copy_band(p, g, n, 0, in_live, padded(live), kDepthwisePanel, band);
       for (int64_t k = 0; k < s.kh; ++k)
         for (int64_t j = 0; j < s.kw; ++j)
-          offset[k * s.kw + j] = (k * s.dilation_h * g.cols_in + j * s.dilation_w) * live;
+          offset[k * s.kw + j] = (k * s.dilation_h * g.cols_in + j * s.dilation_w) * kDepthwisePanel;
       const int64_t line = p.row ? p.row[n] : 0;
       DepthwiseArgs a = {};
       a.w = p.packed + layout.data_at();
@@ -54,7 +56,8 @@ void depthwise(const PrefixConv2dParams& p, const Kernels& kernels, const Thread
       a.tap_offset = offset;
       a.cols = s.out_w;
       a.channels = live;
-      a.x_col_step = g.col_step * live;
+      a.x_col_step = g.col_step * kDepthwisePanel;
+      a.x_panel_step = g.pixels() * kDepthwisePanel;
       a.out_col_step = direct ? p.output_stride.w : live;
       if (direct) {
         a.scale = p.scale ? static_cast<const float*>(p.scale) + line * p.scale_row_stride : nullptr;
@@ -63,7 +66,7 @@ void depthwise(const PrefixConv2dParams& p, const Kernels& kernels, const Thread
         a.relu = p.activation == Activation::kRelu;
       }
       for (int64_t r = row0; r < row1 && live > 0; ++r) {
-        a.x = band + (r - row0) * g.row_step * g.cols_in * live;
+        a.x = band + (r - row0) * g.row_step * g.cols_in * kDepthwisePanel;
         a.out = direct ? static_cast<float*>(p.output) + n * p.output_stride.n + r * p.output_stride.h : sums;
         if (direct && p.residual)
           a.residual = static_cast<const float*>(p.residual) + n * p.residual_stride.n + r * p.residual_stride.h;

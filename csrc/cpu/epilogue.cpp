@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "core/half.h"
 
@@ -33,34 +34,41 @@ T* output_at(const PrefixConv2dParams& p, int64_t n, int64_t row, int64_t channe
   return static_cast<T*>(p.output) + n * st.n + channel * st.c + row * st.h;
 }
 
-struct Finish {
-  float scale, bias;
-  bool relu;
-
-  float operator()(float sum, float residual) const {
-    const float v = sum * scale + bias + residual;
-    return relu && v < 0 ? 0.0f : v;  // a NaN stays
-  }
-};
+// Calls f(std::bool_constant...) for run-time flags, so that inner loops carry no branches.
+template <typename F>
+void with_flag(bool flag, F&& f) {
+  flag ? f(std::true_type{}) : f(std::false_type{});
+}
 
 template <typename T>
 void finish_row(const PrefixConv2dParams& p, const float* scale, const float* bias, const T* residual,
                 const float* sums, int64_t col_step, int64_t count, T* out) {
-  const bool relu = p.activation == Activation::kRelu;
   const int64_t oc = p.output_stride.c, ow = p.output_stride.w, rc = p.residual_stride.c, rw = p.residual_stride.w;
   const int64_t cols = p.shape.out_w;
-  const auto one = [&](int64_t x, int64_t c) {
-    const Finish finish{scale ? scale[c] : 1.0f, bias ? bias[c] : 0.0f, relu};
-    const float extra = residual ? to_float(residual[x * rw + c * rc]) : 0.0f;
-    out[x * ow + c * oc] = from_float<T, float>(finish(sums[x * col_step + c], extra));
-  };
-  if (oc == 1) {
-    for (int64_t x = 0; x < cols; ++x)
-      for (int64_t c = 0; c < count; ++c) one(x, c);
-  } else {
-    for (int64_t c = 0; c < count; ++c)
-      for (int64_t x = 0; x < cols; ++x) one(x, c);
-  }
+  with_flag(p.activation == Activation::kRelu, [&](auto relu) {
+    with_flag(residual != nullptr, [&](auto has_residual) {
+      const auto one = [&](int64_t x, int64_t c, float factor, float offset) {
+        float v = sums[x * col_step + c] * factor + offset;
+        if constexpr (has_residual.value) v += to_float(residual[x * rw + c * rc]);
+        if constexpr (relu.value) v = v < 0 ? 0.0f : v;  // a NaN stays
+        out[x * ow + c * oc] = from_float<T, float>(v);
+      };
+      if (oc != 1) {
+        for (int64_t c = 0; c < count; ++c) {
+          const float factor = scale ? scale[c] : 1.0f, offset = bias ? bias[c] : 0.0f;
+          for (int64_t x = 0; x < cols; ++x) one(x, c, factor, offset);
+        }
+        return;
+      }
+      with_flag(scale != nullptr, [&](auto has_scale) {
+        with_flag(bias != nullptr, [&](auto has_bias) {
+          for (int64_t x = 0; x < cols; ++x)
+            for (int64_t c = 0; c < count; ++c)
+              one(x, c, has_scale.value ? scale[c] : 1.0f, has_bias.value ? bias[c] : 0.0f);
+        });
+      });
+    });
+  });
 }
 
 template <typename T>

@@ -46,10 +46,15 @@ struct TileArgs {
 
 using TileKernel = void (*)(const TileArgs&);
 
-// One output row of a depthwise convolution: `cols` pixels, `channels` channels side by side.
+// Channels of a panel of the depthwise band: whole vectors of every ISA, and one cache line, so that neighbouring
+// pixels never share a cache set.
+constexpr int64_t kDepthwisePanel = 16;
+
+// One output row of a depthwise convolution: `cols` pixels, `channels` channels.
 struct DepthwiseArgs {
-  const float* x;  // first tap of the first pixel
-  const float* w;  // [tap][w_step]
+  const float* x;        // first tap of the first pixel, in the first panel
+  int64_t x_panel_step;  // floats between panels
+  const float* w;        // [tap][w_step]
   int64_t taps, w_step;
   const int64_t* tap_offset;  // floats from a pixel's first tap
   int64_t cols, channels;

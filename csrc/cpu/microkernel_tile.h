@@ -171,42 +171,55 @@ struct Tile {
   }
 };
 
-// One vector of channels of a depthwise row. With up to 9 taps their weights stay in registers.
-template <class V, int kTaps>
-RNP_INLINE void depthwise_vector(const DepthwiseArgs& a, int64_t c, typename V::Mask mask) {
+// One vector of channels of a depthwise row. The pixels of a panel hold one vector, so they are neighbours in memory.
+// Nine taps' weights stay in registers.
+template <class V, int kTaps, bool kFull>
+RNP_INLINE void depthwise_vector(const DepthwiseArgs& a, const float* panel, int64_t c, typename V::Mask mask) {
   using T = typename V::T;
+  const auto load = [&](const float* p) { return kFull ? V::load(p) : V::masked_load(p, mask); };
   T w[kTaps > 0 ? kTaps : 1];
   if constexpr (kTaps > 0) {
     RNP_UNROLL
-    for (int t = 0; t < kTaps; ++t) w[t] = V::masked_load(a.w + t * a.w_step + c, mask);
+    for (int t = 0; t < kTaps; ++t) w[t] = load(a.w + t * a.w_step + c);
   }
+  const T scale = a.scale ? load(a.scale + c) : V::zero(), bias = a.bias ? load(a.bias + c) : V::zero();
   for (int64_t p = 0; p < a.cols; ++p) {
-    const float* x = a.x + p * a.x_col_step + c;
+    const float* x = panel + p * a.x_col_step;
     T acc = V::zero();
     if constexpr (kTaps > 0) {
       RNP_UNROLL
-      for (int t = 0; t < kTaps; ++t) acc = V::fma(V::masked_load(x + a.tap_offset[t], mask), w[t], acc);
+      for (int t = 0; t < kTaps; ++t) acc = V::fma(V::load(x + a.tap_offset[t]), w[t], acc);
     } else {
       for (int64_t t = 0; t < a.taps; ++t)
-        acc = V::fma(V::masked_load(x + a.tap_offset[t], mask), V::masked_load(a.w + t * a.w_step + c, mask), acc);
+        acc = V::fma(V::load(x + a.tap_offset[t]), load(a.w + t * a.w_step + c), acc);
     }
-    if (a.scale) acc = V::mul(acc, V::masked_load(a.scale + c, mask));
-    if (a.bias) acc = V::add(acc, V::masked_load(a.bias + c, mask));
-    if (a.residual) acc = V::add(acc, V::masked_load(a.residual + p * a.residual_col_step + c, mask));
+    if (a.scale) acc = V::mul(acc, scale);
+    if (a.bias) acc = V::add(acc, bias);
+    if (a.residual) acc = V::add(acc, load(a.residual + p * a.residual_col_step + c));
     if (a.relu) acc = V::relu(acc);
-    V::masked_store(a.out + p * a.out_col_step + c, mask, acc);
+    float* to = a.out + p * a.out_col_step + c;
+    kFull ? V::store(to, acc) : V::masked_store(to, mask, acc);
+  }
+}
+
+template <class V, bool kFull>
+RNP_INLINE void depthwise_any(const DepthwiseArgs& a, const float* panel, int64_t c, typename V::Mask mask) {
+  if (a.taps == 9) {
+    depthwise_vector<V, 9, kFull>(a, panel, c, mask);
+  } else {
+    depthwise_vector<V, 0, kFull>(a, panel, c, mask);
   }
 }
 
 template <class V>
 void depthwise_row(const DepthwiseArgs& a) {
   for (int64_t c = 0; c < a.channels; c += V::kWidth) {
-    const int64_t left = a.channels - c;
-    const auto mask = V::mask(left < V::kWidth ? static_cast<int>(left) : V::kWidth);
-    if (a.taps == 9) {
-      depthwise_vector<V, 9>(a, c, mask);
+    const float* panel = a.x + c / kDepthwisePanel * a.x_panel_step + c % kDepthwisePanel;
+    const int left = static_cast<int>(a.channels - c < V::kWidth ? a.channels - c : V::kWidth);
+    if (left == V::kWidth) {
+      depthwise_any<V, true>(a, panel, c, V::mask(left));
     } else {
-      depthwise_vector<V, 0>(a, c, mask);
+      depthwise_any<V, false>(a, panel, c, V::mask(left));
     }
   }
 }
