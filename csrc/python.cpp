@@ -9,6 +9,7 @@
 
 #include "build_info.h"
 #include "core/macs.h"
+#include "core/stock.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -91,6 +92,35 @@ std::vector<int64_t> macs(const std::vector<int64_t>& in_prefix, const std::vect
   return result;
 }
 
+bool prefers_stock(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
+                   std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups,
+                   const std::string& dtype, bool channels_last) {
+  const std::array<const char*, 4> names = {"float32", "float64", "bfloat16", "float16"};  // in DType's order
+  size_t type = 0;
+  while (type < names.size() && dtype != names[type]) ++type;
+  if (type == names.size()) throw py::value_error("prefers_stock: unknown dtype, got '" + dtype + "'");
+  rnp::ConvShape s;
+  s.n = 1;
+  s.c_in = input[0];
+  s.h = input[1];
+  s.w = input[2];
+  s.c_out = weight[0];
+  s.kh = weight[2];
+  s.kw = weight[3];
+  s.stride_h = stride[0];
+  s.stride_w = stride[1];
+  s.pad_top = padding[0];
+  s.pad_bottom = padding[1];
+  s.pad_left = padding[2];
+  s.pad_right = padding[3];
+  s.dilation_h = dilation[0];
+  s.dilation_w = dilation[1];
+  s.groups = groups;
+  s.out_h = rnp::conv_output_size(s.h, s.kh, s.stride_h, s.pad_top, s.pad_bottom, s.dilation_h);
+  s.out_w = rnp::conv_output_size(s.w, s.kw, s.stride_w, s.pad_left, s.pad_right, s.dilation_w);
+  return rnp::prefers_stock(s, static_cast<rnp::DType>(type), channels_last);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -109,6 +139,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &rnp::cpu::set_isa, py::arg("name"),
         "Use 'auto' (the best), 'portable', 'avx2' or 'avx512' from now on, in the whole process.\n"
         "RuntimeError, and no change, where this machine or build lacks it. Not to be called while an operator runs.");
+  m.def("set_stock_dtypes", &rnp::set_stock_dtypes, py::arg("float32"), py::arg("bfloat16"), py::arg("float16"),
+        "Say in which dtypes oneDNN runs here. Until then the CPU operator never falls back to it.");
+  m.def("prefers_stock", &prefers_stock, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
+        py::arg("dilation"), py::arg("groups"), py::arg("dtype"), py::arg("channels_last"),
+        "Whether the CPU operator hands samples of full width to oneDNN for this layer: input (C, H, W), weight "
+        "(C_out, C_in /\n"
+        "groups, KH, KW), padding (top, bottom, left, right), dtype 'float32' and so on.");
   m.def("macs", &macs, py::arg("in_prefix"), py::arg("out_prefix"), py::kw_only(), py::arg("in_channels"),
         py::arg("out_channels"), py::arg("kernel_size"), py::arg("output_size"), py::arg("groups") = 1,
         "Multiply-accumulates of each sample of a prefix convolution: the live input times the live output channels, "

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
-from .checks import DTYPES
-from .ops import prefix_conv2d
+from . import backends, stock
+from .checks import DTYPES, pair
+from .ops import needs_autograd, prefix_conv2d
 from .packing import PackCache
 
+_CACHES = ("_packs", "_paths")
 _HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
 
 
@@ -44,17 +46,56 @@ class PrefixConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor, in_prefix: Tensor | None = None, out_prefix: Tensor | None = None) -> Tensor:
         """input (N, C_in, H, W) or (C_in, H, W); prefixes int32 (N,) or None for full width. See `prefix_conv2d`."""
-        weight = self._parameters.get("weight")
+        parameters = self._parameters
+        weight = parameters.get("weight")
         if weight is None:
             weight = self.weight  # computed by a parametrization or a hook
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        packed = None
+        # A traced or compiled graph would keep the pack, or the choice of a path, as a constant while weights and shapes
+        # move on; torch.fx has a Proxy here.
+        if not (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._is_tracing()
+            or has_torch_function_unary(input)
+        ):
+            if in_prefix is None and out_prefix is None:
+                path = self._path_of(input, weight, padding)
+                if path == stock.CONV2D:
+                    return torch.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+                if path == stock.MKLDNN and not needs_autograd(input, weight, bias):
+                    return torch.mkldnn_convolution(
+                        input, weight, bias, pair(padding, "padding"), self.stride, self.dilation, self.groups
+                    )
+                packed = None if path else self._pack_cache().get(weight, self.groups)
+            else:
+                packed = self._pack_cache().get(weight, self.groups)
         return prefix_conv2d(
-            input, weight, self.bias, self.stride, padding, self.dilation, self.groups, in_prefix=in_prefix,
-            out_prefix=out_prefix, packed=self._packed_for(input, weight),
+            input, weight, bias, self.stride, padding, self.dilation, self.groups, in_prefix=in_prefix,
+            out_prefix=out_prefix, packed=packed,
         )  # fmt: skip
+
+    def _path_of(self, input: Tensor, weight: Tensor, padding: Any) -> int:
+        """`stock.path_of`, remembered by everything that it depends on."""
+        if not input.is_cpu or backends.get_backend() not in ("auto", "cpu") or torch.is_autocast_enabled("cpu"):
+            return stock.OURS
+        state = self.__dict__
+        paths = state.get("_paths")
+        if paths is None:
+            paths = state["_paths"] = {}
+        key = (input.shape, input.stride(), input.dtype, weight.shape, weight.stride(), weight.dtype, padding,
+               state["stride"], state["dilation"], state["groups"])  # fmt: skip
+        path = paths.get(key)
+        if path is None:
+            if len(paths) >= 64:
+                paths.clear()
+            path = paths[key] = stock.path_of(self, input, weight, padding)
+        return path
 
     def packed_weight(self) -> Tensor | None:
         """The packed weights for `prefix_conv2d(packed=...)`, made now if need be; None where nothing can be packed."""
@@ -70,22 +111,12 @@ class PrefixConv2d(nn.Conv2d):
             cache = self.__dict__["_packs"] = PackCache()
         return cache
 
-    def _packed_for(self, input: Tensor, weight: Tensor) -> Tensor | None:
-        # A traced or compiled graph would keep the pack as a constant while the weights move on.
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
-            return None
-        if has_torch_function_unary(input):  # torch.fx
-            return None
-        return self._pack_cache().get(weight, self.groups)
-
     def _apply(self, fn: Any, recurse: bool = True) -> PrefixConv2d:
         self.forget_packed_weight()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.pop("_packs", None)
-        return state
+        return {name: value for name, value in self.__dict__.items() if name not in _CACHES}
 
 
 def _why_not(conv: nn.Module) -> Exception | None:
@@ -101,8 +132,7 @@ def _why_not(conv: nn.Module) -> Exception | None:
 def _adopt(cls: type[PrefixConv2d], conv: nn.Conv2d) -> PrefixConv2d:
     """A new module with everything that `conv` holds: the same parameters and the same hooks' registries."""
     new = cls.__new__(cls)
-    state = conv.__dict__.copy()
-    state.pop("_packs", None)
+    state = {name: value for name, value in conv.__dict__.items() if name not in _CACHES}
     for registry in ("_parameters", "_buffers", "_modules"):
         state[registry] = state[registry].copy()
     new.__dict__.update(state)

@@ -16,7 +16,7 @@ _OPERATOR = torch.ops.rnp.prefix_conv2d.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def _needs_autograd(*tensors: Tensor | None) -> bool:
+def needs_autograd(*tensors: Tensor | None) -> bool:
     """Whether autograd must see the call."""
     if forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
@@ -49,7 +49,7 @@ def _run(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     input, weight, bias, *_, scale, _row, residual, _activation, _tail, _pooled, _packed = arguments
     if backends.resolve(input) == "reference":
         return _reference(arguments)
-    if torch.compiler.is_compiling() or _needs_autograd(input, weight, bias, scale, residual):
+    if torch.compiler.is_compiling() or needs_autograd(input, weight, bias, scale, residual):
         return _OPERATOR(*arguments)
     with _below_autograd():
         return _OPERATOR(*arguments)

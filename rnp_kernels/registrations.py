@@ -64,6 +64,8 @@ def _autocast(device: str) -> None:
                 packed = packed if weight.dtype is dtype else None
                 input, weight = input.to(dtype), weight.to(dtype)
                 residual = None if residual is None else residual.to(dtype)
+                if bias is not None and bias.dim() == 1 and scale is None:
+                    bias = bias.to(dtype)  # as conv2d does; a table stays in float32
             return torch.ops.rnp.prefix_conv2d(
                 input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual,
                 activation, tail, pooled, packed,

@@ -1,0 +1,23 @@
+#include "cpu/stock_torch.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
+
+#include <array>
+
+namespace rnp::cpu {
+
+using torch::stable::Tensor;
+
+Tensor stock_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const ConvShape& s) {
+  using torch::stable::detail::from;
+  const std::vector<int64_t> padding = {s.pad_top, s.pad_left}, stride = {s.stride_h, s.stride_w},
+                             dilation = {s.dilation_h, s.dilation_w};
+  std::array<StableIValue, 7> stack = {from(input),  from(weight),   from(bias),    from(padding),
+                                       from(stride), from(dilation), from(s.groups)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mkldnn_convolution", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace rnp::cpu

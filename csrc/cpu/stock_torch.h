@@ -1,0 +1,17 @@
+// The best stock convolution, through the dispatcher.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "core/prefix_conv2d.h"
+
+namespace rnp::cpu {
+
+// aten::mkldnn_convolution of `input` with the geometry of `shape`, whose paddings are even.
+torch::stable::Tensor stock_conv2d(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
+                                   const std::optional<torch::stable::Tensor>& bias, const ConvShape& shape);
+
+}  // namespace rnp::cpu
