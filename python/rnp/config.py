@@ -77,6 +77,9 @@ class TrainConfig:
 
     penalty: float = -0.05
     """p < 0, the reward for one more channel group (RNP recalls −0.1; −0.05 is *ours*, for networks of few layers)."""
+    target_speedup: float | None = None
+    """None: p stays as given (RNP). A number: p starts as given and is steered so that the greedy agent's theoretical
+    speed-up comes to this; then Δp near 0 is where it was trained to be (*ours*)."""
     gamma: float = 1.0
     """Discount γ (*ours*: episodes are short)."""
     epsilon_start: float = 1.0
@@ -131,6 +134,8 @@ class TrainConfig:
             ("finetune_lr", self.finetune_lr > 0, "must be positive"),
             ("agent_lr", self.agent_lr > 0, "must be positive"),
             ("penalty", self.penalty <= 0, "must not be positive: it is a negative reward"),
+            ("target_speedup", self.target_speedup is None or self.target_speedup > 0, "must be positive or None"),
+            ("penalty", self.penalty < 0 or self.target_speedup is None, "must be negative to be steered"),
             ("gamma", 0 <= self.gamma <= 1, "must lie in 0…1"),
             ("epsilon_start", 0 <= self.epsilon_start <= 1, "must lie in 0…1"),
             ("epsilon_end", 0 <= self.epsilon_end <= 1, "must lie in 0…1"),

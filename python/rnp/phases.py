@@ -24,6 +24,7 @@ from rnp.paths import Path, measure_features, sandwich_path
 from rnp.policies import Random
 from rnp.recalibrate import recalibrate
 
+STEERING_STEPS = 12  # of so many batches of episodes one is greedy and steers the penalty, if there is a target
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) channels_last float, labels (N,) int64
 
 
@@ -47,6 +48,7 @@ class Context:
     agent: Agent
     config: TrainConfig
     generator: torch.Generator  # on the CPU; seeded anew at every epoch
+    penalty: float  # p as it stands: config.penalty, or steered since
 
 
 class Phase:
@@ -241,7 +243,11 @@ class Finetune(BackbonePhase):
 
 
 class TrainAgent(Phase):
-    """Episodes under ε-greedy actions through the real kernels, and Q-learning from replay; the backbone is fixed."""
+    """Episodes under ε-greedy actions through the real kernels, and Q-learning from replay; the backbone is fixed.
+
+    With ``target_speedup`` every so many batches run greedily and steer p. Rewards are made of the stored losses and
+    actions when episodes are replayed, so all of the replay counts with the p of the day.
+    """
 
     name = "agent"
 
@@ -286,17 +292,23 @@ class TrainAgent(Phase):
         config, agent = self.context.config, self.context.agent
         start = config.epsilon_start if self.first else min(config.epsilon_start, config.epsilon_restart)
         agent.epsilon = qlearning.epsilon(progress, start, config.epsilon_end, config.epsilon_fraction)
+        greedy = config.target_speedup is not None and progress >= 0.1 and number % STEERING_STEPS == 0
+        if greedy:
+            agent.epsilon = 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = config.agent_lr * (1 - (1 - config.agent_lr_end) * progress)
         with torch.no_grad():
             logits, trace = self.context.network(images, return_trace="features")
             losses = F.cross_entropy(logits.float(), labels, reduction="none")
         self.replay.add(trace.features, trace.actions, losses)
+        if greedy:
+            speedup = trace.dense_macs / float(trace.macs.double().mean())
+            self.context.penalty = qlearning.steer_penalty(self.context.penalty, speedup, config.target_speedup)
         total = torch.zeros((), device=images.device)
         for _ in range(config.agent_updates):
             episodes = self.replay.sample(config.agent_batch, self.context.generator)
             total += qlearning.update_agent(
-                agent, self.optimizer, episodes, self.alpha, config.penalty, config.gamma, config.max_grad_norm
+                agent, self.optimizer, episodes, self.alpha, self.context.penalty, config.gamma, config.max_grad_norm
             )
         return total / max(config.agent_updates, 1)
 

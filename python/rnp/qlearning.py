@@ -64,6 +64,11 @@ def td_targets(reward: Tensor, q_values: Tensor, gamma: float = 1.0) -> Tensor:
     return target
 
 
+def steer_penalty(penalty: float, speedup: float, target: float, rate: float = 0.3) -> float:
+    """p·(target / speed-up)^rate, at least −1 and at most −1e-4: dearer groups where the agent is too slow (*ours*)."""
+    return -min(max(-penalty * (target / speedup) ** rate, 1e-4), 1.0)
+
+
 def greedy(q_values: Tensor, penalty_shift: float = 0.0) -> Tensor:
     """a* = argmax_i [Q(s, a_i) + (i − 1)·Δp] (RNP's balance point), counted from 1. ``q_values``: (..., k)."""
     shift = penalty_shift * torch.arange(q_values.shape[-1], dtype=q_values.dtype, device=q_values.device)

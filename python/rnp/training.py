@@ -159,7 +159,8 @@ class Run:
         self.device = next(network.parameters()).device
         self.generator = torch.Generator()
         agent.generator = self.generator
-        self.phases = schedule(Context(network, agent, config, self.generator))
+        self.context = Context(network, agent, config, self.generator, config.penalty)
+        self.phases = schedule(self.context)
         self.phase_index = 0
         self.epoch = 0
         self.steps = 0
@@ -237,6 +238,8 @@ class Run:
         self.agent.epsilon = 0.0
         self.network.eval()
         row = {"phase": phase.name, "steps": self.steps, "seconds": self.seconds, "loss": self.loss}
+        if phase.name == "agent":
+            row["penalty"] = self.context.penalty
         row["validation"] = self._validate(phase)
         self.result.history.append(row)
         if self.config.progress:
@@ -335,6 +338,7 @@ class Run:
             "steps": self.steps,
             "seconds": self.seconds,
             "loss": self.loss,
+            "penalty": self.context.penalty,
             "values": values,
             "history": self.result.history,
         }
@@ -354,6 +358,7 @@ class Run:
         self.phase_index = header["phase_index"]
         self.epoch, self.steps = header["epoch"], header["steps"]
         self.seconds, self.loss = header["seconds"], header["loss"]
+        self.context.penalty = header["penalty"]
         self.result.history = header["history"]
         if not header["inside"]:
             return None

@@ -133,3 +133,12 @@ def test_replay_buffer_state_continues_the_ring() -> None:
     assert first.losses.equal(second.losses)
     assert first.features[0].equal(second.features[0])
     assert first.actions.equal(second.actions)
+
+
+def test_steer_penalty_by_hand() -> None:
+    # twice too fast: p · 0.5^0.5; twice too slow: p · 2^0.5; on target: as it is
+    assert qlearning.steer_penalty(-0.1, 6.0, 3.0, rate=0.5) == pytest.approx(-0.1 * 0.5**0.5)
+    assert qlearning.steer_penalty(-0.1, 1.5, 3.0, rate=0.5) == pytest.approx(-0.1 * 2**0.5)
+    assert qlearning.steer_penalty(-0.1, 3.0, 3.0) == pytest.approx(-0.1)
+    assert qlearning.steer_penalty(-0.9, 0.1, 3.0) == -1.0
+    assert qlearning.steer_penalty(-2e-4, 1e6, 1.0) == -1e-4

@@ -295,7 +295,7 @@ def test_finetune_batches_are_alike_images_on_a_path_of_their_own() -> None:
     torch.nn.init.normal_(agent.decoders[0].weight, std=5.0, generator=torch.Generator().manual_seed(0))
     generator = agent.generator = torch.Generator().manual_seed(0)
     agent.set_feature_statistics(*paths.measure_features(pruned, [toy.scenes(64, 3)[0]]))
-    context = phases.Context(pruned, agent, toy.config(finetune_epsilon=0.0), generator)
+    context = phases.Context(pruned, agent, toy.config(finetune_epsilon=0.0), generator, -0.05)
     loader = toy.Loader(48, 16)
     batches = list(loader)
     pieces = list(phases.Finetune(context, rnp.Length(steps=9)).arrange(iter(batches)))
@@ -358,7 +358,7 @@ def test_finetune_batchnorm(mode: str) -> None:
     pruned.policy = agent = rnp.Agent(pruned.feature_sizes, pruned.groups)
     agent.generator = torch.Generator().manual_seed(0)
     settings = toy.config(finetune_batchnorm=mode, finetune_epsilon=1.0, finetune_sandwich=0.0)
-    phase = phases.Finetune(phases.Context(pruned, agent, settings, agent.generator), rnp.Length(steps=9))
+    phase = phases.Finetune(phases.Context(pruned, agent, settings, agent.generator, -0.05), rnp.Length(steps=9))
     before = {name: tensor.clone() for name, tensor in pruned.backbone.state_dict().items()}
     for number, (images, labels, path) in enumerate(phase.arrange(iter(list(toy.Loader(96, 16))))):
         phase.step(number, 0.5, images, labels, path)
@@ -372,7 +372,8 @@ def test_finetune_batchnorm(mode: str) -> None:
 def test_the_agents_learning_rate_falls_linearly() -> None:
     pruned = toy.network().eval()
     pruned.policy = agent = rnp.Agent(pruned.feature_sizes, pruned.groups)
-    context = phases.Context(pruned, agent, toy.config(agent_lr=0.01, agent_lr_end=0.1), torch.Generator())
+    settings = toy.config(agent_lr=0.01, agent_lr_end=0.1)
+    context = phases.Context(pruned, agent, settings, torch.Generator(), -0.05)
     phase = phases.TrainAgent(context, rnp.Length(steps=9), first=True)
     images, labels = toy.scenes(16, 0)
     for progress, expected in [(0.0, 0.01), (0.5, 0.0055), (1.0, 0.001)]:
@@ -385,3 +386,35 @@ def test_progress_of_a_length() -> None:
     assert rnp.Length(seconds=8.0).progress(10**9, 2.0) == 0.25
     assert rnp.Length(steps=0).progress(0, 0.0) == 1.0
     assert math.isclose(rnp.Length(steps=3).progress(4, 0.0), 1.0)
+
+
+def steered(penalty: float, target: float | None) -> tuple[float, float]:
+    """p and the greedy speed-up after a short run on the toy with a tiny agent."""
+    pruned = toy.network()
+    lengths = {"sandwich": rnp.Length(steps=120), "agent": rnp.Length(steps=120), "rounds": 0}
+    settings = {"agent_options": {"hidden": 4, "code": 4}, "penalty": penalty, "target_speedup": target}
+    result = rnp.train(pruned, toy.Loader(), None, toy.config(**lengths, **settings))
+    report = rnp.evaluate(pruned, toy.Loader(256, 64, seed=3), timing_batches=0)
+    return result.history[-1]["penalty"], report.theoretical_speedup
+
+
+def test_a_target_steers_the_penalty_from_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phases, "STEERING_STEPS", 3)
+    dear, slow = steered(-0.5, None)[1], steered(-0.002, None)[1]
+    assert slow < 2.0 < dear
+    cheaper, reached = steered(-0.5, 2.0)
+    assert cheaper > -0.5
+    assert abs(reached - 2.0) < abs(dear - 2.0)
+    dearer, reached = steered(-0.002, 2.0)
+    assert dearer < -0.002
+    assert abs(reached - 2.0) < abs(slow - 2.0)
+
+
+def test_a_steered_penalty_survives_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phases, "STEERING_STEPS", 2)
+    whole = toy.train(toy.Loader(), target_speedup=2.0)
+    with pytest.raises(KeyboardInterrupt):
+        toy.train(toy.Loader(number=signal.SIGINT, at=46), target_speedup=2.0, checkpoint_dir=tmp_path)
+    _, header = rnp.fileformat.read(tmp_path / training.STATE_FILE, "training")
+    assert header["penalty"] != toy.config().penalty
+    assert_same(whole, toy.train(toy.Loader(), target_speedup=2.0, checkpoint_dir=tmp_path, resume=True))
