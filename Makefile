@@ -63,9 +63,15 @@ $(STAMPS)/demo: $(STAMPS)/wheel
 
 $(STAMPS)/test: $(STAMPS)/wheel
 	@echo "== installing rnp-kernels[test] into $(VENV)"
-	$(PIP) install "$$(ls $(BUILD)/wheel/*.whl)[test]" "cmake>=3.24" ninja
+	$(PIP) install "$$(ls $(BUILD)/wheel/*.whl)[test]"
 	$(PIP) install --force-reinstall --no-deps $(BUILD)/wheel/*.whl
 	@touch $@ $(STAMPS)/demo
+
+# All that the C++ tests need; the packaging tests configure with it too.
+$(STAMPS)/cmake: $(STAMPS)/venv
+	@echo "== installing cmake and ninja into $(VENV)"
+	$(PIP) install "cmake>=3.24" ninja
+	@touch $@
 
 $(STAMPS)/lint: $(STAMPS)/venv pyproject.toml
 	@echo "== installing ruff and clang-format into $(VENV)"
@@ -77,17 +83,17 @@ $(STAMPS)/lint: $(STAMPS)/venv pyproject.toml
 CMAKE_CONFIGURE = $(VENV)/bin/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DRNP_BUILD_EXTENSION=OFF
 CMAKE_BUILD = $(VENV)/bin/cmake --build $(1) --parallel $${MAX_JOBS:-$$(nproc)}
 
-ctest: $(STAMPS)/test
+ctest: $(STAMPS)/cmake
 	@echo "== C++ tests"
 	$(CMAKE_CONFIGURE) -B $(BUILD)/cpp-tests > /dev/null
 	$(call CMAKE_BUILD,$(BUILD)/cpp-tests)
 	$(VENV)/bin/ctest --test-dir $(BUILD)/cpp-tests --output-on-failure --no-tests=error
 
-pytest: $(STAMPS)/test
+pytest: $(STAMPS)/test $(STAMPS)/cmake
 	@echo "== pytest $(ARGS)"
 	$(VENV)/bin/pytest $(ARGS)
 
-sanitize: $(STAMPS)/test
+sanitize: $(STAMPS)/cmake
 	@echo "== C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	$(CMAKE_CONFIGURE) -B $(BUILD)/sanitize -DRNP_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo > /dev/null
 	$(call CMAKE_BUILD,$(BUILD)/sanitize)
