@@ -55,6 +55,9 @@ class TrainConfig:
     rounds: int = 1
     """M of RNP (the number is *ours*); 0 trains the agent once and leaves the backbone alone."""
 
+    growth: float = 0.0
+    """Share of pretrain that runs at action k / 2, a quarter of the work; the network is then widened so that what it
+    computes stays the same, and goes on at full width. 0: full width throughout (*ours*)."""
     lr: float = 4e-3
     """Peak learning rate of pretrain and sandwich: AdamW under a one-cycle schedule (*ours*)."""
     accumulate_paths: bool = False
@@ -130,6 +133,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         rules = [
             ("rounds", self.rounds >= 0, "must not be negative"),
+            ("growth", 0 <= self.growth <= 1, "must lie in 0…1"),
             ("lr", self.lr > 0, "must be positive"),
             ("finetune_lr", self.finetune_lr > 0, "must be positive"),
             ("agent_lr", self.agent_lr > 0, "must be positive"),

@@ -134,18 +134,56 @@ class BackbonePhase(Phase):
         return total
 
 
+def widen(network: PrunedNetwork, action: int, images: Tensor, labels: Tensor) -> None:
+    """Make full width compute what the uniform ``action`` computes, as the start for training full width.
+
+    Weights from channels beyond the prefix into live outputs become 0, wherever they are; those of the new outputs keep
+    their initial values, so that gradients reach both. Which channels are live is told by the gradient of one batch:
+    what was not computed has none. BatchNorm of every wider in-prefix takes over the set of this one.
+    """
+    network.zero_grad(set_to_none=True)
+    logits = network.forward_path(images, [action] * len(network.layers))
+    F.cross_entropy(logits.float(), labels).backward()
+    with torch.no_grad():
+        for module in network.backbone.modules():
+            if isinstance(module, PrefixBatchNorm2d):
+                for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                    if tensor is not None and len(tensor) > action:  # one set where the in-prefix never changes
+                        tensor[action:] = tensor[action - 1]
+            elif isinstance(module, (nn.Conv2d, nn.Linear)) and getattr(module, "groups", 1) == 1:
+                gradient = module.weight.grad
+                if gradient is not None:
+                    used = (gradient != 0).flatten(2).any(2) if gradient.dim() > 2 else gradient != 0  # (out, in)
+                    module.weight[used.any(1)[:, None] & ~used.any(0)[None, :]] = 0
+    network.zero_grad(set_to_none=True)
+
+
 class Pretrain(BackbonePhase):
-    """Full width only."""
+    """Full width; with ``growth`` the first part runs at half width, a quarter of the work, and is then widened."""
 
     name = "pretrain"
 
     def __init__(self, context: Context, length: Length) -> None:
         super().__init__(context, length)
         self.peak = context.config.lr
+        grows = context.config.growth > 0 and context.network.groups > 1
+        self.action = context.network.groups // 2 if grows else context.network.groups
 
     def paths(self, number: int, extra: Any) -> list[tuple[Path, float]]:
+        return [([self.action] * len(self.context.network.layers), 1.0)]
+
+    def step(self, number: int, progress: float, images: Tensor, labels: Tensor, extra: Any) -> Tensor:
         network = self.context.network
-        return [([network.groups] * len(network.layers), 1.0)]
+        if self.action < network.groups and progress >= self.context.config.growth:
+            widen(network, self.action, images, labels)
+            self.action = network.groups
+        return super().step(number, progress, images, labels, extra)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, {"action": self.action}
+
+    def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        self.action = values["action"]
 
     def arrange(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor, Any]]:
         self.context.network.train()

@@ -351,6 +351,51 @@ def test_workers_of_a_loader_leave_ctrl_c_to_the_run_and_can_be_terminated() -> 
         run(signal.SIGTERM)
 
 
+def test_widening_keeps_what_the_network_computes() -> None:
+    pruned = toy.network()
+    torch.manual_seed(5)
+    for module in pruned.backbone.modules():
+        if isinstance(module, rnp.PrefixBatchNorm2d):  # sets that differ
+            torch.nn.init.uniform_(module.weight, 0.5, 2.0)
+            torch.nn.init.uniform_(module.bias, -0.5, 1.0)
+    pruned.backbone[12].p = 0.0  # no dropout here
+    pruned.train()
+    images, labels = toy.scenes(64, 5)
+    narrow = pruned.forward_path(images, [2, 2]).detach()
+    assert (pruned.forward_path(images, [4, 4]) - narrow).abs().max() > 0.05
+    before = {name: tensor.clone() for name, tensor in pruned.backbone.state_dict().items() if name.endswith("weight")}
+    phases.widen(pruned, 2, images, labels)
+    torch.testing.assert_close(pruned.forward_path(images, [2, 2]).detach(), narrow)
+    torch.testing.assert_close(pruned.forward_path(images, [4, 4]).detach(), narrow)
+    after = pruned.backbone.state_dict()
+    assert after["7.weight"][8:].equal(before["7.weight"][8:])  # new outputs start as they were initialised
+    assert after["7.weight"][:8, :4].equal(before["7.weight"][:8, :4])
+    assert not after["7.weight"][:8, 4:].any()
+    phases.F.cross_entropy(pruned.forward_path(images, [4, 4]), labels).backward()
+    gradients = dict(pruned.backbone.named_parameters())
+    assert gradients["7.weight"].grad[:8, 4:].abs().sum() > 0
+    assert gradients["13.weight"].grad[:, 8:].abs().sum() > 0
+
+
+def test_pretraining_that_grows(tmp_path: Path) -> None:
+    settings = {"pretrain": rnp.Length(steps=60), "growth": 0.5, "sandwich": rnp.Length(steps=0), "rounds": 0}
+    settings["agent"] = rnp.Length(steps=0)
+    whole = toy.train(toy.Loader(), **settings)
+    for at in (13, 37):  # before and after it was widened
+        folder = tmp_path / str(at)
+        with pytest.raises(KeyboardInterrupt):
+            toy.train(toy.Loader(number=signal.SIGINT, at=at), checkpoint_dir=folder, **settings)
+        _, header = rnp.fileformat.read(folder / training.STATE_FILE, "training")
+        assert header["values"] == {"action": 2 if at == 13 else 4}
+        assert_same(whole, toy.train(toy.Loader(), checkpoint_dir=folder, resume=True, **settings))
+    pruned = toy.network()
+    pruned.policy = rnp.Agent(pruned.feature_sizes, pruned.groups)
+    pruned.load_state_dict(whole)
+    images, labels = toy.scenes(256, 7)
+    right = pruned.eval().forward_path(images, [4, 4]).argmax(1) == labels
+    assert right.float().mean() >= 0.95
+
+
 @pytest.mark.parametrize("mode", ["frozen", "train"])
 def test_finetune_batchnorm(mode: str) -> None:
     """Frozen statistics stay to the bit, while weights and affine parameters move."""
