@@ -1,0 +1,169 @@
+"""`rnp demo --quick` end to end: every artefact is written, and they agree with each other."""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rnp import cli, demo, report
+from rnp.config import Length
+
+PNG = b"\x89PNG\r\n\x1a\n"
+KEYS = ("policy", "accuracy", "accuracy_interval", "mean_macs", "theoretical_speedup", "measured_speedup",
+        "realised_fraction")  # fmt: skip
+
+
+@dataclass
+class Result:
+    out: Path
+    printed: str
+    values: dict[str, Any]
+    page: str
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    out = tmp_path_factory.mktemp("demo") / "out"
+    capture = pytest.MonkeyPatch()
+    printed: list[str] = []
+    capture.setattr("builtins.print", lambda *parts, **rest: printed.append(" ".join(map(str, parts))))
+    try:
+        assert cli.main(["demo", "--quick", "--seed", "1", "--out", str(out)]) == 0
+    finally:
+        capture.undo()
+    values = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return Result(out, "\n".join(printed), values, (out / "index.html").read_text(encoding="utf-8"))
+
+
+def test_every_budget_has_the_figures_promised(result: Result) -> None:
+    budgets = result.values["budgets"]
+    for row in budgets:
+        assert set(KEYS) <= set(row)
+        low, high = row["accuracy_interval"]
+        assert 0 <= low <= row["accuracy"] <= high <= 1
+        assert row["mean_macs"] > 0 and row["measured_speedup"] > 0
+        dense = result.values["dense_macs"]
+        assert row["theoretical_speedup"] == pytest.approx(dense / row["mean_macs"])
+        assert row["realised_fraction"] == pytest.approx(row["measured_speedup"] / row["timed_theoretical_speedup"])
+        assert row["batch_size"] == 32
+    assert sum(row["kind"] in ("full", "agent") for row in budgets) >= 5
+    assert {row["kind"] for row in budgets} == {"full", "agent", "uniform", "thin"}
+
+
+def test_every_static_rival_has_the_mean_macs_of_its_agent(result: Result) -> None:
+    budgets = result.values["budgets"]
+    agents = {row["target"]: row for row in budgets if row["kind"] == "agent"}
+    for row in budgets:
+        if row["kind"] == "uniform":
+            assert row["mean_macs"] == pytest.approx(agents[row["target"]]["mean_macs"])
+    assert result.values["thin_macs"] * demo.MAIN_TARGET <= result.values["dense_macs"]
+    assert result.values["thin_macs"] * demo.MAIN_TARGET > 0.9 * result.values["dense_macs"]
+
+
+def test_differences_and_difficulty_have_intervals_around_them(result: Result) -> None:
+    main = result.values["main"]
+    for rival in ("full", "uniform", "thin", "shuffled"):
+        one = main[f"agent_minus_{rival}"]
+        assert one["interval"][0] <= one["difference"] <= one["interval"][1]
+    budgets = result.values["budgets"]
+    agent = next(row for row in budgets if row["kind"] == "agent" and row["target"] == main["target"])
+    for rival, kind in (("full", "full"), ("thin", "thin")):
+        other = next(row for row in budgets if row["kind"] == kind)
+        assert main[f"agent_minus_{rival}"]["difference"] == pytest.approx(agent["accuracy"] - other["accuracy"])
+    difficulty = result.values["difficulty"]
+    assert -1 <= difficulty["interval"][0] <= difficulty["interval"][1] <= 1
+    assert -1 <= difficulty["rank_correlation"] <= 1
+    for shares in main["histogram"]:
+        assert sum(shares) == pytest.approx(1)
+
+
+def test_terminal_and_page_show_the_figures_of_the_json(result: Result) -> None:
+    page = html.unescape(result.page)
+    for row in result.values["budgets"]:
+        for cell in report.cells(row):
+            assert cell in result.printed
+            assert f"<td>{cell}</td>" in page
+    for sentence in report.sentences(result.values):
+        assert sentence in result.printed and sentence in page
+    for target in result.values["targets"]:
+        line = f"{target['target']}: {target['measured']}"
+        assert line in result.printed and line in page
+        assert ("met" if target["met"] else "MISSED") in result.printed
+
+
+def test_targets_are_judged_by_the_figures(result: Result) -> None:
+    assert result.values["targets"] == report.targets(result.values)
+
+
+def test_the_page_is_one_file(result: Result) -> None:
+    sources = re.findall(r'(?:src|href)="([^"]*)"', result.page)
+    assert len(sources) == 5 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "url(" not in result.page and "<script" not in result.page and "http" not in result.page
+    assert "$" not in re.sub(r"base64,[^\"]*", "", result.page)
+    for name in ("accuracy", "speedup", "difficulty", "gallery", "actions"):
+        assert (result.out / f"{name}.png").read_bytes().startswith(PNG)
+
+
+def test_environment_seed_and_command_are_there(result: Result) -> None:
+    environment = result.values["environment"]
+    assert {"torch", "rnp_kernels", "processor", "instruction_set", "threads"} <= set(environment)
+    assert result.values["seed"] == 1 and result.values["quick"] is True
+    words = result.values["command"].split()
+    assert words[:2] == ["rnp", "demo"] and words[words.index("--seed") + 1] == "1"
+    steps = words[words.index("--steps") + 1]
+    plan = demo.quick_plan().with_steps(steps)
+    assert (*plan.lengths, plan.thin) == (*demo.quick_plan().lengths, demo.quick_plan().thin)
+    assert result.values["command"] in result.printed
+
+
+def test_quick_says_that_its_figures_mean_nothing(result: Result) -> None:
+    assert "--quick" in result.printed.split("Targets:")[0]
+    assert "This was --quick" in result.page
+
+
+def test_a_finished_run_resumed_trains_nothing_again(result: Result, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both networks come back from the checkpoints, so what does not depend on the clock is the same bit by bit."""
+    assert cli.main(["demo", "--quick", "--seed", "1", "--resume", "--out", str(result.out)]) == 0
+    again = json.loads((result.out / "report.json").read_text(encoding="utf-8"))
+    for old, new in zip(result.values["budgets"], again["budgets"], strict=True):
+        for key in ("policy", "accuracy", "accuracy_interval", "mean_macs", "theoretical_speedup"):
+            assert old[key] == new[key]
+    assert again["difficulty"] == result.values["difficulty"]
+    assert again["training"] == result.values["training"]
+    assert "targets" in capsys.readouterr().out.lower()
+
+
+def test_the_phases_share_the_time_asked_for() -> None:
+    plan = demo.full_plan(6.0)
+    seconds = [length.seconds for length in plan.lengths]
+    assert sum(seconds) == pytest.approx(plan.thin.seconds, abs=1)
+    assert sum(seconds) + plan.thin.seconds + demo.OTHER_SECONDS == pytest.approx(360, abs=1)
+    assert len(plan.targets) + 1 >= 5 and max(plan.targets) == 5.0
+
+
+@pytest.mark.parametrize("text", ["1,2,3", "1,2,3,4,5,x", "1,2,3,4,5,-6"])
+def test_wrong_steps_are_refused_before_anything_runs(text: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--steps takes"):
+        cli.main(["demo", "--quick", "--steps", text, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_minutes_are_refused() -> None:
+    with pytest.raises(SystemExit, match="--minutes must leave time to train"):
+        demo.full_plan(0.5)
+
+
+def test_the_command_of_a_timed_run_gives_its_lengths_in_steps() -> None:
+    arguments = argparse.Namespace(seed=4, quick=False, minutes=6.0)
+    history = [{"steps": steps} for steps in (10, 20, 30, 40, 50, 60)]
+    words = demo.command(arguments, history).split()
+    assert words[-2:] == ["--steps", "10,20,30,40,50,60"]
+    plan = demo.full_plan(6.0).with_steps(words[-1])
+    assert plan.lengths[3] == Length(steps=40) and plan.thin == Length(steps=60)
