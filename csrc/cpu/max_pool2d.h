@@ -1,0 +1,25 @@
+// Max-pooling of channels_last feature maps over only the live channels of each sample.
+//
+// torch's own pooling on a CPU also writes the int64 index of every maximum, three times the memory of the result
+// itself, and visits the channels that nobody will read.
+#pragma once
+
+#include <cstdint>
+
+namespace rnp::cpu {
+
+// input (n, h, w, c), output (n, out_h, out_w, c), dense float32. Windows are clipped at the border. NaN wins, as in
+// torch.
+struct MaxPoolParams {
+  int64_t n = 0, c = 0, h = 0, w = 0, out_h = 0, out_w = 0;
+  int64_t kernel_h = 0, kernel_w = 0, stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0;
+  const float* input = nullptr;
+  const int32_t* prefix = nullptr;  // (n), null: all channels
+  bool zero_tail = false;           // write zeros beyond the prefix; otherwise leave it as it is
+  float* output = nullptr;
+};
+
+// Rows begin … end − 1 of the n · out_h rows of the output.
+void max_pool2d(const MaxPoolParams& p, int64_t begin, int64_t end);
+
+}  // namespace rnp::cpu
