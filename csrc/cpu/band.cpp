@@ -19,25 +19,10 @@ BandGeometry::BandGeometry(const ConvShape& s, int64_t row0, int64_t row1)
 
 namespace {
 
-constexpr int64_t kLine = 16;  // floats
-
-// Live channels lie in pieces, `pixel_stride` apart, which no hardware prefetcher follows well: fetch 32 lines ahead.
-inline void copy_pixels(const float* from, int64_t pixel_stride, int64_t cols, int64_t count, int64_t channels,
-                        float* to) {
-  const int64_t lines = (count + kLine - 1) / kLine, ahead = std::max<int64_t>(1, 32 / lines);
-  for (int64_t x = 0; x < cols; ++x, from += pixel_stride, to += channels) {
-    if (x + ahead < cols)
-      for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + ahead * pixel_stride + i);
-    int64_t c = 0;
-    for (; c + kLine <= count; c += kLine) std::memcpy(to + c, from + c, sizeof(float) * kLine);  // inlined
-    for (; c < count; ++c) to[c] = from[c];
-  }
-}
-
 // One row: `cols` pixels, `count` channels each, written `channels` apart (the rest of each pixel is left alone).
 template <typename T>
 void copy_row(const T* from, int64_t pixel_stride, int64_t channel_stride, int64_t cols, int64_t count,
-              int64_t channels, float* to) {
+              int64_t channels, [[maybe_unused]] CopyPixels copy_pixels, float* to) {
   if constexpr (sizeof(T) == sizeof(float)) {
     if (channel_stride == 1) {
       if (pixel_stride == count && channels == count) {
@@ -63,7 +48,7 @@ void copy_row(const T* from, int64_t pixel_stride, int64_t channel_stride, int64
 
 template <typename T>
 void copy_typed(const PrefixConv2dParams& p, const BandGeometry& g, int64_t n, int64_t first_channel, int64_t live,
-                int64_t channels, int64_t ic_block, float* to) {
+                int64_t channels, int64_t ic_block, CopyPixels copy_pixels, float* to) {
   const ConvShape& s = p.shape;
   const Strides4& st = p.input_stride;
   const T* input = static_cast<const T*>(p.input) + n * st.n + first_channel * st.c;
@@ -83,7 +68,7 @@ void copy_typed(const PrefixConv2dParams& p, const BandGeometry& g, int64_t n, i
         std::memset(to + right * width, 0, sizeof(float) * static_cast<size_t>((g.cols_in - right) * width));
       }
       const T* from = input + c0 * st.c + y * st.h + (g.x0 + left * g.x_step) * st.w;
-      copy_row(from, g.x_step * st.w, st.c, right - left, count, width, to + left * width);
+      copy_row(from, g.x_step * st.w, st.c, right - left, count, width, copy_pixels, to + left * width);
     }
   }
 }
@@ -91,15 +76,15 @@ void copy_typed(const PrefixConv2dParams& p, const BandGeometry& g, int64_t n, i
 }  // namespace
 
 void copy_band(const PrefixConv2dParams& p, const BandGeometry& geometry, int64_t n, int64_t first_channel,
-               int64_t live, int64_t channels, int64_t ic_block, float* to) {
+               int64_t live, int64_t channels, int64_t ic_block, CopyPixels copy_pixels, float* to) {
   switch (p.dtype) {
     case DType::kBFloat16:
-      return copy_typed<BFloat16>(p, geometry, n, first_channel, live, channels, ic_block, to);
+      return copy_typed<BFloat16>(p, geometry, n, first_channel, live, channels, ic_block, copy_pixels, to);
     case DType::kFloat16:
-      return copy_typed<Float16>(p, geometry, n, first_channel, live, channels, ic_block, to);
+      return copy_typed<Float16>(p, geometry, n, first_channel, live, channels, ic_block, copy_pixels, to);
     case DType::kFloat32:
     case DType::kFloat64:  // has its own kernel
-      return copy_typed<float>(p, geometry, n, first_channel, live, channels, ic_block, to);
+      return copy_typed<float>(p, geometry, n, first_channel, live, channels, ic_block, copy_pixels, to);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include "core/packing.h"
 #include "core/schedule.h"
+#include "cpu/microkernel.h"
 
 namespace rnp::cpu {
 
@@ -21,6 +22,6 @@ struct BandGeometry {
 // Writes [part][rows_in][cols_in][channels of the part], where part i holds the live channels of input block i
 // (`ic_block` channels each). `channels` may exceed `live`: the rest is 0.
 void copy_band(const PrefixConv2dParams& p, const BandGeometry& geometry, int64_t n, int64_t first_channel,
-               int64_t live, int64_t channels, int64_t ic_block, float* to);
+               int64_t live, int64_t channels, int64_t ic_block, CopyPixels copy_pixels, float* to);
 
 }  // namespace rnp::cpu

@@ -44,7 +44,7 @@ void depthwise(const PrefixConv2dParams& p, const Kernels& kernels, const Thread
       // A channel whose input is pruned but whose output is not is a sum over nothing: its band is 0.
       const int64_t live = p.out_live(n), in_live = std::min(live, p.in_live(n));
       const BandGeometry g(s, row0, row1);
-      if (live > 0) copy_band(p, g, n, 0, in_live, padded(live), kDepthwisePanel, band);
+      if (live > 0) copy_band(p, g, n, 0, in_live, padded(live), kDepthwisePanel, kernels.copy_pixels, band);
       for (int64_t k = 0; k < s.kh; ++k)
         for (int64_t j = 0; j < s.kw; ++j)
           offset[k * s.kw + j] = (k * s.dilation_h * g.cols_in + j * s.dilation_w) * kDepthwisePanel;

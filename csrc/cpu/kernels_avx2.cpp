@@ -24,7 +24,11 @@ struct V256 {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(live), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
   static RNP_INLINE T masked_load(const float* p, Mask m) { return _mm256_maskload_ps(p, m); }
-  static RNP_INLINE void masked_store(float* p, Mask m, T v) { _mm256_maskstore_ps(p, m, v); }
+  // vmaskmovps stores are slow on some processors: full vectors go the plain way.
+  static RNP_INLINE void masked_store(float* p, Mask m, T v) {
+    if (_mm256_movemask_ps(_mm256_castsi256_ps(m)) == 0xff) return store(p, v);
+    _mm256_maskstore_ps(p, m, v);
+  }
 
   template <int c>
   static RNP_INLINE T broadcast(const char* x, const ColSteps& s) {
@@ -50,6 +54,7 @@ const Kernels& avx2_kernels() {
     add_shape<V256, 3, 2>(k);
     add_shape<V256, 2, 2>(k);
     k.depthwise_row = &depthwise_row<V256>;
+    k.copy_pixels = &copy_pixels<V256>;
     return k;
   }();
   return kernels;

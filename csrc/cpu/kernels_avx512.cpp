@@ -62,6 +62,7 @@ const Kernels& avx512_kernels() {
     add_shape<V512, 2, 3>(k);
     add_shape<V512, 2, 2>(k);
     k.depthwise_row = &depthwise_row<V512>;
+    k.copy_pixels = &copy_pixels<V512>;
     return k;
   }();
   return kernels;

@@ -49,6 +49,7 @@ const Kernels& portable_kernels() {
     k.sum_kernel_rows = true;
     add_columns<V128, 5>(k);
     k.depthwise_row = &depthwise_row<V128>;
+    k.copy_pixels = &copy_pixels<V128>;
     return k;
   }();
   return kernels;

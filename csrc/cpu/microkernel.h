@@ -66,6 +66,10 @@ struct DepthwiseArgs {
   bool relu;
 };
 
+// Copies `count` channels of each of `cols` pixels, from `pixel_stride` apart to `channels` apart.
+using CopyPixels = void (*)(const float* from, int64_t pixel_stride, int64_t cols, int64_t count, int64_t channels,
+                            float* to);
+
 constexpr int kMaxRows = 4, kMaxCols = 14;
 
 struct Kernels {
@@ -77,6 +81,7 @@ struct Kernels {
   // tile[wide][rows - 1][cols - 1]; null where the shape is not instantiated. One-row tiles of 1…max_cols always are.
   TileKernel tile[2][kMaxRows][kMaxCols];
   void (*depthwise_row)(const DepthwiseArgs&);
+  CopyPixels copy_pixels;
 };
 
 const Kernels& portable_kernels();

@@ -188,7 +188,7 @@ void run_item(const Call& call, const WorkItem& item, const WorkItem* following,
       band = static_cast<const float*>(p.input) + item.n * p.input_stride.n + item.g * l.icg +
              item.row0 * p.input_stride.h;
     } else {
-      copy_band(p, geometry, item.n, item.g * l.icg, in_live, in_live, l.ic_block, scratch);
+      copy_band(p, geometry, item.n, item.g * l.icg, in_live, in_live, l.ic_block, call.kernels.copy_pixels, scratch);
     }
     float* sums = scratch + call.band_floats(item);
     Prefetcher prefetcher;
