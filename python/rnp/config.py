@@ -59,7 +59,9 @@ class TrainConfig:
     """Share of pretrain that runs at action k / 2, a quarter of the work; the network is then widened so that what it
     computes stays the same, and goes on at full width. 0: full width throughout (*ours*)."""
     lr: float = 4e-3
-    """Peak learning rate of pretrain and sandwich: AdamW under a one-cycle schedule (*ours*)."""
+    """Peak learning rate of pretrain: AdamW under a one-cycle schedule (*ours*)."""
+    sandwich_lr: float | None = None
+    """Peak learning rate of sandwich; None: ``lr``. A lower one keeps more of a full width that is trained already."""
     accumulate_paths: bool = False
     """Sandwich: False runs one path a batch, in turn; True sums the gradients of all four on every batch."""
     finetune_lr: float = 1e-3
@@ -135,6 +137,7 @@ class TrainConfig:
             ("rounds", self.rounds >= 0, "must not be negative"),
             ("growth", 0 <= self.growth <= 1, "must lie in 0…1"),
             ("lr", self.lr > 0, "must be positive"),
+            ("sandwich_lr", self.sandwich_lr is None or self.sandwich_lr > 0, "must be positive or None"),
             ("finetune_lr", self.finetune_lr > 0, "must be positive"),
             ("agent_lr", self.agent_lr > 0, "must be positive"),
             ("penalty", self.penalty <= 0, "must not be positive: it is a negative reward"),
