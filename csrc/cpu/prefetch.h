@@ -23,7 +23,8 @@ class Prefetcher {
     row_bytes_ = g.y_step * p.input_stride.h * element;
     col_bytes_ = g.x_step * p.input_stride.w * element;
     pixel_bytes_ = in_live * element;
-    row_ = static_cast<const char*>(p.input) + (item.n * p.input_stride.n + first_channel + y0 * p.input_stride.h) * element;
+    row_ = static_cast<const char*>(p.input) +
+           (item.n * p.input_stride.n + first_channel + y0 * p.input_stride.h) * element;
     if (pixel_bytes_ == col_bytes_) {  // pixels touch: one run per row
       pixel_bytes_ *= cols_;
       cols_ = 1;

@@ -44,7 +44,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in [0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1]:
         path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match="x.safetensors: not a whole safetensors file"):
+        with pytest.raises(CheckpointError, match=r"x\.safetensors: not a whole safetensors file"):
             fileformat.read(path, "network")
 
 
