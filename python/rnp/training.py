@@ -8,16 +8,12 @@ interrupted run loses at most the current epoch, and one resumed from the last f
 from __future__ import annotations
 
 import math
-import os
 import random
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -28,6 +24,7 @@ from tqdm import tqdm
 from rnp import checkpoint, fileformat
 from rnp.agent import Agent
 from rnp.config import TrainConfig
+from rnp.interruption import Interruption
 from rnp.network import PrunedNetwork
 from rnp.phases import Batch, Context, Phase, schedule
 from rnp.policies import FullWidth, Policy, Uniform
@@ -100,45 +97,6 @@ def train(
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
-
-
-class Interruption:
-    """SIGINT and SIGTERM as a flag that is looked at between batches. A second one acts at once, as without this."""
-
-    def __init__(self) -> None:
-        self.process = os.getpid()
-        self.signal: int | None = None
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:  # a loader's worker inherits this: Ctrl-C is the main process's business
-            if number == signal.SIGTERM:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            return
-        self.signal = number
-        self._restore()
-
-    def _restore(self) -> None:
-        while self.before:
-            number, handler = self.before.popitem()
-            signal.signal(number, handler)
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
-
-    def check(self) -> None:
-        """Raise what the signal stands for."""
-        if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.signal == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
 
 
 class Run:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import rnp
-from rnp import paths, phases, training
+from rnp import agent_phase, paths, phases, training
 from rnp.fileformat import CheckpointError
 
 TOY = Path(__file__).with_name("toy_training.py")
@@ -371,7 +371,7 @@ def test_widening_keeps_what_the_network_computes() -> None:
     assert after["7.weight"][8:].equal(before["7.weight"][8:])  # new outputs start as they were initialised
     assert after["7.weight"][:8, :4].equal(before["7.weight"][:8, :4])
     assert not after["7.weight"][:8, 4:].any()
-    phases.F.cross_entropy(pruned.forward_path(images, [4, 4]), labels).backward()
+    torch.nn.functional.cross_entropy(pruned.forward_path(images, [4, 4]), labels).backward()
     gradients = dict(pruned.backbone.named_parameters())
     assert gradients["7.weight"].grad[:8, 4:].abs().sum() > 0
     assert gradients["13.weight"].grad[:, 8:].abs().sum() > 0
@@ -444,7 +444,7 @@ def steered(penalty: float, target: float | None) -> tuple[float, float]:
 
 
 def test_a_target_steers_the_penalty_from_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phases, "STEERING_STEPS", 3)
+    monkeypatch.setattr(agent_phase, "STEERING_STEPS", 3)
     dear, slow = steered(-0.5, None)[1], steered(-0.002, None)[1]
     assert slow < 2.0 < dear
     cheaper, reached = steered(-0.5, 2.0)
@@ -456,7 +456,7 @@ def test_a_target_steers_the_penalty_from_both_sides(monkeypatch: pytest.MonkeyP
 
 
 def test_a_steered_penalty_survives_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phases, "STEERING_STEPS", 2)
+    monkeypatch.setattr(agent_phase, "STEERING_STEPS", 2)
     whole = toy.train(toy.Loader(), target_speedup=2.0)
     with pytest.raises(KeyboardInterrupt):
         toy.train(toy.Loader(number=signal.SIGINT, at=46), target_speedup=2.0, checkpoint_dir=tmp_path)
