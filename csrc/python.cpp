@@ -92,13 +92,13 @@ std::vector<int64_t> macs(const std::vector<int64_t>& in_prefix, const std::vect
   return result;
 }
 
-bool prefers_stock(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
-                   std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups,
-                   const std::string& dtype, bool channels_last) {
+int stock_path(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
+               std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups,
+               const std::string& dtype, bool channels_last) {
   const std::array<const char*, 4> names = {"float32", "float64", "bfloat16", "float16"};  // in DType's order
   size_t type = 0;
   while (type < names.size() && dtype != names[type]) ++type;
-  if (type == names.size()) throw py::value_error("prefers_stock: unknown dtype, got '" + dtype + "'");
+  if (type == names.size()) throw py::value_error("stock_path: unknown dtype, got '" + dtype + "'");
   rnp::ConvShape s;
   s.n = 1;
   s.c_in = input[0];
@@ -118,7 +118,7 @@ bool prefers_stock(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, 
   s.groups = groups;
   s.out_h = rnp::conv_output_size(s.h, s.kh, s.stride_h, s.pad_top, s.pad_bottom, s.dilation_h);
   s.out_w = rnp::conv_output_size(s.w, s.kw, s.stride_w, s.pad_left, s.pad_right, s.dilation_w);
-  return rnp::prefers_stock(s, static_cast<rnp::DType>(type), channels_last);
+  return static_cast<int>(rnp::stock_path(s, static_cast<rnp::DType>(type), channels_last));
 }
 
 }  // namespace
@@ -141,11 +141,11 @@ PYBIND11_MODULE(_C, m) {
         "RuntimeError, and no change, where this machine or build lacks it. Not to be called while an operator runs.");
   m.def("set_stock_dtypes", &rnp::set_stock_dtypes, py::arg("float32"), py::arg("bfloat16"), py::arg("float16"),
         "Say in which dtypes oneDNN runs here. Until then the CPU operator never falls back to it.");
-  m.def("prefers_stock", &prefers_stock, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
+  m.def("stock_path", &stock_path, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
         py::arg("dilation"), py::arg("groups"), py::arg("dtype"), py::arg("channels_last"),
-        "Whether the CPU operator hands samples of full width to oneDNN for this layer: input (C, H, W), weight "
-        "(C_out, C_in /\n"
-        "groups, KH, KW), padding (top, bottom, left, right), dtype 'float32' and so on.");
+        "What the CPU operator does with samples of full width in this layer: 0 its own kernel, 1 oneDNN's, 2 one "
+        "matrix\n"
+        "product each. input is (C, H, W), weight (C_out, C_in / groups, KH, KW), padding (top, bottom, left, right).");
   m.def("macs", &macs, py::arg("in_prefix"), py::arg("out_prefix"), py::kw_only(), py::arg("in_channels"),
         py::arg("out_channels"), py::arg("kernel_size"), py::arg("output_size"), py::arg("groups") = 1,
         "Multiply-accumulates of each sample of a prefix convolution: the live input times the live output channels, "

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
 from . import backends, stock
-from .checks import DTYPES, pair
-from .ops import needs_autograd, prefix_conv2d
+from .checks import DTYPES
+from .ops import needs_autograd, prefix_conv2d, run_below_autograd
 from .packing import PackCache
 
-_CACHES = ("_packs", "_paths")
+_CACHES = ("_packs", "_routes")
+_COMPUTED = object()
+_MOST_ROUTES = 64  # kept by a module that sees many input shapes
 _HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
 
 
@@ -50,52 +52,66 @@ class PrefixConv2d(nn.Conv2d):
         weight = parameters.get("weight")
         if weight is None:
             weight = self.weight  # computed by a parametrization or a hook
+        bias = parameters.get("bias", _COMPUTED)
+        if bias is _COMPUTED:
+            bias = self.bias
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        bias = parameters["bias"] if "bias" in parameters else self.bias
-        packed = None
-        # A traced or compiled graph would keep the pack, or the choice of a path, as a constant while weights and shapes
-        # move on; torch.fx has a Proxy here.
-        if not (
+        # A traced or compiled graph would keep the route or the pack as a constant while shapes and weights move on;
+        # torch.fx brings a Proxy.
+        if (
             torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._is_tracing()
             or has_torch_function_unary(input)
+            or not input.is_cpu
         ):
-            if in_prefix is None and out_prefix is None:
-                path = self._path_of(input, weight, padding)
-                if path == stock.CONV2D:
-                    return torch.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
-                if path == stock.MKLDNN and not needs_autograd(input, weight, bias):
-                    return torch.mkldnn_convolution(
-                        input, weight, bias, pair(padding, "padding"), self.stride, self.dilation, self.groups
-                    )
-                packed = None if path else self._pack_cache().get(weight, self.groups)
-            else:
-                packed = self._pack_cache().get(weight, self.groups)
+            packed = None
+        else:
+            if in_prefix is None and out_prefix is None and backends.get_backend() in ("auto", "cpu"):
+                output = self._run_full_width(input, weight, bias, padding)
+                if output is not None:
+                    return output
+            packed = self._pack_cache().get(weight, self.groups)
         return prefix_conv2d(
             input, weight, bias, self.stride, padding, self.dilation, self.groups, in_prefix=in_prefix,
             out_prefix=out_prefix, packed=packed,
         )  # fmt: skip
 
-    def _path_of(self, input: Tensor, weight: Tensor, padding: Any) -> int:
-        """`stock.path_of`, remembered by everything that it depends on."""
-        if not input.is_cpu or backends.get_backend() not in ("auto", "cpu") or torch.is_autocast_enabled("cpu"):
-            return stock.OURS
+    def _run_full_width(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor | None:
+        """The shortest way to the operator's own result where every sample has full width; None where there is none."""
         state = self.__dict__
-        paths = state.get("_paths")
-        if paths is None:
-            paths = state["_paths"] = {}
+        routes = state.get("_routes")
+        if routes is None:
+            routes = state["_routes"] = {}
+        groups = state["groups"]
         key = (input.shape, input.stride(), input.dtype, weight.shape, weight.stride(), weight.dtype, padding,
-               state["stride"], state["dilation"], state["groups"])  # fmt: skip
-        path = paths.get(key)
-        if path is None:
-            if len(paths) >= 64:
-                paths.clear()
-            path = paths[key] = stock.path_of(self, input, weight, padding)
-        return path
+               state["stride"], state["dilation"], groups)  # fmt: skip
+        route = routes.get(key)
+        if route is None:
+            if len(routes) >= _MOST_ROUTES:
+                routes.clear()
+            route = routes[key] = stock.route(self, input, weight, padding)
+        if route is None or torch.is_autocast_enabled("cpu"):
+            return None
+        path, stride, paddings, dilation, kernel_size = route
+        if path == stock.CONV2D:
+            return torch.conv2d(input, weight, bias, stride, paddings[::2], dilation, groups)
+        if needs_autograd(input, weight, bias):
+            return None
+        if path == stock.ONEDNN:
+            return torch.mkldnn_convolution(input, weight, bias, paddings[::2], stride, dilation, groups)
+        if path == stock.GEMM:
+            return torch._C._nn.thnn_conv2d(input, weight, kernel_size, bias, stride, paddings[::2])
+        try:
+            return run_below_autograd(
+                input, weight, bias, stride, paddings, dilation, groups, None, None, None, None, None, "none", "zero",
+                False, self._pack_cache().get(weight, groups),
+            )[0]  # fmt: skip
+        except RuntimeError:
+            return None  # prefix_conv2d refuses it too, in the words and with the exception that callers expect
 
     def packed_weight(self) -> Tensor | None:
         """The packed weights for `prefix_conv2d(packed=...)`, made now if need be; None where nothing can be packed."""

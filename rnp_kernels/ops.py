@@ -51,6 +51,10 @@ def _run(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
         return _reference(arguments)
     if torch.compiler.is_compiling() or needs_autograd(input, weight, bias, scale, residual):
         return _OPERATOR(*arguments)
+    return run_below_autograd(*arguments)
+
+
+def run_below_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
     with _below_autograd():
         return _OPERATOR(*arguments)
 

@@ -1,21 +1,32 @@
 """When torch's own convolution is the faster one at full width, and how a module gets there without a detour.
 
-The rule itself is `prefers_stock` in csrc/core/stock.cpp: the operator follows it for every sample of full width. What is
+The rule itself is `stock_path` in csrc/core/stock.cpp: the operator follows it for every sample of full width. What is
 here only saves the way through the operator where no sample can be pruned.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import _C
-from .checks import pair
+from .checks import four_paddings, pair
 from .registrations import output_memory_format
 
-OURS, CONV2D, MKLDNN = range(3)  # the operator; F.conv2d; aten::mkldnn_convolution, which has no gradient
+OURS, ONEDNN, GEMM, CONV2D = range(4)  # the first three as in csrc/core/stock.h; CONV2D is ONEDNN through F.conv2d
+
+
+class Route(NamedTuple):
+    """How a module's convolution of full width runs for inputs of one shape and layout, in any batch."""
+
+    path: int
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    kernel_size: tuple[int, int]
 
 
 def tell_the_operator() -> None:
@@ -27,29 +38,35 @@ def tell_the_operator() -> None:
     _C.set_stock_dtypes(True, ops._is_mkldnn_bf16_supported(), ops._is_mkldnn_fp16_supported())
 
 
-def path_of(conv: nn.Conv2d, input: Tensor, weight: Tensor, padding: Any) -> int:
-    """Which of the three a convolution of full width takes for inputs of this shape and layout, in any batch."""
-    if input.dim() != 4 or weight.dim() != 4 or isinstance(padding, str) or 0 in input.shape:
-        return OURS
-    dtype = str(input.dtype).removeprefix("torch.")
-    if dtype not in ("float32", "bfloat16", "float16") or weight.dtype is not input.dtype:
-        return OURS
-    if conv.bias is not None and conv.bias.dtype is not input.dtype:
-        return OURS
+def route(conv: nn.Conv2d, input: Tensor, weight: Tensor, padding: int | Sequence[int] | str) -> Route | None:
+    """The route of a batched input; None where only the operator can say what is wrong, or has to unsqueeze."""
+    if input.dim() != 4 or weight.dim() != 4 or 0 in input.shape:
+        return None
     stride, dilation = pair(conv.stride, "stride"), pair(conv.dilation, "dilation")
-    vertical, horizontal = pair(padding, "padding")
-    last = output_memory_format(input, weight) is torch.channels_last
-    if not _C.prefers_stock(
-        tuple(input.shape[1:]), tuple(weight.shape), stride, (vertical, vertical, horizontal, horizontal), dilation,
-        conv.groups, dtype, last,
-    ):  # fmt: skip
+    kernel = tuple(weight.shape[2:])
+    paddings = four_paddings(padding, kernel, stride, dilation)
+    return Route(_path(conv, input, weight, stride, paddings, dilation), stride, paddings, dilation, kernel)
+
+
+def _path(conv: nn.Conv2d, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> int:
+    dtype = input.dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.dtype is not dtype:
         return OURS
-    # F.conv2d chooses by the batch too, and on one thread avoids oneDNN for 1x1. Where it takes oneDNN for a single sample
-    # and a larger kernel, it always does.
-    backend = torch._C._select_conv_backend(
-        input[:1], weight, conv.bias, stride, (vertical, horizontal), dilation, False, (0, 0), conv.groups
+    if conv.bias is not None and conv.bias.dtype is not dtype:
+        return OURS
+    last = output_memory_format(input, weight) is torch.channels_last
+    name = str(dtype).removeprefix("torch.")
+    path = _C.stock_path(
+        tuple(input.shape[1:]), tuple(weight.shape), stride, padding, dilation, conv.groups, name, last
     )
-    return CONV2D if backend == torch._C._ConvBackend.Mkldnn and tuple(weight.shape[2:]) != (1, 1) else MKLDNN
+    if path != ONEDNN or tuple(weight.shape[2:]) == (1, 1):
+        return path
+    # F.conv2d chooses by the batch too. Where it takes oneDNN for a single sample and a kernel larger than 1x1, it
+    # always does, with any number of threads; it has the shortest way and its own gradients.
+    backend = torch._C._select_conv_backend(
+        input[:1], weight, conv.bias, stride, padding[::2], dilation, False, (0, 0), conv.groups
+    )
+    return CONV2D if backend == torch._C._ConvBackend.Mkldnn else ONEDNN
 
 
 tell_the_operator()

@@ -15,24 +15,29 @@ void set_stock_dtypes(bool float32, bool bfloat16, bool float16) {
   has_float16 = float16;
 }
 
-bool prefers_stock(const ConvShape& s, DType dtype, bool channels_last) {
+Stock stock_path(const ConvShape& s, DType dtype, bool channels_last) {
   // aten has one padding per axis.
-  if (s.pad_top != s.pad_bottom || s.pad_left != s.pad_right) return false;
+  if (s.pad_top != s.pad_bottom || s.pad_left != s.pad_right) return Stock::kNone;
   switch (dtype) {
     case DType::kFloat64:
-      return false;
+      return Stock::kNone;
     case DType::kBFloat16:  // oneDNN multiplies halves with the processor's own instructions, ours in float32
-      return has_bfloat16;
+      return has_bfloat16 ? Stock::kOneDnn : Stock::kNone;
     case DType::kFloat16:
-      return has_float16;
+      return has_float16 ? Stock::kOneDnn : Stock::kNone;
     case DType::kFloat32:
       break;
   }
-  if (!has_float32) return false;
-  if (s.groups > 1) return true;  // depthwise, and groups of a few channels, leave most lanes of a tile empty
+  if (!has_float32) return Stock::kNone;
+  // Depthwise, and groups of a few channels, leave most lanes of a tile empty.
+  if (s.groups > 1) return Stock::kOneDnn;
+  // Squeeze and excitation: the way through the operator costs more than the product.
+  if (s.h * s.w * s.kh * s.kw == 1) return Stock::kGemm;
+  // Large maps of few channels: the traffic decides, and oneDNN's is the smaller by some percent.
+  if (channels_last && s.kh * s.kw > 1 && s.c_in <= 128 && s.out_h * s.out_w >= 56 * 56) return Stock::kOneDnn;
   // NCHW: ours gathers pixels on the way in and scatters them on the way out. On small maps the weights, which oneDNN
   // repacks at every call, outweigh that.
-  return !channels_last && s.out_h * s.out_w > 64;
+  return !channels_last && s.out_h * s.out_w > 64 ? Stock::kOneDnn : Stock::kNone;
 }
 
 }  // namespace rnp

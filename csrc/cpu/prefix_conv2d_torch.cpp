@@ -276,14 +276,15 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
   const bool plain = !scale && !row && !residual && !pooled && p.activation == Activation::kNone &&
                      (!bias || (bias->dim() == 1 && bias->scalar_type() == input.scalar_type()));
   std::vector<int64_t> stock;
-  if (plain && s.n > 0 && prefers_stock(s, p.dtype, last)) {
+  const Stock path = plain && s.n > 0 ? stock_path(s, p.dtype, last) : Stock::kNone;
+  if (path != Stock::kNone) {
     for (int64_t i = 0; i < s.n; ++i) {
       const size_t at = static_cast<size_t>(i);
       if ((in_values.empty() || in_values[at] == s.c_in) && (out_values.empty() || out_values[at] == s.c_out))
         stock.push_back(i);
     }
     if (static_cast<int64_t>(stock.size()) == s.n)
-      return {stock_conv2d(input, weight, bias, s), torch::stable::empty({int64_t{0}}, ScalarType::Float)};
+      return {stock_conv2d(input, weight, bias, s, path), torch::stable::empty({int64_t{0}}, ScalarType::Float)};
     for (int64_t i : stock) (out_values.empty() ? in_values : out_values)[static_cast<size_t>(i)] = 0;
   }
   std::optional<Tensor> weights;
@@ -316,7 +317,7 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
   for (int64_t i : stock) {
     Tensor samples = input;  // narrow takes no const tensor
     Tensor to = torch::stable::narrow(output, 0, i, 1);
-    torch::stable::copy_(to, stock_conv2d(torch::stable::narrow(samples, 0, i, 1), weight, bias, s));
+    torch::stable::copy_(to, stock_conv2d(torch::stable::narrow(samples, 0, i, 1), weight, bias, s, path));
   }
   return {output, means};
 }

@@ -6,12 +6,13 @@
 #include <optional>
 #include <vector>
 
-#include "core/prefix_conv2d.h"
+#include "core/stock.h"
 
 namespace rnp::cpu {
 
-// aten::mkldnn_convolution of `input` with the geometry of `shape`, whose paddings are even.
+// The convolution that `path` (not kNone) names, with the geometry of `shape`, whose paddings are even.
 torch::stable::Tensor stock_conv2d(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
-                                   const std::optional<torch::stable::Tensor>& bias, const ConvShape& shape);
+                                   const std::optional<torch::stable::Tensor>& bias, const ConvShape& shape,
+                                   Stock path);
 
 }  // namespace rnp::cpu
