@@ -1,0 +1,123 @@
+"""nn.Conv2d in eager mode against PrefixConv2d in its place: full width, no prefixes, warm.
+
+    python bench/dropin.py [--threads 1] [--clock wall|cpu] [--filter NAME] [--batch 1 8] [--dtype float32]
+
+One line per layer, layout and batch: the median of nn.Conv2d in microseconds, the median ratio ours / theirs of runs
+taken in turn, its p20 and p80, and the path (ours, or a stock one by the rule in csrc/core/stock.cpp). The swap must
+never cost more than 3 %. --clock cpu counts the time of this thread alone, for a machine that others use too (one
+thread only).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from rnp_kernels import PrefixConv2d, stock
+
+# name: in, out, kernel, input side, stride, groups
+LAYERS = {
+    "VGG-16 conv1_1": (3, 64, 3, 224, 1, 1),
+    "VGG-16 conv1_2": (64, 64, 3, 224, 1, 1),
+    "VGG-16 conv2_2": (128, 128, 3, 112, 1, 1),
+    "VGG-16 conv3_2": (256, 256, 3, 56, 1, 1),
+    "VGG-16 conv4_2": (512, 512, 3, 28, 1, 1),
+    "VGG-16 conv5_2": (512, 512, 3, 14, 1, 1),
+    "ResNet stem": (3, 64, 7, 224, 2, 1),
+    "ResNet-18 layer1": (64, 64, 3, 56, 1, 1),
+    "ResNet-18 layer2 down": (64, 128, 3, 56, 2, 1),
+    "ResNet-18 layer2 shortcut": (64, 128, 1, 56, 2, 1),
+    "ResNet-18 layer3": (256, 256, 3, 14, 1, 1),
+    "ResNet-18 layer4": (512, 512, 3, 7, 1, 1),
+    "ResNet-50 layer1 expand": (64, 256, 1, 56, 1, 1),
+    "ResNet-50 layer1 reduce": (256, 64, 1, 56, 1, 1),
+    "ResNet-50 layer3 reduce": (1024, 256, 1, 14, 1, 1),
+    "ResNet-50 layer4 expand": (512, 2048, 1, 7, 1, 1),
+    "ResNet-50 layer4 shortcut": (1024, 2048, 1, 14, 2, 1),
+    "MobileNet stem": (3, 32, 3, 224, 2, 1),
+    "MobileNet depthwise 112": (32, 32, 3, 112, 1, 32),
+    "MobileNet depthwise 56 down": (128, 128, 3, 56, 2, 128),
+    "MobileNet depthwise 14": (512, 512, 3, 14, 1, 512),
+    "MobileNet depthwise 7": (1024, 1024, 3, 7, 1, 1024),
+    "MobileNet pointwise 14": (512, 512, 1, 14, 1, 1),
+    "ResNeXt grouped 56": (128, 128, 3, 56, 1, 32),
+    "squeeze 1x1 map": (512, 32, 1, 1, 1, 1),
+    "excite 1x1 map": (32, 512, 1, 1, 1, 1),
+    "tiny 4x4 map": (64, 64, 3, 4, 1, 1),
+    "tiny 8x8 map": (16, 16, 3, 8, 1, 1),
+    "CIFAR stem": (3, 16, 3, 32, 1, 1),
+}
+PATHS = {stock.OURS: "ours", stock.ONEDNN: "oneDNN", stock.CONV2D: "oneDNN", stock.GEMM: "gemm"}
+
+
+def gate(name: str, ours: Tensor, conv: nn.Conv2d, x: Tensor) -> None:
+    """A sum of K products, in any order, is off by at most K eps times the sum of their sizes."""
+    geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+    x, weight, bias = x.double(), conv.weight.double(), conv.bias.double()
+    truth = nn.functional.conv2d(x, weight, bias, *geometry)
+    size = nn.functional.conv2d(x.abs(), weight.abs(), bias.abs(), *geometry)
+    products = weight[0].numel() + 1
+    if not ((ours.double() - truth).abs() <= products * torch.finfo(ours.dtype).eps * size).all():
+        raise SystemExit(f"{name}: wrong by up to {(ours.double() - truth).abs().max().item():.3g}")
+
+
+def seconds(clock: Callable[[], float], call: Callable[[], object], repeats: int) -> float:
+    start = clock()
+    for _ in range(repeats):
+        call()
+    return (clock() - start) / repeats
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--filter", default="", help="only layers whose name contains this")
+    parser.add_argument("--batch", type=int, nargs="+", default=(1, 8))
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    if options.clock == "cpu" and options.threads != 1:
+        parser.error("--clock cpu needs --threads 1")
+    clock = time.perf_counter if options.clock == "wall" else time.thread_time
+    torch.set_num_threads(options.threads)
+    dtype = getattr(torch, options.dtype)
+    worst = (0.0, "")
+    for layout in (torch.channels_last, torch.contiguous_format):
+        for batch in options.batch:
+            for name, (c_in, c_out, kernel, side, stride, groups) in LAYERS.items():
+                if options.filter not in name:
+                    continue
+                torch.manual_seed(0)
+                theirs = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, dtype=dtype).eval()
+                ours = PrefixConv2d.from_conv2d(theirs)
+                x = torch.randn(batch, c_in, side, side).to(dtype).contiguous(memory_format=layout)
+                with torch.inference_mode():
+                    for _ in range(3):
+                        result, _ = ours(x), theirs(x)
+                    gate(name, result, theirs, x)
+                    path = PATHS[stock.route(ours, x, ours.weight, ours.padding).path]
+                    del result
+                    calls = (lambda: theirs(x)), (lambda: ours(x))  # noqa: B023 (called in this iteration only)
+                    repeats = max(1, int(2e-3 / seconds(clock, calls[0], 3)))
+                    pairs = [[seconds(clock, call, repeats) for call in calls] for _ in range(options.rounds)]
+                ratios = sorted(b / a for a, b in pairs)
+                ratio = statistics.median(ratios)
+                low, high = ratios[len(ratios) // 5], ratios[-1 - len(ratios) // 5]
+                label = f"{str(layout).removeprefix('torch.'):17} batch {batch}  {name:28}"
+                worst = max(worst, (ratio, label))
+                print(
+                    f"{label} {1e6 * statistics.median(a for a, _ in pairs):10.1f} us  ratio {ratio:5.3f}"
+                    f"  [{low:5.3f} {high:5.3f}]  {path}{'  OVER 1.03' if ratio > 1.03 else ''}",
+                    flush=True,
+                )
+    print(f"worst ratio {worst[0]:.3f}: {' '.join(worst[1].split())}")
+
+
+if __name__ == "__main__":
+    main()
