@@ -1,8 +1,8 @@
 """Fake kernel of `torch.ops.rnp.max_pool2d`, pooling of live channels only; the schema is in csrc/ops.cpp.
 
 `max_pool2d(input, prefix, kernel, stride, padding, tail)` is `torch.nn.functional.max_pool2d` of a float32 input
-(N, C, H, W) on a CPU; the output is channels_last. Channels from `prefix[n]` (int32 (N,), None: all) on are neither read
-nor computed: 0 with tail "zero", undefined with "skip". No gradient: converted networks train through torch's own pooling.
+(N, C, H, W) on a CPU; the output is channels_last. Channels from `prefix[n]` (int32 (N,), None: all) on are neither
+read nor computed: 0 with tail "zero", undefined with "skip". No gradient: networks train through torch's own pooling.
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ class Call:
 
         args = fx.node.map_arg(node.args, stand_in)
         kwargs = fx.node.map_arg(node.kwargs, stand_in)
-        return cls(node.op, node.target, _plain(args), _plain(kwargs)), names
+        target = PICKLABLE.get(node.target, node.target) if node.op == "call_function" else node.target
+        return cls(node.op, target, _plain(args), _plain(kwargs)), names
 
     def run(self, root: nn.Module, inputs: list[Any], training: bool) -> Any:
         """Execute on `inputs`; modules and attributes are found below `root`. Functional dropout obeys `training`."""
@@ -119,6 +120,15 @@ class Call:
         if self.target in (F.dropout, F.dropout2d) and kwargs.get("training") is False:
             kwargs["training"] = training
         return self.target(*args, **kwargs)
+
+    def as_max_pool(self) -> nn.MaxPool2d | None:
+        """The module that does what a call of `F.max_pool2d` does, or None where this is no such call."""
+        if self.op != "call_function" or self.target not in MAX_POOL_FUNCTIONS:
+            return None
+        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+        options = dict(zip(names, self.args[1:], strict=False)) | self.kwargs
+        plain = all(name in names and not isinstance(value, Arg) for name, value in options.items())
+        return nn.MaxPool2d(**options) if plain and "kernel_size" in options else None
 
 
 def _plain(value: Any) -> Any:
@@ -194,6 +204,16 @@ def trace(model: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, tuple[
     with torch.no_grad():
         Shapes(module).run(example)
     return graph, shapes
+
+
+# Functions that torch makes on the fly, and the ones behind them that pickle finds by name.
+PICKLABLE = {F.max_pool2d: F._max_pool2d, F.adaptive_max_pool2d: F._adaptive_max_pool2d}
+MAX_POOL_FUNCTIONS = (F.max_pool2d, torch.max_pool2d, F._max_pool2d)
+
+
+def pair(value: int | tuple[int, ...] | list[int]) -> list[int]:
+    """An int or one or two of them → [vertical, horizontal]."""
+    return [value, value] if isinstance(value, int) else [value[0], value[-1]]
 
 
 IN_PLACE_FUNCTIONS: dict[Any, Any] = {
@@ -277,8 +297,7 @@ ACTIVATION_FUNCTIONS = {
     F.mish,
 }
 SPATIAL_FUNCTIONS = {
-    F.max_pool2d,
-    torch.max_pool2d,
+    *MAX_POOL_FUNCTIONS,
     F.avg_pool2d,
     F.adaptive_avg_pool2d,
     F.adaptive_max_pool2d,

@@ -18,12 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import rnp_kernels.max_pool2d  # noqa: F401 (registers the operator's fake kernel)
+
 from . import graph as g
 from .batchnorm import PrefixBatchNorm2d
 
 if TYPE_CHECKING:
     from .network import Decider, PrunedNetwork
 
+MAX_POOL = torch.ops.rnp.max_pool2d.default
 Group = frozenset[int] | None
 NOTHING = 0  # slot of `values` and `prefixes` that always holds None
 
@@ -381,6 +384,8 @@ class PlanBuilder:
         if step.output in self.averages:
             self.emit_average(step)
             return
+        if self.emit_max_pool(step):
+            return
         slots, y, call, backbone = [self.slot(n) for n in step.inputs], self.slot(step.output), step.call, self.backbone
         if call.op == "call_module" and call.args == (g.Arg(0),) and not call.kwargs:
             module, x = self.module(call.target), slots[0]
@@ -395,6 +400,30 @@ class PlanBuilder:
             run.values[y] = call.run(backbone, [run.values[slot] for slot in slots], False)
 
         self.instructions.append(execute)
+
+    def emit_max_pool(self, step: g.ChannelwiseStep | g.OpaqueStep) -> bool:
+        """Max-pooling of the live channels only, where the operator does it: float32 on a CPU."""
+        if not isinstance(step, g.ChannelwiseStep) or self.device.type != "cpu":
+            return False
+        pool = self.module(step.call.target) if step.call.op == "call_module" else step.call.as_max_pool()
+        if type(pool) is not nn.MaxPool2d or pool.ceil_mode or g.pair(pool.dilation) != [1, 1]:
+            return False
+        kernel, padding = g.pair(pool.kernel_size), g.pair(pool.padding)
+        stride = g.pair(pool.stride)
+        x, y = self.slot(step.inputs[0]), self.slot(step.output)
+        value = self.values[step.inputs[0]]
+        prefix = self.prefix_slot(value.group, value.channels)
+        tail = "zero" if step.output in self.zero else "skip"
+
+        def max_pool(run: Run) -> None:
+            feature_map = run.values[x]
+            if feature_map.dtype is torch.float32:
+                run.values[y] = MAX_POOL(feature_map, run.prefixes[prefix], kernel, stride, padding, tail)
+            else:
+                run.values[y] = pool(feature_map)
+
+        self.instructions.append(max_pool)
+        return True
 
     def emit_average(self, step: g.Step) -> None:
         """Global average pooling: the convolution before has given the means already."""

@@ -234,6 +234,39 @@ def test_padding_modes_strides_and_dilation():
         torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-6)
 
 
+class Functional(nn.Module):
+    """Pooling, dropout, interpolation and scaling by function and method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(i, o, 3, 1, 1) for i, o in ((3, 6), (6, 9), (9, 7)))
+        self.fc = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.a(x).relu(), 3, stride=2, padding=1)
+        x = F.dropout(torch.max_pool2d(F.silu(self.b(x)), 2), 0.5, self.training)
+        x = F.interpolate(F.max_pool2d(self.c(x), 2, ceil_mode=True) * 0.5, scale_factor=2)
+        x = F.adaptive_max_pool2d(x, 2)
+        return self.fc(torch.mean(x, dim=(-1, 2)))
+
+
+def test_functional_spellings():
+    torch.manual_seed(0)
+    model, x = Functional().eval(), images(4, 24)
+    network = rnp.convert(model, x[:1], K)
+    actions = random_actions(4, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-6)
+        network.policy = rnp.policies.Fixed(actions)
+        mixed = network(x)
+        for i, path in enumerate(actions.tolist()):
+            torch.testing.assert_close(network.forward_path(x[i : i + 1], path)[0], mixed[i], rtol=1e-5, atol=1e-6)
+        assert torch.equal(pickle.loads(pickle.dumps(network))(x), mixed)
+    assert not any(row.action == "ends the prefix" and "pool" in row.name for row in network.report.rows)
+    network.train()
+    assert not torch.equal(network.forward_path(x, [K, K]), network.forward_path(x, [K, K]))  # dropout is on
+
+
 class DataDependent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
