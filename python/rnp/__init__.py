@@ -8,7 +8,8 @@ from . import policies
 from .agent import Agent
 from .batchnorm import PrefixBatchNorm2d
 from .convert import Report, convert
-from .network import PrunedNetwork, Trace
+from .decider import Trace
+from .network import PrunedNetwork
 from .recalibrate import recalibrate
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,62 +13,15 @@ from rnp_kernels import backends, reference
 
 from . import graph as g
 from .batchnorm import PrefixBatchNorm2d
+from .decider import Decider
 from .macs import Cap, MacCounter
 from .plan import Plan, PlanBuilder
 from .policies import FullWidth, Policy
 
-OPERATOR = torch.ops.rnp.prefix_conv2d.default
-
 if TYPE_CHECKING:
     from .convert import Report
 
-
-@dataclass
-class Trace:
-    """What was decided for a batch."""
-
-    actions: Tensor  # (N, L) int32, 1…k
-    macs: Tensor  # (N,) int64, the agent's own counted in
-    dense_macs: int  # per image, no agent
-    layers: list[str]
-    features: list[Tensor] | None = field(default=None)  # (N, C_l) float32 each, with return_trace="features"
-
-
-class Decider:
-    """Asks the policy, decision by decision, for one batch; keeps the cap; remembers what was decided."""
-
-    def __init__(self, network: PrunedNetwork, images: Tensor, want_features: bool) -> None:
-        self.network, self.policy, self.want_features = network, network.policy, want_features
-        self.needs_features = self.policy.needs_features or want_features
-        self.taken: list[Tensor] = []
-        self.features: list[Tensor] = []
-        self.out_prefix: Tensor | None = None  # what the policy knows of the last decision's prefix
-        self.allowance: int | None = None
-        if network.max_macs is not None:
-            self.allowance = network._allowance(network.max_macs)
-            self.cap = network._cap
-            self.spent = torch.full((images.shape[0],), self.cap.cheapest, dtype=torch.int64, device=images.device)
-        self.state = self.policy.start(network, images.shape[0], images.device)
-
-    def __call__(self, decision: int, features: Tensor | None) -> Tensor:
-        """Actions (N,) int32 for one decision; features (N, C) float32, or None where they are not needed."""
-        action, self.state = self.policy.act(decision, features, self.state)
-        self.out_prefix = getattr(self.state, "out_prefix", None)
-        if self.allowance is not None:
-            action = self.cap.lower(decision, action, self.taken, self.spent, self.allowance)
-            self.out_prefix = None
-            if hasattr(self.policy, "took"):
-                self.policy.took(decision, action, self.state)
-        self.taken.append(action)
-        if self.want_features and features is not None:
-            self.features.append(features)
-        return action
-
-    def trace(self) -> Trace:
-        network, actions = self.network, torch.stack(self.taken, 1)
-        macs = network.macs(actions) + getattr(self.policy, "macs_per_image", 0)
-        features = self.features if self.want_features else None
-        return Trace(actions, macs, network.dense_macs, list(network.layers), features)
+OPERATOR = torch.ops.rnp.prefix_conv2d.default
 
 
 class PrunedNetwork(nn.Module):
@@ -166,7 +118,8 @@ class PrunedNetwork(nn.Module):
     # -- mixed actions -------------------------------------------------------------------------------------------
 
     def forward(self, images: Tensor, return_trace: bool | str = False) -> Any:
-        """images (N, C, H, W) → the model's output; with `return_trace` (True or "features") also a `Trace`.
+        """images (N, C, H, W) → the model's output; with `return_trace` (True or "features") also a
+        `rnp.Trace`.
 
         In eval mode without gradients the flat plan of plan.py runs; otherwise every module, differentiably.
         """

@@ -1,0 +1,61 @@
+"""What a plan settles once: BatchNorms as tables of scale and bias, and which tails have to be zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import graph as g
+from .batchnorm import PrefixBatchNorm2d
+
+SHAPE_ONLY = {"size", "dim", "numel"}  # methods that look at no element
+
+
+def tables(conv: nn.Conv2d, norm: nn.Module | None, varies: bool, k: int) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and bias of convolution + BatchNorm: (C_out,) each, or (k + 1, C_out) where the in-prefix `varies`."""
+    bias = conv.bias
+    if norm is None:
+        return None, bias
+    if isinstance(norm, PrefixBatchNorm2d):
+        scale, shift = norm.table()
+        if not varies:
+            scale, shift = scale[-1], shift[-1]
+    else:
+        assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
+        scale = torch.rsqrt(norm.running_var + norm.eps)
+        scale = scale if norm.weight is None else scale * norm.weight
+        shift = -norm.running_mean * scale
+        shift = shift if norm.bias is None else shift + norm.bias
+    if bias is not None:
+        shift = shift + scale * bias
+    if varies:
+        scale, shift = (torch.cat([t[:1], t]) for t in (scale, shift))
+    return scale.contiguous(), shift.contiguous()
+
+
+def norm_table(norm: PrefixBatchNorm2d, k: int) -> tuple[Tensor, Tensor]:
+    """Scale and shift (k + 1, C) of a BatchNorm on its own; 0 beyond the prefix that goes with the line."""
+    scale, shift = norm.table()
+    sizes = torch.tensor([g.prefix_size(i + 1, norm.num_features, k) for i in range(k)], device=scale.device)
+    live = torch.arange(norm.num_features, device=scale.device) < sizes[:, None]
+    return tuple(torch.cat([t[:1], t * live]) for t in (scale, shift))  # type: ignore[return-value]
+
+
+def zero_tails(steps: list[g.Step], states: list[str], averages: set[str]) -> set[str]:
+    """Names of the values whose tail has to be zero, because a reader does not know the prefix.
+
+    `averages` are the outputs of global pools that a convolution's pooled output replaces: they read no feature map.
+    """
+    produced = {step.output: step for step in steps}
+    needed = {name for name in states if not isinstance(produced.get(name), g.ConvStep)}
+    for step in reversed(steps):
+        if step.output in averages:
+            continue
+        if isinstance(step, g.ConvStep):
+            needed.update(step.inputs[1:])
+        elif isinstance(step, (g.ChannelwiseStep, g.NormStep)):
+            if step.output in needed:
+                needed.update(step.inputs)
+        elif not (isinstance(step, g.OpaqueStep) and step.call.op == "call_method" and step.call.target in SHAPE_ONLY):
+            needed.update(step.inputs)
+    return needed
