@@ -433,26 +433,22 @@ def test_progress_of_a_length() -> None:
     assert math.isclose(rnp.Length(steps=3).progress(4, 0.0), 1.0)
 
 
-def steered(penalty: float, target: float | None) -> tuple[float, float]:
-    """p and the greedy speed-up after a short run on the toy with a tiny agent."""
+def steered(start: float) -> float:
+    """p after a short run on the toy with a tiny agent and the target 2."""
     pruned = toy.network()
     lengths = {"sandwich": rnp.Length(steps=120), "agent": rnp.Length(steps=120), "rounds": 0}
-    settings = {"agent_options": {"hidden": 4, "code": 4}, "penalty": penalty, "target_speedup": target}
+    settings = {"agent_options": {"hidden": 4, "code": 4}, "penalty": start, "target_speedup": 2.0}
     result = rnp.train(pruned, toy.Loader(), None, toy.config(**lengths, **settings))
-    report = rnp.evaluate(pruned, toy.Loader(256, 64, seed=3), timing_batches=0)
-    return result.history[-1]["penalty"], report.theoretical_speedup
+    return result.history[-1]["penalty"]
 
 
 def test_a_target_steers_the_penalty_from_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At −0.5 the toy's agent is faster than 2x, at −0.002 it is not pruned at all: in between lies what reaches it."""
     monkeypatch.setattr(agent_phase, "STEERING_STEPS", 3)
-    dear, slow = steered(-0.5, None)[1], steered(-0.002, None)[1]
-    assert slow < 2.0 < dear
-    cheaper, reached = steered(-0.5, 2.0)
-    assert cheaper > -0.5
-    assert abs(reached - 2.0) < abs(dear - 2.0)
-    dearer, reached = steered(-0.002, 2.0)
-    assert dearer < -0.002
-    assert abs(reached - 2.0) < abs(slow - 2.0)
+    cheaper, dearer = steered(-0.5), steered(-0.002)
+    assert -0.5 < cheaper < -0.02
+    assert -0.5 < dearer < -0.02
+    assert 1 / 5 < cheaper / dearer < 5  # they started 250 times apart
 
 
 def test_a_steered_penalty_survives_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
