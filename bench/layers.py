@@ -4,10 +4,11 @@
     python bench/layers.py --layers r2 --batch 8 --threads 1 --seconds 2 --json out.json
 
 Every row is checked against torch before it is timed. All variants of a row run interleaved in one process; times are
-medians (p20, p80 in the JSON). `full` is the speed relative to prepacked oneDNN at full width, `eager` relative to eager
-torch. The other columns are the *realised fraction*: (oneDNN's dense time / our time) / theoretical speed-up, for uniform
-widths and for a mixed batch in which every sample draws its input and output width from 1/4 … 4/4. `noise` compares
-oneDNN with itself: smaller differences say nothing. Widths below full run with tail="skip", as inside a converted network.
+medians (p20, p80 in the JSON). `full` is the speed relative to prepacked oneDNN at full width, `eager` relative to
+eager torch. The other columns are the *realised fraction*: (oneDNN's dense time / our time) / theoretical speed-up, for
+uniform widths and for a mixed batch in which every sample draws its input and output width from 1/4 … 4/4. `noise`
+compares oneDNN with itself: smaller differences say nothing. Widths below full run with tail="skip", as inside a
+converted network.
 """
 
 from __future__ import annotations
