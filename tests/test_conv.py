@@ -55,6 +55,44 @@ def test_stands_in_for_conv2d(settings: dict, layout: torch.memory_format, isa: 
                 assert y.stride() == theirs(x).stride()
 
 
+ROUTES = {  # input, output channels, kernel, groups, channels_last, dtype: one of each route that full width can take
+    "ours": ((3, 32, 9, 9), 40, 3, 1, True, torch.float32),
+    "oneDNN, NCHW": ((3, 12, 12, 11), 20, 3, 1, False, torch.float32),
+    "one product, NCHW": ((3, 12, 12, 11), 20, 1, 1, False, torch.float32),
+    "oneDNN, large NCHW": ((3, 64, 19, 20), 20, 3, 1, False, torch.float32),
+    "oneDNN, depthwise": ((3, 40, 9, 9), 40, 3, 40, True, torch.float32),
+    "oneDNN, grouped": ((3, 24, 9, 9), 12, 3, 3, False, torch.float32),
+    "oneDNN, large map": ((3, 8, 58, 57), 16, 3, 1, True, torch.float32),
+    "oneDNN, bfloat16": ((3, 24, 9, 9), 12, 3, 1, True, torch.bfloat16),
+    "one product a sample": ((3, 64, 1, 1), 40, 1, 1, True, torch.float32),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES.keys())
+def test_full_width_has_the_same_bits_on_every_way(route: tuple, isa: str, threads: None) -> None:
+    shape, out, kernel, groups, last, dtype = route
+    conv = PrefixConv2d(shape[1], out, kernel, padding=kernel // 2, groups=groups, dtype=dtype)
+    x = torch.randn(shape, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    full, part = int32(shape[1], shape[1], shape[1]), int32(out, out // 2, out)
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(conv(x))  # with gradients
+        results.append(rnp_kernels.prefix_conv2d(x, conv.weight, conv.bias, 1, kernel // 2, 1, groups))
+        with torch.no_grad():
+            for _ in range(3):
+                results.append(conv(x))
+            results.append(torch.cat([conv(x[n : n + 1]) for n in range(3)]))
+            results.append(conv(torch.cat([x] * 6))[:3])
+            results.append(conv(x, full, None))
+            mixed = conv(x, full, part)
+            results.append(torch.cat([mixed[:1], results[0][1:2], mixed[2:]]))
+    for number, result in enumerate(results):
+        assert torch.equal(result, results[0]), number
+        assert result.dtype == dtype
+
+
 def test_prefixes_reach_the_operator(isa: str) -> None:
     conv = PrefixConv2d(8, 12, 3, padding=1)
     x = torch.randn(3, 8, 6, 6)

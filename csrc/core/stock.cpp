@@ -32,12 +32,15 @@ Stock stock_path(const ConvShape& s, DType dtype, bool channels_last) {
   // Depthwise, and groups of a few channels, leave most lanes of a tile empty.
   if (s.groups > 1) return Stock::kOneDnn;
   // Squeeze and excitation: the way through the operator costs more than the product.
-  if (s.h * s.w * s.kh * s.kw == 1) return Stock::kGemm;
+  if (s.h * s.w * s.kh * s.kw * s.stride_h * s.stride_w == 1 && s.pad_top + s.pad_left == 0) return Stock::kGemm;
   // Large maps of few channels: the traffic decides, and oneDNN's is the smaller by some percent.
   if (channels_last && s.kh * s.kw > 1 && s.c_in <= 128 && s.out_h * s.out_w >= 56 * 56) return Stock::kOneDnn;
+  // A 1x1 kernel on NCHW is that product as it stands; oneDNN would reorder both operands first.
+  const bool product = s.kh * s.kw == 1 && s.stride_h * s.stride_w == 1 && s.pad_top + s.pad_left == 0;
   // NCHW: ours gathers pixels on the way in and scatters them on the way out. On small maps the weights, which oneDNN
   // repacks at every call, outweigh that.
-  return !channels_last && s.out_h * s.out_w > 64 ? Stock::kOneDnn : Stock::kNone;
+  if (channels_last || s.out_h * s.out_w <= 64) return Stock::kNone;
+  return product ? Stock::kGemm : Stock::kOneDnn;
 }
 
 }  // namespace rnp
