@@ -6,7 +6,7 @@
 
 namespace rnp::cpu {
 
-// Computes one call. Throws std::bad_alloc (scratch) before anything is written, nothing else.
+// Computes one call. Throws std::bad_alloc, nothing else; the large scratch is taken before anything is written.
 void prefix_conv2d(const PrefixConv2dParams& params, const Threads& threads);
 
 // The plain kernel: any dtype, any strides; float64's only one, and the yardstick of the others in the C++ tests.
