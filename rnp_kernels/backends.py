@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +23,8 @@ BACKENDS = ("cpu", "cuda", "triton", "reference")
 _DEVICE = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # the reference runs anywhere
 _OPERATOR = "rnp::prefix_conv2d"
 _current = "auto"
+LOG = os.environ.get("RNP_LOG") == "1"
+_logged: set[str] = set()
 
 
 def _has_kernel(key: str) -> bool:
@@ -40,6 +44,17 @@ def _reason(name: str) -> str | None:
             return "this version has no Triton kernels"
         return None if torch.cuda.is_available() else "no CUDA device is visible"
     return None
+
+
+def log(input: Tensor, weight: Tensor, stride: object, padding: object, groups: int, chosen: str) -> None:
+    """Under RNP_LOG=1, say once per shape on stderr what was chosen."""
+    line = (
+        f"rnp: prefix_conv2d {input.dtype} {tuple(input.shape)} with weight {tuple(weight.shape)}, strides "
+        f"{input.stride()}, stride {stride}, padding {padding}, groups {groups}: {chosen}"
+    )
+    if line not in _logged:
+        _logged.add(line)
+        print(line, file=sys.stderr, flush=True)
 
 
 def available_backends() -> dict[str, str | None]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import backends, checks, gradients, reference, registrations  # noqa: F401 (two of them register on import)
+from . import _C, backends, checks, gradients, reference, registrations  # noqa: F401 (two of them register on import)
 
 _OPERATOR = torch.ops.rnp.prefix_conv2d.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -47,7 +47,11 @@ def _run(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     What needs no gradient skips autograd's Python layer, which costs more than a small convolution.
     """
     input, weight, bias, *_, scale, _row, residual, _activation, _tail, _pooled, _packed = arguments
-    if backends.resolve(input) == "reference":
+    name = backends.resolve(input)
+    if backends.LOG and not torch.compiler.is_compiling():
+        chosen = f"backend cpu, {_C.isa()} kernels" if name == "cpu" else f"backend {name}"
+        backends.log(input, weight, arguments[3], arguments[4], arguments[6], chosen)
+    if name == "reference":
         return _reference(arguments)
     if torch.compiler.is_compiling() or needs_autograd(input, weight, bias, scale, residual):
         return _OPERATOR(*arguments)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _C
+from . import _C, backends
 from .checks import four_paddings, pair
 from .registrations import output_memory_format
 
@@ -45,7 +45,11 @@ def route(conv: nn.Conv2d, input: Tensor, weight: Tensor, padding: int | Sequenc
     stride, dilation = pair(conv.stride, "stride"), pair(conv.dilation, "dilation")
     kernel = tuple(weight.shape[2:])
     paddings = four_paddings(padding, kernel, stride, dilation)
-    return Route(_path(conv, input, weight, stride, paddings, dilation), stride, paddings, dilation, kernel)
+    path = _path(conv, input, weight, stride, paddings, dilation)
+    if backends.LOG:
+        chosen = ("", "oneDNN", "one matrix product a sample", "oneDNN")[path] or f"{_C.isa()} kernels"
+        backends.log(input, weight, stride, paddings, conv.groups, f"backend cpu, full width, {chosen}")
+    return Route(path, stride, paddings, dilation, kernel)
 
 
 def _path(conv: nn.Conv2d, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> int:
