@@ -31,7 +31,7 @@ from rnp.scene_net import scene_net
 GROUPS = 4
 PHASES = ("pretrain", "sandwich", "agent", "finetune", "agent")
 # Shares of the training time; the thin network gets the whole of it again.
-SHARES = {"pretrain": 0.42, "sandwich": 0.12, "agent": 0.05, "finetune": 0.36}  # the agent twice
+SHARES = {"pretrain": 0.60, "sandwich": 0.14, "agent": 0.04, "finetune": 0.18}  # the agent twice
 OTHER_SECONDS = 60.0  # scenes, measurements and the report, about, on two cores
 MAIN_TARGET = 3.0
 
@@ -81,9 +81,9 @@ def full_plan(minutes: float) -> Plan:
 
 def quick_plan() -> Plan:
     """Every part of the demo in seconds, in steps and so the same twice; the figures mean nothing."""
-    lengths = tuple(Length(steps=steps) for steps in (40, 40, 24, 24, 16))
+    lengths = tuple(Length(steps=steps) for steps in (32, 24, 16, 16, 16))
     targets = (1.5, 2.0, MAIN_TARGET, 4.0, 5.0)
-    return Plan(1500, 250, 300, lengths, Length(steps=60), targets, timing_batches=2, rounds=3)
+    return Plan(1500, 250, 300, lengths, Length(steps=32), targets, timing_batches=2, rounds=3)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,9 +148,10 @@ def make_scenes(plan: Plan, seed: int) -> dict[str, data.Scenes]:
 def settings(arguments: argparse.Namespace, folder: Path, **lengths: Any) -> TrainConfig:
     """What both networks are trained with."""
     return TrainConfig(
-        finetune_lr=2e-3,
-        finetune_sandwich=0.15,
-        penalty=-0.04,
+        sandwich_lr=1.5e-3,
+        finetune_lr=1.5e-3,
+        finetune_sandwich=0.2,
+        penalty=-0.03,
         bfloat16=fast_bfloat16(),
         epoch_steps=500,
         validation_batches=4,

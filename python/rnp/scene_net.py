@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-STEM = 32
-WIDTHS: tuple[int | str, ...] = (64, "pool", 128, 128)
+STEM = 16
+WIDTHS: tuple[int | str, ...] = (64, "pool", 128, 128, 128)
 
 
 class NumberHead(nn.Module):
@@ -29,22 +29,18 @@ class NumberHead(nn.Module):
 def scene_net(width: float = 1.0, size: int = 32, widths: tuple[int | str, ...] = WIDTHS) -> nn.Sequential:
     """The network for scenes of size × size pixels, with `width` times the channels behind the first convolution.
 
-    A 5×5 stem of stride 2, then 3×3 convolutions with BatchNorm and ReLU; the heavy ones come late, behind the first
-    decisions of an agent.
+    Squares of 2×2 pixels become channels, then come 3×3 convolutions with BatchNorm and ReLU; the heavy ones come late,
+    behind the first decisions of an agent.
     """
-    layers: list[nn.Module] = []
-    channels, extent = 1, size // 2
+    layers: list[nn.Module] = [nn.PixelUnshuffle(2)]
+    channels, extent = 4, size // 2
     for item in (STEM, *widths):
         if item == "pool":
             layers.append(nn.MaxPool2d(2))
             extent //= 2
             continue
-        if not layers:
-            out = STEM
-            layers.append(nn.Conv2d(1, out, 5, stride=2, padding=2, bias=False))
-        else:
-            out = max(1, round(int(item) * width))
-            layers.append(nn.Conv2d(channels, out, 3, padding=1, bias=False))
+        out = STEM if len(layers) == 1 else max(1, round(int(item) * width))
+        layers.append(nn.Conv2d(channels, out, 3, padding=1, bias=False))
         layers += [nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
         channels = out
     return nn.Sequential(*layers, NumberHead(channels, extent)).to(memory_format=torch.channels_last)
