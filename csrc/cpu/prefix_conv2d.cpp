@@ -51,6 +51,10 @@ class Scratch {
 
 int64_t round_up(int64_t v) { return (v + 15) / 16 * 16; }
 
+// Waking a thread and waiting for it costs some microseconds: each must have this much to do (WorkItem::cost, about
+// cycles).
+constexpr double kCostOfThread = 5e4;
+
 // Everything of a call that its items share.
 struct Call {
   const PrefixConv2dParams& p;
@@ -228,8 +232,14 @@ void prefix_conv2d(const PrefixConv2dParams& p, const Threads& threads) {
   } else {
     const std::vector<WorkItem> items = schedule(p, threads.count);
     int64_t need = 0;
-    for (const WorkItem& item : items) need = std::max(need, call.band_floats(item) + call.sum_floats(item));
-    const int workers = static_cast<int>(std::min<int64_t>(threads.count, static_cast<int64_t>(items.size())));
+    double cost = 0;
+    for (const WorkItem& item : items) {
+      need = std::max(need, call.band_floats(item) + call.sum_floats(item));
+      cost += item.cost;
+    }
+    const int64_t useful = static_cast<int64_t>(cost / kCostOfThread) + 1;
+    const int workers =
+        static_cast<int>(std::min<int64_t>({threads.count, static_cast<int64_t>(items.size()), useful}));
     float* memory = scratch.get(static_cast<size_t>(need * workers));
     std::atomic<size_t> next{0};
     threads(workers, [&](int worker) {
