@@ -219,12 +219,13 @@ class Comparison:
             "dense_ms": 1e3 * totals["dense"] / self.timing_batches,
             "pruned_ms": 1e3 * totals["thin"] / self.timing_batches,
             "dense_path": self.dense.name,
+            "thin_path": path.name,
             "batch_size": BATCH,
             "threads": torch.get_num_threads(),
         }
         return Row(
             "thin",
-            f"thin network ({path.name})",
+            "thin network from scratch",
             target,
             report.correct.double(),
             self.thin.dense_macs,
