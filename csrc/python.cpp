@@ -11,6 +11,7 @@
 #include "core/macs.h"
 #include "core/stock.h"
 #include "cpu/isa.h"
+#include "cpu/prefix_conv2d.h"
 
 namespace py = pybind11;
 
@@ -92,13 +93,16 @@ std::vector<int64_t> macs(const std::vector<int64_t>& in_prefix, const std::vect
   return result;
 }
 
-int stock_path(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
-               std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups,
-               const std::string& dtype, bool channels_last) {
+rnp::DType dtype_of(const std::string& name) {
   const std::array<const char*, 4> names = {"float32", "float64", "bfloat16", "float16"};  // in DType's order
-  size_t type = 0;
-  while (type < names.size() && dtype != names[type]) ++type;
-  if (type == names.size()) throw py::value_error("stock_path: unknown dtype, got '" + dtype + "'");
+  for (size_t i = 0; i < names.size(); ++i)
+    if (name == names[i]) return static_cast<rnp::DType>(i);
+  throw py::value_error("dtype must be float32, float64, bfloat16 or float16, got '" + name + "'");
+}
+
+rnp::ConvShape shape_of(const std::array<int64_t, 3>& input, const std::array<int64_t, 4>& weight,
+                        const std::array<int64_t, 2>& stride, const std::array<int64_t, 4>& padding,
+                        const std::array<int64_t, 2>& dilation, int64_t groups) {
   rnp::ConvShape s;
   s.n = 1;
   s.c_in = input[0];
@@ -118,7 +122,22 @@ int stock_path(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std:
   s.groups = groups;
   s.out_h = rnp::conv_output_size(s.h, s.kh, s.stride_h, s.pad_top, s.pad_bottom, s.dilation_h);
   s.out_w = rnp::conv_output_size(s.w, s.kw, s.stride_w, s.pad_left, s.pad_right, s.dilation_w);
-  return static_cast<int>(rnp::stock_path(s, static_cast<rnp::DType>(type), channels_last));
+  return s;
+}
+
+int stock_path(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
+               std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups,
+               const std::string& dtype, bool channels_last) {
+  const rnp::ConvShape s = shape_of(input, weight, stride, padding, dilation, groups);
+  return static_cast<int>(rnp::stock_path(s, dtype_of(dtype), channels_last));
+}
+
+std::string describe_kernel(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
+                            std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups,
+                            const std::string& dtype) {
+  const rnp::ConvShape s = shape_of(input, weight, stride, padding, dilation, groups);
+  if (groups < 1 || s.out_h < 1 || s.out_w < 1) throw py::value_error("describe_kernel: the output must not be empty");
+  return rnp::cpu::describe_kernel(s, dtype_of(dtype));
 }
 
 }  // namespace
@@ -146,6 +165,9 @@ PYBIND11_MODULE(_C, m) {
         "What the CPU operator does with samples of full width in this layer: 0 its own kernel, 1 oneDNN's, 2 one "
         "matrix\n"
         "product each. input is (C, H, W), weight (C_out, C_in / groups, KH, KW), padding (top, bottom, left, right).");
+  m.def("describe_kernel", &describe_kernel, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
+        py::arg("dilation"), py::arg("groups"), py::arg("dtype"),
+        "The CPU operator's own kernel for this layer, in words: instruction set and register tile.");
   m.def("macs", &macs, py::arg("in_prefix"), py::arg("out_prefix"), py::kw_only(), py::arg("in_channels"),
         py::arg("out_channels"), py::arg("kernel_size"), py::arg("output_size"), py::arg("groups") = 1,
         "Multiply-accumulates of each sample of a prefix convolution: the live input times the live output channels, "

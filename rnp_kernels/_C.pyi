@@ -7,6 +7,26 @@ def cpu_features() -> dict[str, bool]: ...
 def available_isas() -> list[str]: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
+def set_stock_dtypes(float32: bool, bfloat16: bool, float16: bool) -> None: ...
+def stock_path(
+    input: Sequence[int],
+    weight: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    dtype: str,
+    channels_last: bool,
+) -> int: ...
+def describe_kernel(
+    input: Sequence[int],
+    weight: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    dtype: str,
+) -> str: ...
 def macs(
     in_prefix: Sequence[int],
     out_prefix: Sequence[int],

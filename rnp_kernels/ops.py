@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import _C, backends, checks, gradients, reference, registrations  # noqa: F401 (two of them register on import)
+from . import backends, checks, gradients, reference, registrations, stock  # noqa: F401 (two of them register on import)
 
 _OPERATOR = torch.ops.rnp.prefix_conv2d.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -41,6 +41,17 @@ def _reference(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     )  # fmt: skip
 
 
+def _describe(name: str, arguments: tuple[Any, ...]) -> str:
+    """For RNP_LOG=1. Arguments that the operator is about to refuse have no kernel."""
+    if name != "cpu":
+        return f"backend {name}"
+    try:
+        checks.check_call(*arguments[:14])
+    except (ValueError, TypeError):
+        return "refused"
+    return f"backend cpu, {stock.describe_operator(arguments)}"
+
+
 def _run(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     """The operator's arguments, in the schema's order, on the backend in force.
 
@@ -49,8 +60,7 @@ def _run(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     input, weight, bias, *_, scale, _row, residual, _activation, _tail, _pooled, _packed = arguments
     name = backends.resolve(input)
     if backends.LOG and not torch.compiler.is_compiling():
-        chosen = f"backend cpu, {_C.isa()} kernels" if name == "cpu" else f"backend {name}"
-        backends.log(input, weight, arguments[3], arguments[4], arguments[6], chosen)
+        backends.log(input, weight, arguments[3], arguments[4], arguments[6], _describe(name, arguments))
     if name == "reference":
         return _reference(arguments)
     if torch.compiler.is_compiling() or needs_autograd(input, weight, bias, scale, residual):

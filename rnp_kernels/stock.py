@@ -19,6 +19,9 @@ from .registrations import output_memory_format
 OURS, ONEDNN, GEMM, CONV2D = range(4)  # the first three as in csrc/core/stock.h; CONV2D is ONEDNN through F.conv2d
 
 
+NAMES = ("", "oneDNN", "one matrix product a sample", "oneDNN")
+
+
 class Route(NamedTuple):
     """How a module's convolution of full width runs for inputs of one shape and layout, in any batch."""
 
@@ -47,9 +50,35 @@ def route(conv: nn.Conv2d, input: Tensor, weight: Tensor, padding: int | Sequenc
     paddings = four_paddings(padding, kernel, stride, dilation)
     path = _path(conv, input, weight, stride, paddings, dilation)
     if backends.LOG:
-        chosen = ("", "oneDNN", "one matrix product a sample", "oneDNN")[path] or f"{_C.isa()} kernels"
-        backends.log(input, weight, stride, paddings, conv.groups, f"backend cpu, full width, {chosen}")
+        chosen = NAMES[path] or describe_kernel(input, weight, stride, paddings, dilation, conv.groups)
+        backends.log(input, weight, stride, paddings, conv.groups, f"backend cpu, full width: {chosen}")
     return Route(path, stride, paddings, dilation, kernel)
+
+
+def describe_kernel(input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> str:
+    """The CPU operator's own kernel for these arguments, in words."""
+    if 0 in input.shape:
+        return "nothing to compute"
+    name = str(input.dtype).removeprefix("torch.")
+    return _C.describe_kernel(tuple(input.shape[1:]), tuple(weight.shape), stride, padding, dilation, groups, name)
+
+
+def describe_operator(arguments: tuple[Any, ...]) -> str:
+    """What the CPU operator runs for its arguments, in words: by width, where samples of full width go elsewhere."""
+    (input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual, activation,
+     _tail, pooled, _packed) = arguments  # fmt: skip
+    own = describe_kernel(input, weight, stride, padding, dilation, groups)
+    plain = scale is None and row is None and residual is None and activation == "none" and not pooled
+    plain = plain and (bias is None or (bias.dim() == 1 and bias.dtype is input.dtype))
+    if not plain or 0 in input.shape:
+        return own
+    last = output_memory_format(input, weight) is torch.channels_last
+    name = str(input.dtype).removeprefix("torch.")
+    path = _C.stock_path(tuple(input.shape[1:]), tuple(weight.shape), stride, padding, dilation, groups, name, last)
+    if path == OURS:
+        return own
+    pruned = in_prefix is not None or out_prefix is not None
+    return f"full width: {NAMES[path]}" + (f"; narrower: {own}" if pruned else "")
 
 
 def _path(conv: nn.Conv2d, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,19 +61,22 @@ def test_the_choice_decides_what_runs() -> None:
     assert "rnp::prefix_conv2d" not in ran["reference"] and "aten::convolution" in ran["reference"]
 
 
-def test_the_log_says_once_per_shape_what_was_chosen() -> None:
+def test_the_log_says_once_per_shape_what_was_chosen(tmp_path: Path) -> None:
     code = (
         "import torch, rnp_kernels\n"
         "x, conv = torch.randn(1, 8, 5, 5), rnp_kernels.PrefixConv2d(8, 8, 3)\n"
         "for _ in range(3): rnp_kernels.prefix_conv2d(x, conv.weight); conv(x); conv(torch.randn(1, 8, 30, 30))\n"
         "with rnp_kernels.backend('reference'): conv(x)\n"
+        "conv(torch.randn(1, 8, 30, 30), out_prefix=torch.tensor([4], dtype=torch.int32))\n"
     )
     environment = os.environ | {"RNP_LOG": "1"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     lines = run.stderr.splitlines()
     assert len(lines) == len(set(lines)) and all(line.startswith("rnp: prefix_conv2d torch.float32") for line in lines)
-    for chosen in ("kernels", "oneDNN", "backend reference"):
+    for chosen in ("pixels x 16 channels", "full width: oneDNN", "backend reference"):
         assert any(line.endswith(chosen) for line in lines), lines
+    assert any("full width: oneDNN; narrower: " in line for line in lines), lines
 
 
 def int32(*values: int) -> torch.Tensor:

@@ -1,9 +1,13 @@
 #include "core/stock.h"
 
+#include <algorithm>
 #include <atomic>
 
 namespace rnp {
 namespace {
+
+// oneDNN widens a few NCHW channels to sixteen in a copy of its own: for larger samples that may not fit.
+constexpr int64_t kMaxSample = int64_t{1} << 26;
 
 std::atomic<bool> has_float32{false}, has_bfloat16{false}, has_float16{false};
 
@@ -18,6 +22,7 @@ void set_stock_dtypes(bool float32, bool bfloat16, bool float16) {
 Stock stock_path(const ConvShape& s, DType dtype, bool channels_last) {
   // aten has one padding per axis.
   if (s.pad_top != s.pad_bottom || s.pad_left != s.pad_right) return Stock::kNone;
+  if (std::max(s.c_in * s.h * s.w, s.c_out * s.out_h * s.out_w) > kMaxSample) return Stock::kNone;
   switch (dtype) {
     case DType::kFloat64:
       return Stock::kNone;

@@ -258,4 +258,16 @@ void prefix_conv2d(const PrefixConv2dParams& p, const Threads& threads) {
     for (int64_t n = 0; n < s.n; ++n) finish_pooled(p, sums, n);
 }
 
+std::string describe_kernel(const ConvShape& s, DType dtype) {
+  if (dtype == DType::kFloat64) return "plain float64 kernel";
+  const std::string name = std::string(isa_name(current_isa())) + " kernels, ";
+  if (PackedLayout(s).depthwise()) return name + "depthwise";
+  const Kernels& kernels = kernels_of(current_isa());
+  const int64_t rows = std::min(s.out_h, band_rows(s, s.group_in()));
+  const TilePlan plan(s, BandGeometry(s, 0, rows), kernels, 0, rows, s.kh == 1 && s.kw == 1);
+  const int64_t lanes = s.group_out() > kernels.half_lanes ? kernels.lanes : kernels.half_lanes;
+  return name + "tile " + std::to_string(plan.row_tiles[0].count) + "x" + std::to_string(plan.col_tiles[0].count) +
+         " pixels x " + std::to_string(lanes) + " channels";
+}
+
 }  // namespace rnp::cpu
