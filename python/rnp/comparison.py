@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import rnp
 from rnp import stock
 from rnp.data import SceneLoader, Scenes
 from rnp.evaluation import EvaluationReport
-from rnp.measure import interleaved, median
+from rnp.measure import in_turn, median
 from rnp.network import PrunedNetwork
 from rnp.policies import Fixed, FullWidth, Uniform
 
@@ -196,20 +196,17 @@ class Comparison:
         return Row("uniform", name, target, share * wide + (1 - share) * narrow, mean_macs, speedup, _timing(timed))
 
     def thin_row(self, target: float) -> Row:
-        """The thin network in its own best stock path, timed batch by batch beside the dense network in its own."""
+        """The thin network in its own best stock path, timed in turn with the dense network in its own."""
         example = self.loader.scenes.batch(slice(0, BATCH))[0]
         path = stock.best_stock_path(stock.dense_model(self.thin), example)
         self.thin.policy = FullWidth()
         report = rnp.evaluate(self.thin, self.loader, timing_batches=0)
-        totals = {"dense": 0.0, "thin": 0.0}
+        scenes = self.loader.scenes
+        batches = [scenes.batch(slice(i * BATCH, (i + 1) * BATCH))[0] for i in range(self.timing_batches)]
+        batches = [images.contiguous(memory_format=torch.channels_last) for images in batches]
         with torch.inference_mode():
-            for number in range(self.timing_batches):
-                images = self.loader.scenes.batch(slice(number * BATCH, (number + 1) * BATCH))[0]
-                images = images.contiguous(memory_format=torch.channels_last)
-                modules: dict[str, nn.Module] = {"dense": self.dense.module, "thin": path.module}
-                calls = {name: (lambda m=module, x=images: m(x)) for name, module in modules.items()}
-                for name, seconds in interleaved(calls, self.rounds).items():
-                    totals[name] += median(seconds)
+            times = in_turn({"dense": self.dense.module, "thin": path.module}, batches, self.rounds)
+        totals = {name: sum(median(values) for values in rows) for name, rows in times.items()}
         theoretical = self.pruned.dense_macs / self.thin.dense_macs
         measured = totals["dense"] / totals["thin"]
         timing = {

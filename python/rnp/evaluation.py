@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rnp import stock
 from rnp.agent import Agent
-from rnp.measure import median, quantile, seconds_of
+from rnp.measure import in_turn, median, quantile
 from rnp.network import PrunedNetwork
 
 RESAMPLES = 10_000
@@ -65,7 +65,7 @@ def _percentiles(draws: np.ndarray, confidence: float) -> tuple[float, float]:
 
 @dataclass
 class Timing:
-    """Wall-clock time of the network and of the best stock path, batch by batch side by side in one run."""
+    """Wall-clock time of the network and of the best stock path, on the same batches in one run."""
 
     measured_speedup: float  # time of the stock path ÷ time of the network; each the sum over batches of its median
     measured_p20: float  # of that ratio over the rounds
@@ -152,8 +152,9 @@ def evaluate(
     """Accuracy, MACs and time of the network under its policy and budget.
 
     The time is that of real batches of the loader, under ``torch.inference_mode()``, against the original dense network
-    in the fastest way stock torch offers (:func:`rnp.stock.best_stock_path`). In every round each batch runs on both
-    sides, the stock path twice, in an order that turns from round to round.
+    in the fastest way stock torch offers (:func:`rnp.stock.best_stock_path`). In every round each side runs all
+    batches in a row, as a network in use does (its weights stay in the caches), the stock path twice; the order of the
+    sides turns from round to round.
 
     Args:
         pruned: left as it is.
@@ -243,15 +244,8 @@ def policy_name(pruned: PrunedNetwork) -> str:
 def _time(pruned: PrunedNetwork, path: stock.StockPath, batches: list[Tensor], macs: Tensor, rounds: int) -> Timing:
     """Time ``batches``, whose images cost the first entries of ``macs``."""
     sides = {"dense": path.module, "pruned": pruned, "again": path.module}
-    times = {name: [[0.0] * rounds for _ in batches] for name in sides}
     with torch.inference_mode():
-        for number in range(-1, rounds):  # round −1 warms up
-            names = list(sides) if number % 2 == 0 else list(reversed(sides))
-            for index, images in enumerate(batches):
-                for name in names:
-                    seconds = seconds_of(lambda module=sides[name], images=images: module(images), images.device)
-                    if number >= 0:
-                        times[name][index][number] = seconds
+        times = in_turn(sides, batches, rounds)
     totals = {name: sum(median(values) for values in times[name]) for name in sides}
     rows = {name: [sum(column) for column in zip(*times[name], strict=True)] for name in sides}  # seconds of each round
     ratios = [dense / ours for dense, ours in zip(rows["dense"], rows["pruned"], strict=True)]

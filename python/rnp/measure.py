@@ -48,6 +48,25 @@ def interleaved(
     return times
 
 
+def in_turn(
+    sides: Mapping[str, Callable[[torch.Tensor], object]], batches: Sequence[torch.Tensor], rounds: int
+) -> dict[str, list[list[float]]]:
+    """Seconds of every side on every batch in every round: times[side][batch][round].
+
+    In a round each side runs all batches in a row, as a network in use does, so that its weights stay in the caches;
+    the order of the sides turns from round to round. One round before them is not counted.
+    """
+    times = {name: [[0.0] * rounds for _ in batches] for name in sides}
+    for number in range(-1, rounds):
+        names = list(sides) if number % 2 == 0 else list(reversed(sides))
+        for name in names:
+            for index, images in enumerate(batches):
+                seconds = seconds_of(lambda side=sides[name], images=images: side(images), images.device)
+                if number >= 0:
+                    times[name][index][number] = seconds
+    return times
+
+
 def median(values: Sequence[float]) -> float:
     """The median of a non-empty sequence."""
     return statistics.median(values)
