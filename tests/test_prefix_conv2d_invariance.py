@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import rnp_kernels
-from rnp_kernels import reference, testing
+from rnp_kernels import _C, reference, testing
 from rnp_kernels.testing import CASES, Case
 
 PER_SAMPLE = ("input", "residual", "in_prefix", "out_prefix", "row")
@@ -77,3 +77,41 @@ def test_a_live_sample_does_not_depend_on_poison(case: Case, isa: str) -> None:
     clean = arguments | {"input": torch.where(arguments["input"].isnan(), 0, arguments["input"])}
     for tensor, again in zip(call(case, arguments), call(case, clean), strict=True):
         assert torch.equal(tensor, again)
+
+
+# Layers of every branch of csrc/core/stock.cpp: (C_in, size, C_out, kernel, stride, groups, channels_last).
+STOCK_LAYERS = {
+    "3x3 on a large map": (16, 56, 32, 3, 1, 1, True),
+    "1x1 on a large map": (64, 28, 96, 1, 1, 1, True),
+    "1x1 to few channels": (256, 28, 64, 1, 1, 1, True),
+    "1x1 with stride": (64, 56, 128, 1, 2, 1, True),
+    "grouped": (32, 14, 32, 3, 1, 4, True),
+    "depthwise": (48, 14, 48, 3, 2, 48, True),
+    "1x1 map": (96, 1, 24, 1, 1, 1, True),
+    "contiguous 3x3": (32, 14, 48, 3, 1, 1, False),
+    "contiguous 1x1": (64, 14, 96, 1, 1, 1, False),
+}
+
+
+@pytest.mark.parametrize("layer", STOCK_LAYERS.values(), ids=STOCK_LAYERS.keys())
+def test_samples_that_take_the_stock_path_keep_their_bits(layer: tuple[Any, ...], threads: None) -> None:
+    c_in, size, c_out, kernel, stride, groups, channels_last = layer
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, c_in, size, size, generator=generator).contiguous(memory_format=layout)
+    weight = torch.randn(c_out, c_in // groups, kernel, kernel, generator=generator)
+    pad = kernel // 2
+    path = _C.stock_path(
+        x.shape[1:], weight.shape, (stride, stride), (pad,) * 4, (1, 1), groups, "float32", channels_last
+    )
+    assert path != 0 or not torch.backends.mkldnn.is_available(), "not a layer of the stock path"
+    narrow = torch.tensor([c_out, c_out, c_out // 2, c_out, 1]).int()
+    torch.set_num_threads(1)
+    whole = rnp_kernels.prefix_conv2d(x, weight, None, stride, pad, 1, groups)
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        mixed = rnp_kernels.prefix_conv2d(x, weight, None, stride, pad, 1, groups, out_prefix=narrow)
+        assert torch.equal(mixed[[0, 1, 3]], whole[[0, 1, 3]]), f"{count} threads, beside narrow samples"
+        for first, end in ((0, 1), (4, 5), (1, 3), (0, 5)):
+            part = rnp_kernels.prefix_conv2d(x[first:end], weight, None, stride, pad, 1, groups)
+            assert torch.equal(part, whole[first:end]), f"{count} threads, samples {first}…{end - 1}"
