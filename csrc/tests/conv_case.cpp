@@ -1,6 +1,16 @@
 #include "tests/conv_case.h"
 
 namespace rnp::tests {
+namespace {
+
+// 3x3, padding 1, on a map so small that padding meets every tile.
+ConvCase small_map(const char* name, int64_t side, int64_t c_in, int64_t c_out) {
+  ConvCase c = {.name = name, .n = 2, .c_in = c_in, .h = side, .w = side, .c_out = c_out, .kh = 3, .kw = 3};
+  c.top = c.bottom = c.left = c.right = 1;
+  return c;
+}
+
+}  // namespace
 
 const std::vector<ConvCase>& conv_cases() {
   static const std::vector<ConvCase> cases = {
@@ -28,66 +38,11 @@ const std::vector<ConvCase>& conv_cases() {
        .bottom = 1,
        .left = 1,
        .right = 1},
-      {.name = "3x3 on 7x7",
-       .n = 2,
-       .c_in = 66,
-       .h = 7,
-       .w = 7,
-       .c_out = 64,
-       .kh = 3,
-       .kw = 3,
-       .top = 1,
-       .bottom = 1,
-       .left = 1,
-       .right = 1},
-      {.name = "3x3 on 4x4",
-       .n = 2,
-       .c_in = 17,
-       .h = 4,
-       .w = 4,
-       .c_out = 33,
-       .kh = 3,
-       .kw = 3,
-       .top = 1,
-       .bottom = 1,
-       .left = 1,
-       .right = 1},
-      {.name = "3x3 on 3x3",
-       .n = 2,
-       .c_in = 17,
-       .h = 3,
-       .w = 3,
-       .c_out = 20,
-       .kh = 3,
-       .kw = 3,
-       .top = 1,
-       .bottom = 1,
-       .left = 1,
-       .right = 1},
-      {.name = "3x3 on 2x2",
-       .n = 2,
-       .c_in = 17,
-       .h = 2,
-       .w = 2,
-       .c_out = 20,
-       .kh = 3,
-       .kw = 3,
-       .top = 1,
-       .bottom = 1,
-       .left = 1,
-       .right = 1},
-      {.name = "3x3 on 1x1",
-       .n = 2,
-       .c_in = 17,
-       .h = 1,
-       .w = 1,
-       .c_out = 20,
-       .kh = 3,
-       .kw = 3,
-       .top = 1,
-       .bottom = 1,
-       .left = 1,
-       .right = 1},
+      small_map("3x3 on 7x7", 7, 66, 64),
+      small_map("3x3 on 4x4", 4, 17, 33),
+      small_map("3x3 on 3x3", 3, 17, 20),
+      small_map("3x3 on 2x2", 2, 17, 20),
+      small_map("3x3 on 1x1", 1, 17, 20),
       {.name = "3x3 stride 2",
        .n = 2,
        .c_in = 20,

@@ -6,6 +6,7 @@ The safetensors metadata holds ``format`` ("rnp"), ``format_version``, ``kind`` 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -67,6 +68,13 @@ def write(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[
         Path(temporary).unlink(missing_ok=True)
         raise
     _flush(path.parent)
+
+
+def remove_unfinished(path: str | Path) -> None:
+    """Remove what writers of this file left behind when they were killed. Not while one is at work on it."""
+    path = Path(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -306,6 +306,7 @@ class Run:
         """Take the state of the last checkpoint, if there is one; returns the phase that it stands in."""
         assert self.folder is not None
         path = self.folder / STATE_FILE
+        fileformat.remove_unfinished(path)
         if not path.exists():
             return None
         tensors, header = fileformat.read(path, "training")

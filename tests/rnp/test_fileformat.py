@@ -99,3 +99,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         fileformat.write(path, "network", {"a": torch.ones(2)}, {})
     assert load_file(path)["a"].tolist() == [0, 0]
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    path, other = tmp_path / "x.safetensors", tmp_path / ".y.safetensors.0.tmp"
+    fileformat.write(path, "network", tensors(), {})
+    (tmp_path / ".x.safetensors.abc.tmp").write_bytes(b"half")
+    other.write_bytes(b"somebody else's")
+    fileformat.remove_unfinished(path)
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, other.name}

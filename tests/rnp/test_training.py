@@ -90,9 +90,11 @@ def test_kill_9_then_resume_is_as_if_nothing_happened(
     assert killed.returncode == -signal.SIGKILL
     assert (folder / training.STATE_FILE).exists()
     assert not (folder / training.NETWORK_FILE).exists()
+    (folder / f".{training.STATE_FILE}.killed.tmp").write_bytes(b"half a state")  # a kill during the writing
     resumed = toy.Loader()
     assert_same(uninterrupted, toy.train(resumed, checkpoint_dir=folder, resume=True))
     assert resumed.served < 48  # it did not start anew
+    assert {file.name for file in folder.iterdir()} == {training.STATE_FILE, training.NETWORK_FILE}
     assert_same(uninterrupted, rnp.load(folder / training.NETWORK_FILE, toy.model()).state_dict())
 
 
