@@ -6,13 +6,19 @@ STABLE_TORCH_LIBRARY(rnp, m) {
   // One copy of the weights in which every (input, output) prefix is contiguous runs: an opaque 1-D float tensor.
   m.def("pack_weight(Tensor weight, int groups) -> Tensor");
 
+  // A float32 weight (C_out, C_in, 3, 3) transformed for Winograd's F(tile x tile, 3x3), tile 2 or 4: opaque, 1-D. CPU
+  // only.
+  m.def("pack_winograd(Tensor weight, int tile) -> Tensor");
+
   // padding is (top, bottom, left, right). packed is pack_weight(weight, groups) or None: pack for this call only.
-  // Returns (output, pooled); pooled is (N, C_out) float32, or empty (0,) where `pooled` is false.
+  // winograd is pack_winograd(weight, tile): samples for which the rule of csrc/core/algorithm.h names that tile use
+  // it; None: all samples are computed directly. Returns (output, pooled); pooled is (N, C_out) float32, or empty (0,)
+  // where `pooled` is false.
   m.def(
       "prefix_conv2d(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int "
       "groups,"
       " Tensor? in_prefix, Tensor? out_prefix, Tensor? scale, Tensor? row, Tensor? residual, str activation, str tail,"
-      " bool pooled, Tensor? packed) -> (Tensor, Tensor)");
+      " bool pooled, Tensor? packed, Tensor? winograd=None) -> (Tensor, Tensor)");
 
   // Gradients of y = conv2d(input[:in_prefix], weight)[:out_prefix] alone, without scale, bias, residual or activation.
   m.def(

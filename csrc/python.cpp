@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "build_info.h"
+#include "core/algorithm.h"
 #include "core/macs.h"
 #include "core/stock.h"
 #include "cpu/isa.h"
@@ -132,6 +133,19 @@ int stock_path(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std:
   return static_cast<int>(rnp::stock_path(s, dtype_of(dtype), channels_last));
 }
 
+int64_t winograd_tile(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
+                      std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups,
+                      const std::string& dtype) {
+  return rnp::winograd_tile(shape_of(input, weight, stride, padding, dilation, groups), dtype_of(dtype));
+}
+
+int choose_algorithm(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
+                     std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups,
+                     const std::string& dtype, int64_t in_prefix, int64_t out_prefix) {
+  const rnp::ConvShape s = shape_of(input, weight, stride, padding, dilation, groups);
+  return static_cast<int>(rnp::choose_algorithm(s, dtype_of(dtype), in_prefix, out_prefix));
+}
+
 std::string describe_kernel(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
                             std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups,
                             const std::string& dtype) {
@@ -168,6 +182,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("describe_kernel", &describe_kernel, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
         py::arg("dilation"), py::arg("groups"), py::arg("dtype"),
         "The CPU operator's own kernel for this layer, in words: instruction set and register tile.");
+  m.def("algorithm", &rnp::get_algorithm, "The name last given to set_algorithm.");
+  m.def("set_algorithm", &rnp::set_algorithm, py::arg("name"),
+        "Use 'auto' (a measured rule), 'direct', 'winograd2' or 'winograd4' for the convolutions that the CPU operator "
+        "is\n"
+        "given transformed weights for. ValueError, and no change, for another name.");
+  m.def("winograd_tile", &winograd_tile, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
+        py::arg("dilation"), py::arg("groups"), py::arg("dtype"),
+        "The tile (2 or 4) for which the weights of this layer are worth transforming under the algorithm in force, or "
+        "0.\n"
+        "Arguments as in stock_path.");
+  m.def("choose_algorithm", &choose_algorithm, py::arg("input"), py::arg("weight"), py::arg("stride"),
+        py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("dtype"), py::arg("in_prefix"),
+        py::arg("out_prefix"),
+        "The tile (2 or 4) that a sample of these prefixes uses where the weights are transformed for it; 0: direct.");
   m.def("macs", &macs, py::arg("in_prefix"), py::arg("out_prefix"), py::kw_only(), py::arg("in_channels"),
         py::arg("out_channels"), py::arg("kernel_size"), py::arg("output_size"), py::arg("groups") = 1,
         "Multiply-accumulates of each sample of a prefix convolution: the live input times the live output channels, "

@@ -98,7 +98,7 @@ def _convolve(
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     (input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, _residual, activation,
-     tail, pooled, _packed) = inputs  # fmt: skip
+     tail, pooled, _packed, _winograd) = inputs  # fmt: skip
     ctx.set_materialize_grads(False)
     if not pooled:
         ctx.mark_non_differentiable(output[1])
@@ -126,7 +126,7 @@ def _table_grad(per_sample: Tensor, shape: Sequence[int], dtype: torch.dtype, ro
 def _backward(ctx: Any, grad: Tensor | None, grad_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
     input, weight, in_prefix, out_prefix, scale, row, output = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    grads: list[Tensor | None] = [None] * 16
+    grads: list[Tensor | None] = [None] * 17
     if grad_pooled is not None:
         positions = ctx.output_size[2] * ctx.output_size[3]
         spread = (grad_pooled / positions)[:, :, None, None]

@@ -27,6 +27,7 @@ def _prefix_conv2d_fake(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, in_prefix: Tensor | None, out_prefix: Tensor | None, scale: Tensor | None,
     row: Tensor | None, residual: Tensor | None, activation: str, tail: str, pooled: bool, packed: Tensor | None,
+    winograd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     checks.check_call(
         input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual, activation,
@@ -46,6 +47,14 @@ def _pack_weight_fake(weight: Tensor, groups: int) -> Tensor:
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float32)
 
 
+@torch.library.register_fake("rnp::pack_winograd")
+def _pack_winograd_fake(weight: Tensor, tile: int) -> Tensor:
+    c_out, c_in = weight.shape[:2]
+    rest = c_out % 32
+    lanes = c_out - rest + (0 if rest == 0 else 16 if rest <= 16 else 32)
+    return weight.new_empty((16 + c_out + 15) // 16 * 16 + lanes * c_in * (tile + 2) ** 2, dtype=torch.float32)
+
+
 def _autocast(device: str) -> None:
     """Under autocast the convolution runs in autocast's dtype; scale and bias keep the float32 they accumulate in."""
     key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device]
@@ -55,6 +64,7 @@ def _autocast(device: str) -> None:
         input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
         dilation: Sequence[int], groups: int, in_prefix: Tensor | None, out_prefix: Tensor | None, scale: Tensor | None,
         row: Tensor | None, residual: Tensor | None, activation: str, tail: str, pooled: bool, packed: Tensor | None,
+        winograd: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         dtype = torch.get_autocast_dtype(device)
         if input.dtype is torch.float64 or weight.dtype is torch.float64:
@@ -62,13 +72,14 @@ def _autocast(device: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             if dtype is not None:
                 packed = packed if weight.dtype is dtype else None
+                winograd = winograd if weight.dtype is dtype else None
                 input, weight = input.to(dtype), weight.to(dtype)
                 residual = None if residual is None else residual.to(dtype)
                 if bias is not None and bias.dim() == 1 and scale is None:
                     bias = bias.to(dtype)  # as conv2d does; a table stays in float32
             return torch.ops.rnp.prefix_conv2d(
                 input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual,
-                activation, tail, pooled, packed,
+                activation, tail, pooled, packed, winograd,
             )  # fmt: skip
 
     _LIBRARY.impl("prefix_conv2d", prefix_conv2d, key)

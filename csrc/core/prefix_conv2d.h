@@ -50,7 +50,10 @@ struct PrefixConv2dParams {
   Strides4 input_stride;
   const void* weight = nullptr;  // (c_out, c_in / groups, kh, kw)
   Strides4 weight_stride;
-  const float* packed = nullptr;  // what pack_weight wrote (packing.h); unused for float64
+  const float* packed = nullptr;    // what pack_weight wrote (packing.h); unused for float64
+  const float* winograd = nullptr;  // what pack_winograd wrote for tiles of winograd_tile (winograd.h), or null
+  int64_t winograd_tile = 0;
+  const uint8_t* elsewhere = nullptr;  // (n,) 1: another algorithm computes this sample, the direct one leaves it alone
 
   const int32_t* in_prefix = nullptr;   // (n,)
   const int32_t* out_prefix = nullptr;  // (n,)

@@ -28,6 +28,7 @@ std::vector<WorkItem> schedule(const PrefixConv2dParams& p, int threads) {
   const int64_t wanted = threads > 1 ? static_cast<int64_t>(threads) * kItemsPerThread : 1;
   std::vector<WorkItem> items;
   for (int64_t n = 0; n < s.n; ++n) {
+    if (p.elsewhere && p.elsewhere[n]) continue;
     for (int64_t g = 0; g < s.groups; ++g) {
       const int64_t in_live = live_in_group(p.in_live(n), g, s.group_in());
       const int64_t out_live = live_in_group(p.out_live(n), g, s.group_out());

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "cpu/microkernel_tile.h"
+#include "cpu/winograd_transform.h"
 
 namespace rnp::cpu {
 namespace {
@@ -55,6 +56,7 @@ const Kernels& avx2_kernels() {
     add_shape<V256, 2, 2>(k);
     k.depthwise_row = &depthwise_row<V256>;
     k.copy_pixels = &copy_pixels<V256>;
+    k.winograd = winograd_kernels<V256>();
     return k;
   }();
   return kernels;

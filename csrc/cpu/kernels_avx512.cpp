@@ -6,6 +6,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
 #include "cpu/microkernel_tile.h"
+#include "cpu/winograd_transform.h"
 
 namespace rnp::cpu {
 namespace {
@@ -63,6 +64,7 @@ const Kernels& avx512_kernels() {
     add_shape<V512, 2, 2>(k);
     k.depthwise_row = &depthwise_row<V512>;
     k.copy_pixels = &copy_pixels<V512>;
+    k.winograd = winograd_kernels<V512>();
     return k;
   }();
   return kernels;

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cpu/winograd_kernels.h"
+
 namespace rnp::cpu {
 
 // One run of input values that are contiguous for each pixel: for i < count: acc[pixel][lane] += x[pixel][i] *
@@ -82,6 +84,7 @@ struct Kernels {
   TileKernel tile[2][kMaxRows][kMaxCols];
   void (*depthwise_row)(const DepthwiseArgs&);
   CopyPixels copy_pixels;
+  WinogradKernels winograd;
 };
 
 const Kernels& portable_kernels();

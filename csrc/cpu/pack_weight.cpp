@@ -108,6 +108,13 @@ void pack_weight(const WeightView& weight, const PackedLayout& layout, float* pa
   with_type(weight, [&](const auto* w) { pack_typed(w, weight.stride, layout, packed, threads); });
 }
 
+void write_fingerprint(const WeightView& weight, const PackedLayout& l, float* packed) {
+  float* samples = packed + l.fingerprint_at();
+  with_type(weight, [&](const auto* w) {
+    for_samples(w, weight.stride, l, [&](int64_t oc, float value) { samples[oc] = value; });
+  });
+}
+
 const char* packed_mismatch(const float* packed, int64_t floats, const PackedLayout& layout) {
   if (floats < PackedLayout::kHeaderWords) return "it is too small to be the result of pack_weight";
   Header found(layout);

@@ -14,6 +14,9 @@ struct WeightView {  // (c_out, c_in / groups, kh, kw)
 
 void pack_weight(const WeightView& weight, const PackedLayout& layout, float* packed, const Threads& threads);
 
+// Writes what packed_is_fresh compares: the part of a pack behind its header.
+void write_fingerprint(const WeightView& weight, const PackedLayout& layout, float* packed);
+
 // Null if `packed` (of `floats` floats) was written for this layout; otherwise what differs.
 const char* packed_mismatch(const float* packed, int64_t floats, const PackedLayout& layout);
 

@@ -16,6 +16,7 @@
 #include "cpu/microkernel.h"
 #include "cpu/prefetch.h"
 #include "cpu/tiles.h"
+#include "cpu/winograd.h"
 
 namespace rnp::cpu {
 namespace {
@@ -222,10 +223,17 @@ void prefix_conv2d(const PrefixConv2dParams& p, const Threads& threads) {
   if (s.n == 0 || s.c_out == 0 || s.out_h == 0 || s.out_w == 0) return;
   if (p.dtype == DType::kFloat64) return prefix_conv2d_plain(p, threads);
   const Kernels& kernels = kernels_of(current_isa());
+  static thread_local Scratch scratch;
+  if (const WinogradSamples split(p); !split.samples.empty()) {
+    winograd_conv2d(p, split.samples, kernels, threads, [](size_t floats) { return scratch.get(floats); });
+    PrefixConv2dParams rest = p;
+    rest.winograd = nullptr;
+    rest.elsewhere = split.chosen.data();
+    return split.all() ? void() : prefix_conv2d(rest, threads);
+  }
   // Row sums of the pooled means start at 0: a skipped tail is never summed.
   std::vector<float> row_sums(p.pooled ? static_cast<size_t>(s.n * s.out_h * s.c_out) : 0);
   float* sums = p.pooled ? row_sums.data() : nullptr;
-  static thread_local Scratch scratch;
   const Call call(p, kernels);
   if (call.layout.depthwise()) {
     depthwise(p, kernels, threads, [](size_t floats) { return scratch.get(floats); }, sums);
@@ -255,7 +263,8 @@ void prefix_conv2d(const PrefixConv2dParams& p, const Threads& threads) {
     });
   }
   if (p.pooled)
-    for (int64_t n = 0; n < s.n; ++n) finish_pooled(p, sums, n);
+    for (int64_t n = 0; n < s.n; ++n)
+      if (!p.elsewhere || !p.elsewhere[n]) finish_pooled(p, sums, n);
 }
 
 std::string describe_kernel(const ConvShape& s, DType dtype) {

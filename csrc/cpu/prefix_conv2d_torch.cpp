@@ -9,11 +9,13 @@
 #include <tuple>
 #include <vector>
 
+#include "core/algorithm.h"
 #include "core/half.h"
 #include "core/stock.h"
 #include "cpu/pack_weight.h"
 #include "cpu/prefix_conv2d.h"
 #include "cpu/stock_torch.h"
+#include "cpu/winograd.h"
 
 namespace rnp::cpu {
 namespace {
@@ -99,6 +101,19 @@ Tensor pack_weight_cpu(const Tensor& weight, int64_t groups) {
   const WeightView view = view_of("pack_weight", weight);
   Tensor packed = torch::stable::empty({layout.total_floats()}, ScalarType::Float);
   pack_weight(view, layout, static_cast<float*>(packed.mutable_data_ptr()), torch_threads());
+  return packed;
+}
+
+Tensor pack_winograd_cpu(const Tensor& weight, int64_t tile) {
+  constexpr const char* kPack = "pack_winograd";
+  checked_layout(kPack, weight, 1);
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, kPack, ": weight must be float32; got ",
+                  torch::headeronly::toString(weight.scalar_type()));
+  STD_TORCH_CHECK(weight.size(2) == 3 && weight.size(3) == 3, kPack, ": the kernel must be 3x3; got ", text(weight));
+  STD_TORCH_CHECK(tile == 2 || tile == 4, kPack, ": tile must be 2 or 4; got ", tile);
+  const WinogradLayout layout{tile, weight.size(1), weight.size(0)};
+  Tensor packed = torch::stable::empty({layout.total_floats()}, ScalarType::Float);
+  pack_winograd(view_of(kPack, weight), layout, static_cast<float*>(packed.mutable_data_ptr()), torch_threads());
   return packed;
 }
 
@@ -230,13 +245,29 @@ Tensor usable_packed(const Tensor& weight, const PackedLayout& layout, const Opt
   return fresh;
 }
 
+// The transformed weights to use: the caller's, or a copy made for this call where they are stale, so that the bits do
+// not depend on what was cached. `tile` receives their tile.
+Tensor usable_winograd(const Tensor& weight, const PackedLayout& layout, const Tensor& packed, int64_t* tile) {
+  check_cpu(kOp, "winograd", packed);
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Float && packed.dim() == 1 && packed.is_contiguous(), kOp,
+                  ": winograd must be the 1-D float32 result of pack_winograd; got shape ", text(packed));
+  const float* data = static_cast<const float*>(packed.const_data_ptr());
+  const char* mismatch = winograd_mismatch(data, packed.numel(), weight.size(0), weight.size(1), tile);
+  STD_TORCH_CHECK(!mismatch, kOp, ": winograd does not belong to weight ", text(weight), ": ",
+                  mismatch ? mismatch : "");
+  if (packed_is_fresh(view_of(kOp, weight), layout, data)) return packed;
+  mark_stale(data);
+  return pack_winograd_cpu(weight, *tile);
+}
+
 std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                              const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                                              const std::vector<int64_t>& dilation, int64_t groups,
                                              const OptionalTensor& in_prefix, const OptionalTensor& out_prefix,
                                              const OptionalTensor& scale, const OptionalTensor& row,
                                              const OptionalTensor& residual, const std::string& activation,
-                                             const std::string& tail, bool pooled, const OptionalTensor& packed) {
+                                             const std::string& tail, bool pooled, const OptionalTensor& packed,
+                                             const OptionalTensor& winograd) {
   PrefixConv2dParams p;
   check_cpu(kOp, "weight", weight);
   p.dtype = dtype_of(kOp, "input", input);
@@ -272,11 +303,18 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
     p.residual = residual->const_data_ptr();
     p.residual_stride = strides_of(*residual);
   }
+  std::optional<Tensor> transformed;
+  if (winograd && winograd_can(s, p.dtype)) {
+    transformed = usable_winograd(weight, PackedLayout(s), *winograd, &p.winograd_tile);
+    p.winograd = static_cast<const float*>(transformed->const_data_ptr());
+  }
   // Samples of full width take the stock path where that is the faster one, whatever the company they are in.
   const bool plain = !scale && !row && !residual && !pooled && p.activation == Activation::kNone &&
                      (!bias || (bias->dim() == 1 && bias->scalar_type() == input.scalar_type()));
   std::vector<int64_t> stock;
-  const Stock path = plain && s.n > 0 ? stock_path(s, p.dtype, last) : Stock::kNone;
+  const bool wide_by_winograd =
+      p.winograd && static_cast<int64_t>(choose_algorithm(s, p.dtype, s.c_in, s.c_out)) == p.winograd_tile;
+  const Stock path = plain && s.n > 0 && !wide_by_winograd ? stock_path(s, p.dtype, last) : Stock::kNone;
   if (path != Stock::kNone) {
     for (int64_t i = 0; i < s.n; ++i) {
       const size_t at = static_cast<size_t>(i);
@@ -287,8 +325,10 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
       return {stock_conv2d(input, weight, bias, s, path), torch::stable::empty({int64_t{0}}, ScalarType::Float)};
     for (int64_t i : stock) (out_values.empty() ? in_values : out_values)[static_cast<size_t>(i)] = 0;
   }
+  p.in_prefix = in_values.empty() ? nullptr : in_values.data();
+  p.out_prefix = out_values.empty() ? nullptr : out_values.data();
   std::optional<Tensor> weights;
-  if (p.dtype != DType::kFloat64) {
+  if (p.dtype != DType::kFloat64 && (!p.winograd || !WinogradSamples(p).all())) {
     weights = usable_packed(weight, PackedLayout(s), packed);
     p.packed = static_cast<const float*>(weights->const_data_ptr());
   }
@@ -302,8 +342,6 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
   p.input_stride = strides_of(input);
   p.weight = weight.const_data_ptr();
   p.weight_stride = strides_of(weight);
-  p.in_prefix = in_values.empty() ? nullptr : in_values.data();
-  p.out_prefix = out_values.empty() ? nullptr : out_values.data();
   p.row = rows.empty() ? nullptr : rows.data();
   p.scale = scale_table.data;
   p.scale_row_stride = scale_table.row_stride;
@@ -327,5 +365,6 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
 
 STABLE_TORCH_LIBRARY_IMPL(rnp, CPU, m) {
   m.impl("pack_weight", TORCH_BOX(&rnp::cpu::pack_weight_cpu));
+  m.impl("pack_winograd", TORCH_BOX(&rnp::cpu::pack_winograd_cpu));
   m.impl("prefix_conv2d", TORCH_BOX(&rnp::cpu::prefix_conv2d_cpu));
 }

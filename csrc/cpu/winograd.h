@@ -1,0 +1,36 @@
+// Winograd convolution of some samples of a call, and its transformed weights. Torch-free.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "core/parallel.h"
+#include "core/winograd.h"
+#include "cpu/microkernel.h"
+#include "cpu/pack_weight.h"
+
+namespace rnp::cpu {
+
+// `packed` has layout.total_floats() floats. The transform is computed in double precision and rounded once.
+void pack_winograd(const WeightView& weight, const WinogradLayout& layout, float* packed, const Threads& threads);
+
+// Null if `packed` (of `floats` floats) was written by pack_winograd for a weight (c_out, c_in, 3, 3); otherwise what
+// differs. On success `tile` receives the tile it was written for.
+const char* winograd_mismatch(const float* packed, int64_t floats, int64_t c_out, int64_t c_in, int64_t* tile);
+
+// The samples of a call for which choose_algorithm names the tile of p.winograd; none where that is null.
+struct WinogradSamples {
+  std::vector<int64_t> samples;
+  std::vector<uint8_t> chosen;  // (n,) 1 for those
+
+  explicit WinogradSamples(const PrefixConv2dParams& p);
+  bool all() const { return samples.size() == chosen.size(); }
+};
+
+// Computes the samples listed, whose prefixes are not 0, from p.winograd. `scratch(floats)` gives memory aligned to a
+// cache line. Writes their means too, where p.pooled is given.
+void winograd_conv2d(const PrefixConv2dParams& p, const std::vector<int64_t>& samples, const Kernels& kernels,
+                     const Threads& threads, const std::function<float*(size_t)>& scratch);
+
+}  // namespace rnp::cpu

@@ -1,0 +1,148 @@
+// Winograd's transforms, written once over a vector type V of microkernel_tile.h's kind. Included by one translation
+// unit per ISA, inside its flags; everything here has internal linkage.
+//
+// The lanes of a vector are channels, so no step mixes them. Sums and products are spelled as V::fma, V::add and V::mul
+// where rounding counts: one channel of one tile is the same operations whatever tile, sample or batch it is in.
+#pragma once
+
+#include "core/winograd.h"
+#include "cpu/microkernel_tile.h"
+#include "cpu/winograd_kernels.h"
+
+namespace rnp::cpu {
+namespace {
+
+template <class V>
+RNP_INLINE typename V::T splat(double x) {
+  return static_cast<float>(x) - typename V::T{};
+}
+
+template <class V, int kTile>
+struct Winograd {
+  using T = typename V::T;
+  using P = WinogradPoints;
+  static constexpr int kEdge = kTile + 2, kWidth = V::kWidth;
+
+  static RNP_INLINE T sub(T a, T b) { return a - b; }
+  static RNP_INLINE T fma(double a, T b, T c) { return V::fma(splat<V>(a), b, c); }
+
+  // B^T d
+  static RNP_INLINE void input(const T (&d)[kEdge], T (&t)[kEdge]) {
+    if constexpr (kTile == 2) {
+      t[0] = sub(d[0], d[2]);
+      t[1] = V::add(d[1], d[2]);
+      t[2] = sub(d[2], d[1]);
+      t[3] = sub(d[1], d[3]);
+    } else {
+      const T u = fma(-P::q, d[2], d[4]), v = fma(-P::q, d[1], d[3]);
+      const T w = fma(-P::p, d[2], d[4]), z = fma(-P::p, d[1], d[3]);
+      t[0] = fma(-(P::p + P::q), d[2], V::add(d[0], d[4]));
+      t[1] = fma(P::a, v, u);
+      t[2] = fma(-P::a, v, u);
+      t[3] = fma(P::b, z, w);
+      t[4] = fma(-P::b, z, w);
+      t[5] = fma(-(P::p + P::q), d[3], V::add(d[1], d[5]));
+    }
+  }
+
+  // A^T m
+  static RNP_INLINE void output(const T (&m)[kEdge], T (&y)[kTile]) {
+    if constexpr (kTile == 2) {
+      y[0] = V::add(V::add(m[0], m[1]), m[2]);
+      y[1] = sub(sub(m[1], m[2]), m[3]);
+    } else {
+      const T s1 = V::add(m[1], m[2]), d1 = sub(m[1], m[2]), s2 = V::add(m[3], m[4]), d2 = sub(m[3], m[4]);
+      y[0] = V::add(V::add(m[0], s1), s2);
+      y[1] = fma(P::b, d2, V::mul(splat<V>(P::a), d1));
+      y[2] = fma(P::q, s2, V::mul(splat<V>(P::p), s1));
+      y[3] = fma(P::b * P::q, d2, fma(P::a * P::p, d1, m[5]));
+    }
+  }
+
+  template <bool kFull>
+  static RNP_INLINE void input_vector(const float* const* pixels, int64_t c, typename V::Mask mask, float* v,
+                                      int64_t point_step) {
+    T half[kEdge][kEdge];
+    RNP_UNROLL
+    for (int x = 0; x < kEdge; ++x) {
+      T d[kEdge], t[kEdge];
+      RNP_UNROLL
+      for (int y = 0; y < kEdge; ++y) {
+        const float* from = pixels[y * kEdge + x] + c;
+        d[y] = kFull ? V::load(from) : V::masked_load(from, mask);
+      }
+      input(d, t);
+      RNP_UNROLL
+      for (int y = 0; y < kEdge; ++y) half[y][x] = t[y];
+    }
+    RNP_UNROLL
+    for (int y = 0; y < kEdge; ++y) {
+      T t[kEdge];
+      input(half[y], t);
+      RNP_UNROLL
+      for (int x = 0; x < kEdge; ++x) V::store(v + (y * kEdge + x) * point_step, t[x]);
+    }
+  }
+
+  static void transform_input(const WinogradInputArgs& a) {
+    const int64_t whole = a.channels / kWidth * kWidth;
+    const typename V::Mask mask = V::mask(static_cast<int>(a.channels - whole));
+    for (int64_t t = 0; t < a.tiles; ++t) {
+      const float* const* pixels = a.pixels + t * kEdge * kEdge;
+      float* v = a.v + t * a.tile_step;
+      for (int64_t c = 0; c < whole; c += kWidth) input_vector<true>(pixels, c, mask, v + c, a.point_step);
+      if (whole < a.channels) input_vector<false>(pixels, whole, mask, v + whole, a.point_step);
+    }
+  }
+
+  static RNP_INLINE void output_vector(const WinogradOutputArgs& a, const WinogradTile& tile, const float* m, int64_t c,
+                                       typename V::Mask mask) {
+    T half[kTile][kEdge];
+    RNP_UNROLL
+    for (int x = 0; x < kEdge; ++x) {
+      T d[kEdge], y[kTile];
+      RNP_UNROLL
+      for (int i = 0; i < kEdge; ++i) d[i] = V::load(m + (i * kEdge + x) * a.point_step);
+      output(d, y);
+      RNP_UNROLL
+      for (int i = 0; i < kTile; ++i) half[i][x] = y[i];
+    }
+    const T scale = tile.scale ? V::masked_load(tile.scale + c, mask) : V::zero();
+    const T bias = tile.bias ? V::masked_load(tile.bias + c, mask) : V::zero();
+    T sum = V::zero();
+    for (int i = 0; i < tile.rows; ++i) {
+      T y[kTile];
+      output(half[i], y);
+      float* out = tile.out + i * a.out_row_step + c;
+      const float* residual = tile.residual ? tile.residual + i * a.residual_row_step + c : nullptr;
+      RNP_UNROLL
+      for (int j = 0; j < kTile; ++j) {
+        if (j >= tile.cols) break;
+        T value = y[j];
+        if (tile.scale) value = V::mul(value, scale);
+        if (tile.bias) value = V::add(value, bias);
+        if (residual) value = V::add(value, V::masked_load(residual + j * a.residual_col_step, mask));
+        if (a.relu) value = V::relu(value);
+        V::masked_store(out + j * a.out_col_step, mask, value);
+        sum = V::add(sum, value);
+      }
+    }
+    if (tile.sum) V::masked_store(tile.sum + c, mask, sum);
+  }
+
+  static void transform_output(const WinogradOutputArgs& a) {
+    for (int64_t t = 0; t < a.tile_count; ++t) {
+      const float* m = a.m + t * PackedLayout::kLanes;
+      for (int c = 0; c < a.live; c += kWidth) output_vector(a, a.tiles[t], m + c, a.channel0 + c, V::mask(a.live - c));
+    }
+  }
+};
+
+template <class V>
+RNP_INLINE WinogradKernels winograd_kernels() {
+  return {{&Winograd<V, 2>::transform_input, &Winograd<V, 4>::transform_input},
+          {&Winograd<V, 2>::transform_output, &Winograd<V, 4>::transform_output}};
+}
+
+}  // namespace
+}  // namespace rnp::cpu
