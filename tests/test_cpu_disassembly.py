@@ -1,0 +1,136 @@
+"""No microkernel loop touches the stack: the accumulators live in registers, on every instruction set.
+
+The installed library is disassembled. A microkernel loop is an innermost loop with vector multiply-adds in it, found by
+its instructions, whatever the function around it is called. An access to the stack in one is a spill; it costs up to
+half the speed and no result shows it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import rnp_kernels
+
+FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
+INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\s+([a-z]\S*)\s*(.*)$")
+FMA = re.compile(r"^vfn?m(?:add|sub)\d+ps$")
+# The agent's step sums in vectors of 16 floats, which gcc keeps on the stack where registers are narrower. It is no
+# convolution; its whole time is what tests and benchmarks of the agent look at.
+EXEMPT = "AgentStepParams"
+REGISTERS = {"zmm": "AVX-512", "ymm": "AVX2", "xmm": "portable"}
+
+
+@dataclass
+class Loop:
+    """An innermost loop: its function, its multiply-adds, the registers they use, and what it does to the stack."""
+
+    function: str
+    multiply_adds: int
+    width: str  # "zmm", "ymm" or "xmm"
+    spills: list[str]
+
+
+def functions(text: str) -> Iterator[tuple[str, list[tuple[int, str, str]]]]:
+    """(name, [(address, mnemonic, operands)]) of objdump's output. Without symbols a section is one function."""
+    name, body = "", []
+    for line in text.splitlines():
+        if header := FUNCTION.match(line):
+            if body:
+                yield name, body
+            name, body = header[1], []
+        elif instruction := INSTRUCTION.match(line):
+            body.append((int(instruction[1], 16), instruction[2], instruction[3]))
+    if body:
+        yield name, body
+
+
+def loops(text: str) -> Iterator[Loop]:
+    """Every innermost loop with at least three vector multiply-adds; with fewer it is an epilogue, if anything."""
+    for name, body in functions(text):
+        # rbp is a frame pointer only where the function says so; otherwise it is a register like any other.
+        frame = any(m == "mov" and o.replace(" ", "") == "%rsp,%rbp" for _, m, o in body)
+        stack = re.compile(r"\(%r[sb]p\b" if frame else r"\(%rsp\b")
+        at = {address: index for index, (address, _, _) in enumerate(body)}
+        spans = []
+        for index, (_, mnemonic, operands) in enumerate(body):
+            target = re.match(r"([0-9a-f]+)", operands) if mnemonic.startswith("j") else None
+            start = at.get(int(target[1], 16)) if target else None
+            if start is not None and start <= index:
+                spans.append((start, index))
+        for start, end in spans:
+            inside = body[start : end + 1]
+            if any(m.startswith(("j", "call")) for _, m, _ in inside[:-1]):
+                continue  # not innermost, or no microkernel: those run straight through
+            sums = [o for _, m, o in inside if FMA.match(m)]
+            if not sums:  # without FMA a multiply and an add are two instructions
+                sums = [o for _, m, o in inside if m == "mulps"]
+                if not any(m == "addps" for _, m, _ in inside):
+                    continue
+            if len(sums) < 3:
+                continue
+            width = next(w for w in REGISTERS if any(f"%{w}" in o for o in sums))
+            yield Loop(name, len(sums), width, [f"{m} {o}" for _, m, o in inside if stack.search(o)])
+
+
+def disassembled(path: Path) -> str:
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump is not installed (binutils)")
+    command = ["objdump", "-d", "--no-show-raw-insn", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def library() -> list[Loop]:
+    path = Path(rnp_kernels.__file__).parent / "librnp_ops.so"
+    if "x86-64" not in subprocess.run(["objdump", "-f", str(path)], capture_output=True, text=True).stdout:
+        pytest.skip("the loops are told apart by x86-64 instructions")
+    return list(loops(disassembled(path)))
+
+
+# Multiply-adds of the largest direct tile: 14 pixels x 2 vectors, 6 x 2, 5 x 2.
+@pytest.mark.parametrize(("width", "largest"), [("zmm", 28), ("ymm", 12), ("xmm", 10)], ids=REGISTERS.values())
+def test_no_microkernel_loop_spills(library: list[Loop], width: str, largest: int):
+    ours = [loop for loop in library if loop.width == width and EXEMPT not in loop.function]
+    # The detector saw the kernels: every tile is there, and each with its variants for edges.
+    sizes = Counter(loop.multiply_adds for loop in ours)
+    assert all(sizes[2 * pixels] >= 1 for pixels in range(2, largest // 2 + 1)), sizes
+    spilling = [f"{s.function}: {s.multiply_adds} multiply-adds, {s.spills[:3]}…" for s in ours if s.spills]
+    assert not spilling, "\n".join(spilling)
+
+
+KERNEL = """
+typedef float V __attribute__((vector_size(%(bytes)d), aligned(4), may_alias));
+void product(float* out, const float* x, const float* w, long count, long step) {
+  V acc[%(accumulators)d] = {};
+  for (long i = 0; i < count; ++i) {
+    const V b = *(const V*)(w + i * %(bytes)d / 4);
+#pragma GCC unroll 64
+    for (int p = 0; p < %(accumulators)d; ++p) acc[p] += x[i + p * step] * b;
+  }
+  for (int p = 0; p < %(accumulators)d; ++p) *(V*)(out + p * %(bytes)d / 4) = acc[p];
+}
+"""
+FLAGS = {"zmm": ["-mavx512f"], "ymm": ["-mavx2", "-mfma"], "xmm": []}
+
+
+@pytest.mark.parametrize("width", REGISTERS, ids=REGISTERS.values())
+@pytest.mark.parametrize(("accumulators", "spills"), [(4, False), (40, True)], ids=["fits", "too-many"])
+def test_the_detector_knows_a_spill_when_it_sees_one(tmp_path: Path, width: str, accumulators: int, spills: bool):
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source, built = tmp_path / "kernel.c", tmp_path / "kernel.o"
+    source.write_text(KERNEL % {"bytes": {"zmm": 64, "ymm": 32, "xmm": 16}[width], "accumulators": accumulators})
+    subprocess.run([compiler, "-O3", "-c", *FLAGS[width], "-o", str(built), str(source)], check=True)
+    if "x86-64" not in subprocess.run(["objdump", "-f", str(built)], capture_output=True, text=True).stdout:
+        pytest.skip("the loops are told apart by x86-64 instructions")
+    found = [loop for loop in loops(disassembled(built)) if loop.multiply_adds >= accumulators]
+    assert found and all(loop.width == width and bool(loop.spills) == spills for loop in found), found
