@@ -2,6 +2,7 @@
 #
 #   make demo       .venv with the package, then `rnp demo`        make test       C++ tests (ctest), then pytest
 #   make lint       ruff and clang-format, changing nothing        make sanitize   the C++ tests under ASan and UBSan
+#   make proof      no clock involved: multiply-adds counted, and instructions under valgrind against the committed budget
 #   make wheel      build/wheel/*.whl, built in isolation          make clean      removes .venv and everything built
 #
 # Variables: PYTHON (which Python makes .venv), VENV, MAX_JOBS, RNP_CUDA, RNP_CUDA_ARCHS, ARGS (for rnp demo or pytest).
@@ -28,9 +29,9 @@ SOURCES := $(shell find csrc cmake rnp_kernels python -type f ! -name '*.so' ! -
            pyproject.toml setup.py CMakeLists.txt MANIFEST.in README.md LICENSE constraints.txt
 CPP_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test ctest pytest lint sanitize wheel clean
+.PHONY: help demo test ctest pytest lint sanitize proof count-tests instructions record-instructions wheel clean
 help:
-	@sed -n '3,9s/^#//p' Makefile
+	@sed -n '3,10s/^#//p' Makefile
 
 demo: $(STAMPS)/demo
 	@echo "== rnp demo $(ARGS)"
@@ -98,6 +99,20 @@ sanitize: $(STAMPS)/cmake
 	$(CMAKE_CONFIGURE) -B $(BUILD)/sanitize -DRNP_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo > /dev/null
 	$(call CMAKE_BUILD,$(BUILD)/sanitize)
 	UBSAN_OPTIONS=print_stacktrace=1 $(VENV)/bin/ctest --test-dir $(BUILD)/sanitize --output-on-failure --no-tests=error
+
+# What can be proved of speed without a clock. The third proof, that no kernel loop spills, is a test of pytest's.
+proof: count-tests instructions
+
+count-tests: $(STAMPS)/cmake
+	@echo "== multiply-adds, counted by an instrumented build"
+	$(CMAKE_CONFIGURE) -B $(BUILD)/count -DRNP_COUNT_FMAS=ON > /dev/null
+	$(call CMAKE_BUILD,$(BUILD)/count) --target rnp_count_tests
+	$(BUILD)/count/rnp_count_tests
+
+# Skipped, with the reason, where valgrind is not installed; RNP_REQUIRE_PROOF=1 makes that a failure.
+instructions record-instructions: ctest
+	@echo "== instructions of every kernel, under callgrind"
+	$(VENV)/bin/python tests/proof/instructions.py $(BUILD)/cpp-tests/rnp_instructions $(if $(findstring record,$@),--record)
 
 # ---- the rest --------------------
 

@@ -6,6 +6,7 @@
 // (-fno-ivopts); the C++ build checks nothing of this, `bench/NOTES.md` says how to look.
 #pragma once
 
+#include "core/count.h"
 #include "cpu/microkernel.h"
 
 #define RNP_INLINE inline __attribute__((always_inline))
@@ -43,6 +44,7 @@ struct Tile {
   template <int c, int c1>
   static RNP_INLINE void columns(T (&row)[C][NV], const char* x, const T (&w)[NV], const ColSteps& s) {
     if constexpr (c < c1) {
+      RNP_COUNT_FMA(NV * kWidth);
       const T b = V::template broadcast<c>(x, s);
       RNP_UNROLL
       for (int v = 0; v < NV; ++v) row[c][v] = V::fma(b, w[v], row[c][v]);
@@ -186,6 +188,7 @@ RNP_INLINE void depthwise_vector(const DepthwiseArgs& a, const float* panel, int
   for (int64_t p = 0; p < a.cols; ++p) {
     const float* x = panel + p * a.x_col_step;
     T acc = V::zero();
+    RNP_COUNT_FMA(a.taps * V::kWidth);
     if constexpr (kTaps > 0) {
       RNP_UNROLL
       for (int t = 0; t < kTaps; ++t) acc = V::fma(V::load(x + a.tap_offset[t]), w[t], acc);

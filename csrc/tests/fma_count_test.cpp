@@ -1,0 +1,203 @@
+// The work is counted: kernels execute the multiply-adds of the prefixes and of nothing else, up to this rounding.
+//
+//   output channels   up to a narrow tile: the multiples of 16 (AVX-512), 8 (AVX2) or 4 (portable) are exact, and no
+//                     width costs more than the next of them; depthwise: whole vectors of channels
+//   Winograd          (m + 2)^2 products for each tile of m x m outputs, instead of 9 m^2; the last tile of a row or
+//                     column is computed whole
+//   padding           taps in the padding are left out; in blocks of fewer than 16 live input channels, and depthwise,
+//                     only whole kernel rows are
+//
+// The counts come from the instrumented build (RNP_COUNT_FMAS), the expectation from the definition alone.
+#include <algorithm>
+#include <string>
+
+#include "core/algorithm.h"
+#include "core/count.h"
+#include "core/macs.h"
+#include "core/winograd.h"
+#include "cpu/isa.h"
+#include "cpu/winograd.h"
+#include "tests/check.h"
+#include "tests/conv_case.h"
+
+namespace rnp::tests {
+namespace {
+
+int64_t narrow_lanes() {
+  const std::string name = cpu::isa_name(cpu::current_isa());
+  return name == "avx512" ? 16 : name == "avx2" ? 8 : 4;
+}
+
+// Multiply-adds of one call with these prefixes. `winograd`: 0, or the tile to compute with.
+int64_t counted(const ConvShape& s, const std::vector<int32_t>& in_prefix, const std::vector<int32_t>& out_prefix,
+                int threads = 1, int64_t winograd = 0) {
+  const PackedLayout l(s);
+  std::vector<float> input(static_cast<size_t>(s.n * s.c_in * s.h * s.w), 0.5f);
+  std::vector<float> weight(static_cast<size_t>(s.c_out * l.icg * s.kh * s.kw), 0.25f);
+  std::vector<float> output(static_cast<size_t>(s.n * s.c_out * s.out_h * s.out_w));
+  std::vector<float> packed(static_cast<size_t>(l.total_floats()));
+  PrefixConv2dParams p;
+  p.shape = s;
+  p.weight_stride = strides_of(l.icg, s.kh, s.kw, false);
+  p.input_stride = strides_of(s.c_in, s.h, s.w, true);
+  p.output_stride = strides_of(s.c_out, s.out_h, s.out_w, true);
+  cpu::pack_weight({weight.data(), p.dtype, p.weight_stride}, l, packed.data(), {});
+  p.input = input.data(), p.weight = weight.data(), p.packed = packed.data(), p.output = output.data();
+  p.in_prefix = in_prefix.data(), p.out_prefix = out_prefix.data();
+  std::vector<float> transformed;
+  if (winograd) {
+    const WinogradLayout layout{winograd, s.c_in, s.c_out};
+    transformed.resize(static_cast<size_t>(layout.total_floats()));
+    cpu::pack_winograd({weight.data(), p.dtype, p.weight_stride}, layout, transformed.data(), {});
+    p.winograd = transformed.data(), p.winograd_tile = winograd;
+    set_algorithm(winograd == 4 ? "winograd4" : "winograd2");
+  }
+  take_fma_count();
+  cpu::prefix_conv2d(p, threads == 1 ? Threads{} : std_threads(threads));
+  set_algorithm("auto");
+  return take_fma_count();
+}
+
+// Lanes in which `live` of `channels` output channels are computed: one pixel, one input channel, no padding.
+int64_t lanes(int64_t channels, int64_t live) {
+  ConvCase c = {.name = "probe", .n = 1, .c_in = 1, .h = 1, .w = 1, .c_out = channels, .kh = 1, .kw = 1};
+  return counted(c.shape(), {1}, {static_cast<int32_t>(live)});
+}
+
+// Kernel taps of an axis, summed over its output positions, that meet the input.
+int64_t valid_taps(int64_t out, int64_t in, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  int64_t count = 0;
+  for (int64_t o = 0; o < out; ++o)
+    for (int64_t k = 0; k < kernel; ++k) {
+      const int64_t at = o * stride - pad + k * dilation;
+      count += at >= 0 && at < in;
+    }
+  return count;
+}
+
+// By the rules above.
+int64_t expected(const ConvShape& s, const std::vector<int32_t>& in_prefix, const std::vector<int32_t>& out_prefix) {
+  const PackedLayout l(s);
+  const int64_t rows = valid_taps(s.out_h, s.h, s.kh, s.stride_h, s.pad_top, s.dilation_h);
+  const int64_t cols = valid_taps(s.out_w, s.w, s.kw, s.stride_w, s.pad_left, s.dilation_w), all = s.out_w * s.kw;
+  int64_t sum = 0;
+  for (size_t n = 0; n < in_prefix.size(); ++n)
+    for (int64_t g = 0; g < s.groups; ++g) {
+      const int64_t live_in = live_in_group(in_prefix[n], g, s.group_in());
+      const int64_t live_out = live_in_group(out_prefix[n], g, s.group_out());
+      if (live_out == 0) continue;
+      for (int64_t first = 0; first < live_in; first += l.ic_block) {
+        const int64_t count = std::min(l.ic_block, live_in - first);
+        sum += lanes(s.group_out(), live_out) * count * rows * (count < 16 ? all : cols);
+      }
+    }
+  return sum;
+}
+
+template <typename F>
+void on_every_isa(F&& body) {
+  for (cpu::Isa isa : cpu::available_isas()) {
+    cpu::set_isa(cpu::isa_name(isa));
+    body(std::string(cpu::isa_name(isa)));
+  }
+  cpu::set_isa("auto");
+}
+
+ConvCase square(const char* name, int64_t c_in, int64_t side, int64_t c_out, int64_t kernel, int64_t stride = 1,
+                int64_t groups = 1) {
+  ConvCase c = {.name = name, .n = 4, .c_in = c_in, .h = side, .w = side, .c_out = c_out, .kh = kernel, .kw = kernel};
+  c.stride_h = c.stride_w = stride;
+  c.groups = groups;
+  c.top = c.bottom = c.left = c.right = kernel / 2;
+  return c;
+}
+
+TEST(output_channels_are_rounded_up_to_a_narrow_tile_at_most) {
+  on_every_isa([](const std::string& isa) {
+    const int64_t narrow = narrow_lanes();
+    for (const int64_t channels : {4, 16, 33, 64, 70})
+      for (int64_t live = 0; live <= channels; ++live) {
+        const int64_t found = lanes(channels, live);
+        CHECK(found >= live && found <= (live + narrow - 1) / narrow * narrow)
+            << isa << ", " << live << " of " << channels << " channels: " << found << " lanes";
+      }
+  });
+}
+
+TEST(every_multiply_add_is_one_of_the_prefixes) {
+  const std::vector<ConvCase> cases = {
+      square("3x3", 160, 9, 96, 3),
+      square("3x3, wide map", 32, 30, 32, 3),
+      square("3x3 on 7x7", 64, 7, 64, 3),
+      square("3x3 on 4x4", 64, 4, 40, 3),
+      square("3x3 on 2x2", 32, 2, 32, 3),
+      square("3x3 on 1x1", 32, 1, 32, 3),
+      square("3x3 stride 2", 64, 14, 128, 3, 2),
+      square("1x1", 300, 6, 96, 1),
+      square("1x1 of 512 channels", 512, 5, 64, 1),
+      square("1x1 stride 2", 64, 9, 64, 1, 2),
+      square("7x7 stem", 3, 46, 64, 7, 2),
+      square("grouped", 128, 8, 128, 3, 1, 4),
+      square("groups of 6 and 10", 24, 8, 40, 3, 1, 4),
+  };
+  on_every_isa([&](const std::string& isa) {
+    for (const ConvCase& c : cases) {
+      const ConvShape s = c.shape();
+      const auto in = [&](int64_t a) { return static_cast<int32_t>((a * s.c_in + 3) / 4); };
+      const auto out = [&](int64_t a) { return static_cast<int32_t>((a * s.c_out + 3) / 4); };
+      const int32_t cut_in = static_cast<int32_t>(s.c_in - s.c_in / 3), cut_out = static_cast<int32_t>(s.c_out / 3 + 1);
+      const std::vector<std::pair<std::vector<int32_t>, std::vector<int32_t>>> batches = {
+          {{in(4), in(4), in(4), in(4)}, {out(4), out(4), out(4), out(4)}},
+          {{in(1), in(2), in(3), in(4)}, {out(4), out(1), out(2), out(3)}},
+          {{0, in(4), 1, cut_in}, {out(4), 0, 1, cut_out}},
+      };
+      for (const auto& [in_prefix, out_prefix] : batches) {
+        const int64_t found = counted(s, in_prefix, out_prefix), wanted = expected(s, in_prefix, out_prefix);
+        CHECK(found == wanted) << isa << ", " << c.name << ": " << found << " multiply-adds, " << wanted << " needed";
+        CHECK_EQUAL(counted(s, in_prefix, out_prefix, 3), found) << " with 3 threads: " << c.name;
+      }
+    }
+  });
+}
+
+// Without padding, at widths that are whole tiles, it is the count of DESIGN.md itself.
+TEST(whole_tiles_without_padding_cost_the_macs_exactly) {
+  ConvCase c = square("valid 3x3", 64, 9, 64, 3);
+  c.top = c.bottom = c.left = c.right = 0;
+  const ConvShape s = c.shape();
+  const std::vector<int32_t> in_prefix = {64, 48, 33, 16}, out_prefix = {16, 64, 48, 32};
+  int64_t macs = 0;
+  for (size_t n = 0; n < 4; ++n) macs += conv_macs(s, in_prefix[n], out_prefix[n]);
+  on_every_isa([&](const std::string& isa) { CHECK_EQUAL(counted(s, in_prefix, out_prefix), macs) << isa; });
+}
+
+TEST(winograd_executes_the_products_of_its_tiles) {
+  const ConvShape s = square("3x3", 96, 14, 64, 3).shape();
+  const std::vector<int32_t> in_prefix = {96, 33, 7, 96}, out_prefix = {64, 64, 17, 0};
+  on_every_isa([&](const std::string& isa) {
+    for (const int64_t tile : {2, 4}) {
+      const int64_t across = (s.out_w + tile - 1) / tile, points = (tile + 2) * (tile + 2);
+      int64_t wanted = 0;
+      for (size_t n = 0; n < in_prefix.size(); ++n)
+        if (out_prefix[n]) wanted += points * across * across * in_prefix[n] * lanes(s.c_out, out_prefix[n]);
+      CHECK_EQUAL(counted(s, in_prefix, out_prefix, 1, tile), wanted) << isa << ", tile " << tile;
+      CHECK_EQUAL(counted(s, in_prefix, out_prefix, 3, tile), wanted) << isa << ", 3 threads, tile " << tile;
+    }
+  });
+}
+
+TEST(depthwise_computes_whole_vectors_of_live_channels) {
+  on_every_isa([](const std::string& isa) {
+    for (const int64_t kernel : {3, 5}) {
+      const ConvShape s = square("depthwise", 37, 8, 37, kernel, 2, 37).shape();
+      const std::vector<int32_t> in_prefix = {37, 5, 37, 20}, out_prefix = {37, 37, 9, 0};
+      int64_t wanted = 0;
+      for (const int32_t live : out_prefix)
+        wanted += (live + narrow_lanes() - 1) / narrow_lanes() * narrow_lanes() * s.out_h * s.out_w * kernel * kernel;
+      CHECK_EQUAL(counted(s, in_prefix, out_prefix), wanted) << isa << ", kernel " << kernel;
+    }
+  });
+}
+
+}  // namespace
+}  // namespace rnp::tests
