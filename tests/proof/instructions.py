@@ -36,9 +36,12 @@ def own_instructions(profile: str, program: str) -> int:
     objects: dict[str, str] = {}
     total, ours, skip = 0, False, False
     for line in profile.splitlines():
-        if found := re.match(r"ob=(\(\d+\))(?: (.*))?$", line):
-            objects.setdefault(found[1], found[2] or "")
-            ours = objects[found[1]].endswith(program)
+        if found := re.match(r"(c?)ob=(\(\d+\))(?: (.*))?$", line):
+            called, number, name = found.groups()
+            if name:  # the first time; later only the number stands there
+                objects[number] = name
+            if not called:
+                ours = objects[number].endswith(program)
         elif line.startswith("calls="):
             skip = True  # the next line is what the callee cost, which is listed under the callee
         elif cost := re.match(r"[+\-*\d]\d* (\d+)$", line):
