@@ -1,4 +1,4 @@
-"""VGG-16, ResNet-18 and ResNet-50 as torchvision defines them, with random weights: what the benchmarks of networks run.
+"""VGG-16, ResNet-18 and ResNet-50 as torchvision defines them, with random weights, for the benchmarks of networks.
 
 Weights are drawn so that activations keep their size from layer to layer; BatchNorm statistics and parameters are
 random, so that a fold that goes wrong changes the output.
@@ -79,7 +79,9 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Images (N, 3, H, W) → logits (N, classes)."""
 
-    def __init__(self, block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, ...], classes: int = 1000) -> None:
+    def __init__(
+        self, block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, ...], classes: int = 1000
+    ) -> None:
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
         self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)

@@ -42,4 +42,11 @@ STABLE_TORCH_LIBRARY(rnp, m) {
       "agent_step(Tensor pooled, Tensor? hidden, Tensor? previous_action, Tensor mean, Tensor inv_std,"
       " Tensor encoder_weight, Tensor encoder_bias, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih, Tensor bias_hh,"
       " Tensor decoder_weight, Tensor decoder_bias, float shift, int channels) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // A run of a converted network's layers, decisions of the agent included, as one call: maps that do not leave it are
+  // never tensors. `program` is text (csrc/cpu/segment_program.h); `inputs` are its maps, indices and vectors, in this
+  // order, like the result; `constants` its tables, packed weights and the agent's parameters. Inference, float32, CPU.
+  m.def("run_segment(str program, Tensor[] inputs, Tensor[] constants, float shift) -> Tensor[]");
+  // Frees the buffers that run_segment keeps from call to call.
+  m.def("release_segment_memory() -> ()");
 }

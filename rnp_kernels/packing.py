@@ -20,7 +20,8 @@ def _identity(weight: Tensor) -> tuple[Any, ...]:
 
     Writing through `weight.data` changes nothing here: the operator compares samples of the weights for that.
     """
-    return (weight.data_ptr(), weight._version, weight.dtype, weight.shape, weight.stride())
+    version = 0 if weight.is_inference() else weight._version
+    return (weight.data_ptr(), version, weight.dtype, weight.shape, weight.stride())
 
 
 class PackedWeight:

@@ -1,15 +1,11 @@
 // Binding of agent_step on the CPU: check every argument, allocate, fill the plain struct, run.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu/agent_step.h"
+#include "cpu/torch_common.h"
 
 namespace rnp::cpu {
 namespace {
@@ -18,26 +14,14 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-std::string text(const std::vector<int64_t>& shape) {
-  std::string out = "(";
-  for (size_t d = 0; d < shape.size(); ++d) out += (d ? ", " : "") + std::to_string(shape[d]);
-  return out + ")";
-}
-
 // Checks dtype, device and shape (rows, columns), or (rows) where columns < 0; keeps a contiguous tensor in `keep`.
 const void* checked(std::vector<Tensor>& keep, const char* name, const Tensor& t, ScalarType dtype, int64_t rows,
                     int64_t columns) {
-  STD_TORCH_CHECK(t.is_cpu(), "agent_step: ", name, " must be on the CPU");
-  STD_TORCH_CHECK(t.scalar_type() == dtype, "agent_step: ", name, " must be ", torch::headeronly::toString(dtype),
-                  "; got ", torch::headeronly::toString(t.scalar_type()));
+  check_dtype("agent_step", name, t, dtype);
   const bool matrix = columns >= 0;
-  if (t.dim() != (matrix ? 2 : 1) || t.size(0) != rows || (matrix && t.size(1) != columns)) {
-    std::vector<int64_t> got;
-    for (int64_t d = 0; d < t.dim(); ++d) got.push_back(t.size(d));
-    STD_TORCH_CHECK(false, "agent_step: ", name, " must have shape ",
-                    text(matrix ? std::vector<int64_t>{rows, columns} : std::vector<int64_t>{rows}), "; got ",
-                    text(got));
-  }
+  STD_TORCH_CHECK(t.dim() == (matrix ? 2 : 1) && t.size(0) == rows && (!matrix || t.size(1) == columns),
+                  "agent_step: ", name, " must have shape (", rows, matrix ? ", " + std::to_string(columns) : "",
+                  "); got ", text(t));
   if (t.is_contiguous()) return t.const_data_ptr();
   keep.push_back(torch::stable::contiguous(t));
   return keep.back().const_data_ptr();

@@ -1,9 +1,4 @@
 // Binding of prefix_conv2d and pack_weight on the CPU: check every argument, allocate, fill the plain structs, run.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <optional>
 #include <string>
 #include <tuple>
@@ -15,6 +10,7 @@
 #include "cpu/pack_weight.h"
 #include "cpu/prefix_conv2d.h"
 #include "cpu/stock_torch.h"
+#include "cpu/torch_common.h"
 #include "cpu/winograd.h"
 
 namespace rnp::cpu {
@@ -24,12 +20,6 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-std::string text(const Tensor& t) {
-  std::string out = "(";
-  for (int64_t d = 0; d < t.dim(); ++d) out += (d ? ", " : "") + std::to_string(t.size(d));
-  return out + ")";
-}
 
 DType dtype_of(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
@@ -48,8 +38,6 @@ DType dtype_of(const char* op, const char* name, const Tensor& t) {
   return DType::kFloat32;
 }
 
-Strides4 strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
-
 // torch's own rule (is_channels_last_strides_2d): ambiguous strides count as contiguous.
 bool is_channels_last(const Tensor& t) {
   int64_t least = 0;
@@ -60,17 +48,6 @@ bool is_channels_last(const Tensor& t) {
     least = t.stride(d) * (t.size(d) > 1 ? t.size(d) : 1);
   }
   return true;
-}
-
-Threads torch_threads() {
-  Threads threads;
-  threads.count = static_cast<int>(torch::stable::get_num_threads());
-  threads.run = [](int workers, const std::function<void(int)>& body) {
-    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) body(static_cast<int>(i));
-    });
-  };
-  return threads;
 }
 
 void check_cpu(const char* op, const char* name, const Tensor& t) {

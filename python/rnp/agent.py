@@ -69,7 +69,7 @@ class Agent(nn.Module):
         self.shared_decoder, self.previous_action = shared_decoder, previous_action and cell != "none"
         self.epsilon = 0.0
         self.generator: torch.Generator | None = None
-        self._fused: tuple[list[Any], list[tuple[Tensor, ...]]] | None = None
+        self._fused: tuple[list[Any], list[tuple[Tensor, ...]] | None] | None = None
         self.encoders = nn.ModuleList(nn.Linear(size, code) for size in self.feature_sizes)
         inputs = code + (groups if self.previous_action else 0)
         self.rnn = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}[cell](inputs, hidden) if cell != "none" else None
@@ -182,16 +182,14 @@ class Agent(nn.Module):
         if self.training or self.cell != "gru" or not self.shared_decoder or device.type != "cpu":
             return None
         if torch.compiler.is_compiling():
-            fused = self._collect_arguments()
-        elif self._fused is None or not all(registry.get(name) is t for registry, name, t in self._fused[0]):
-            self._fused = fused = self._collect_arguments()
-        else:
-            fused = self._fused
-        usable = all(t.dtype is torch.float32 and t.device.type == "cpu" for t in fused[1][0])
-        return fused[1] if usable else None
+            return self._collect_arguments()[1]
+        if self._fused is None or not all(registry.get(name) is t for registry, name, t in self._fused[0]):
+            self._fused = self._collect_arguments()
+        return self._fused[1]
 
-    def _collect_arguments(self) -> tuple[list[Any], list[tuple[Tensor, ...]]]:
-        """Where the arguments come from, (registry, name, module or tensor) each, and the arguments of each layer."""
+    def _collect_arguments(self) -> tuple[list[Any], list[tuple[Tensor, ...]] | None]:
+        """Where the arguments come from, (registry, name, module or tensor) each, and the arguments of each layer, or
+        None where the operator does not take them."""
         rnn, decoder = self.rnn, self.decoder(0)
         assert isinstance(rnn, nn.GRUCell)
         named = [[(self, f"mean_{i}"), (self, f"inv_std_{i}"), (encoder, "weight"), (encoder, "bias")]
@@ -205,7 +203,9 @@ class Agent(nn.Module):
             registry = module._parameters if name in module._parameters else module._buffers
             sources.append((registry, name, registry[name]))
         arguments = [tuple(getattr(m, name) for m, name in [*layer, *shared]) for layer in named]
-        return sources, arguments
+        tensors = [t for layer in arguments for t in layer]
+        usable = all(t.dtype is torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+        return sources, arguments if usable else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fused": None}

@@ -54,7 +54,10 @@ class Decider:
         return action
 
     def trace(self) -> Trace:
-        network, actions = self.network, torch.stack(self.taken, 1)
-        macs = network.macs(actions) + getattr(self.policy, "macs_per_image", 0)
-        features = self.features if self.want_features else None
-        return Trace(actions, macs, network.dense_macs, list(network.layers), features)
+        return trace_of(self.network, torch.stack(self.taken, 1), self.features if self.want_features else None)
+
+
+def trace_of(network: PrunedNetwork, actions: Tensor, features: list[Tensor] | None) -> Trace:
+    """The trace of a batch whose actions were (N, L)."""
+    macs = network.macs(actions) + getattr(network.policy, "macs_per_image", 0)
+    return Trace(actions, macs, network.dense_macs, list(network.layers), features)

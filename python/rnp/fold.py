@@ -59,3 +59,25 @@ def zero_tails(steps: list[g.Step], states: list[str], averages: set[str]) -> se
         elif not (isinstance(step, g.OpaqueStep) and step.call.op == "call_method" and step.call.target in SHAPE_ONLY):
             needed.update(step.inputs)
     return needed
+
+
+def find_averages(steps: list[g.Step], backbone: nn.Module) -> dict[str, bool]:
+    """Global average pools that a convolution's pooled output replaces, and whether each keeps two dimensions of 1.
+
+    That output is float32: not for float64.
+    """
+    convs = {step.output: step for step in steps if isinstance(step, g.ConvStep)}
+    found: dict[str, bool] = {}
+    for step in steps:
+        if not isinstance(step, (g.ChannelwiseStep, g.OpaqueStep)) or len(step.inputs) != 1:
+            continue
+        conv = convs.get(step.inputs[0])
+        if conv is None or backbone.get_submodule(conv.conv).weight.dtype is torch.float64:
+            continue
+        keep = g.is_global_mean(step.call)
+        if step.call.op == "call_module":
+            pool = backbone.get_submodule(step.call.target)
+            keep = (type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1), [1, 1])) or None
+        if keep is not None:
+            found[step.output] = keep
+    return found

@@ -7,21 +7,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_unary
 
 import rnp_kernels
 from rnp_kernels import backends, reference
+from rnp_kernels.packing import PackedWeight
 
 from . import graph as g
+from .agent import Agent
 from .batchnorm import PrefixBatchNorm2d
-from .decider import Decider
+from .decider import Decider, trace_of
 from .macs import Cap, MacCounter
-from .plan import Plan, PlanBuilder
+from .plan import Plan
+from .plan_builder import PlanBuilder
 from .policies import FullWidth, Policy
 
 if TYPE_CHECKING:
     from .convert import Report
 
-OPERATOR = torch.ops.rnp.prefix_conv2d.default
+MODAL = (PrefixBatchNorm2d, nn.BatchNorm2d, nn.Dropout, nn.Dropout2d)  # what a plan takes to be in eval mode
+OPERATOR = _OPERATOR = torch.ops.rnp.prefix_conv2d.default
 
 
 class PrunedNetwork(nn.Module):
@@ -63,8 +68,9 @@ class PrunedNetwork(nn.Module):
         self.penalty_shift, self.max_macs = 0.0, None
         self._steps, self._values, self._input, self._states = steps, values, input_name, states
         self._cap = Cap(counter)
-        self._plans: dict[tuple[bool, bool], Plan] = {}
-        self._norms = [m for m in backbone.modules() if isinstance(m, (PrefixBatchNorm2d, nn.BatchNorm2d))]
+        self._plans: dict[tuple[bool, ...], Plan] = {}
+        self._packs: dict[str, PackedWeight] = {}
+        self._modal = [m for m in backbone.modules() if isinstance(m, MODAL)]
 
     # -- policy --------------------------------------------------------------------------------------------------
 
@@ -123,38 +129,65 @@ class PrunedNetwork(nn.Module):
 
         In eval mode without gradients the flat plan of plan.py runs; otherwise every module, differentiably.
         """
-        want_features = return_trace == "features"
+        want_features, traced = return_trace == "features", bool(return_trace)
         policy = self.policy
         if images.dim() != 4:
             raise ValueError(f"PrunedNetwork: images must be (N, C, H, W), got {tuple(images.shape)}")
-        images = images.contiguous(memory_format=torch.channels_last)
-        planned = not self.training and not self._differentiates(images) and not any(m.training for m in self._norms)
-        if planned and not return_trace and self.max_macs is None and type(policy) is FullWidth:
-            return self._plan(full=True, features=False).run(images, operator_for(images), None)
-        decider = Decider(self, images, want_features)
-        if planned:
-            plan = self._plan(full=False, features=policy.needs_features or want_features)
-            result = plan.run(images, operator_for(images), decider)
+        if self.training or self._differentiates(images) or any(m.training for m in self._modal):
+            decider = Decider(self, images, want_features)
+            result = self._differentiable(images.contiguous(memory_format=torch.channels_last), decider)
+            return (result, decider.trace()) if traced else result
+        operator = operator_for(images)
+        segmented = takes_segments(images) and operator is _OPERATOR
+        if not segmented:
+            images = images.contiguous(memory_format=torch.channels_last)
+        agent = agent_arguments(self, images) if segmented and not want_features else None
+        if agent is not None:
+            plan = self._plan(False, True, agent, traced)
+            run = plan.run_segments(images, operator, None, self.penalty_shift)
+            result = run.values[plan.output_slot]
+            return (result, trace_of(self, plan.actions(run), None)) if traced else result
+        if not traced and self.max_macs is None and type(policy) is FullWidth:
+            plan, decider = self._plan(full=True, features=False), None
         else:
-            result = self._differentiable(images, decider)
-        return (result, decider.trace()) if return_trace else result
+            plan = self._plan(full=False, features=policy.needs_features or want_features)
+            decider = Decider(self, images, want_features)
+        if segmented:
+            result = plan.run_segments(images, operator, decider, 0.0).values[plan.output_slot]
+        else:
+            result = plan.run(images, operator, decider)
+        return (result, decider.trace()) if traced and decider is not None else result
 
     def _differentiates(self, images: Tensor) -> bool:
         return torch.is_grad_enabled() and (
             images.requires_grad or any(p.requires_grad for p in self.backbone.parameters())
         )
 
-    def _plan(self, full: bool, features: bool) -> Plan:
+    def _plan(
+        self, full: bool, features: bool, agent: list[tuple[Tensor, ...]] | None = None, traced: bool = False
+    ) -> Plan:
         """The plan in use, made again where a parameter, buffer or module has changed."""
-        plan = self._plans.get((full, features))
+        key = (full, features, agent is not None, agent is not None and traced)
+        plan = self._plans.get(key)
         if torch.compiler.is_compiling():
             if plan is None:
                 raise RuntimeError("PrunedNetwork: run it once in eval mode before torch.compile or torch.export")
             return plan
-        if plan is None or not plan.current():
-            plan = PlanBuilder(self, full, features).build()
-            self._plans[full, features] = plan
+        if plan is None or plan.agent is not agent or not plan.current():
+            plan = PlanBuilder(self, full, features, agent, traced).build()
+            self._plans[key] = plan
+            if agent is not None:
+                self._plan(full, features)  # what torch.compile and torch.export trace
         return plan
+
+    def _packed(self, name: str, conv: nn.Conv2d) -> Tensor | None:
+        """The packed weights of a convolution, shared by all plans; None where nothing is packed."""
+        if not conv.weight.is_cpu:
+            return None
+        kept = self._packs.get(name)
+        if kept is None or not kept.belongs_to(conv.weight, conv.groups):
+            kept = self._packs[name] = PackedWeight(conv.weight, conv.groups)
+        return kept.data
 
     def train(self, mode: bool = True) -> PrunedNetwork:
         self.refresh()
@@ -163,10 +196,10 @@ class PrunedNetwork(nn.Module):
     def refresh(self) -> None:
         """Drop what is derived from the parameters. Needed only after a change made through `tensor.data` in place,
         which torch does not count; every other change is noticed."""
-        self._plans = {}
+        self._plans, self._packs = {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}}
+        return {**self.__dict__, "_plans": {}, "_packs": {}}
 
     def _differentiable(self, images: Tensor, decider: Decider) -> Any:
         env: dict[str, Any] = {self._input: images}
@@ -304,6 +337,29 @@ class PrunedNetwork(nn.Module):
 def operator_for(images: Tensor) -> Any:
     """torch.ops.rnp.prefix_conv2d, or the reference where that backend is in force; same arguments."""
     return reference_operator if backends.resolve(images) == "reference" else OPERATOR
+
+
+def takes_segments(images: Tensor) -> bool:
+    """Whether whole runs of layers may go to one operator: eager, float32, on a CPU, nobody listening in between."""
+    return (
+        not torch.compiler.is_compiling()
+        and images.is_cpu
+        and images.dtype is torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_tracing()
+        and not has_torch_function_unary(images)
+    )
+
+
+def agent_arguments(network: PrunedNetwork, images: Tensor) -> list[tuple[Tensor, ...]] | None:
+    """What an agent that decides inside the segments hands over; None if it explores, is capped or of another kind."""
+    agent = network.policy
+    if not isinstance(agent, Agent) or agent.epsilon > 0 or network.max_macs is not None:
+        return None
+    if type(agent).act is not Agent.act or type(agent).start is not Agent.start:
+        return None
+    return agent._fused_arguments(images.device)
 
 
 def reference_operator(

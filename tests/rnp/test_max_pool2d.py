@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import rnp.plan  # noqa: F401 (registers the fake kernel)
+import rnp_kernels.max_pool2d  # noqa: F401 (registers the fake kernel)
 from rnp_kernels import _C
 
 OP = torch.ops.rnp.max_pool2d.default

@@ -1,0 +1,304 @@
+#include "cpu/segment.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/agent_step.h"
+#include "cpu/buffer_pool.h"
+#include "cpu/max_pool2d.h"
+#include "cpu/pack_weight.h"
+#include "cpu/prefix_conv2d.h"
+#include "cpu/segment_memory.h"
+
+namespace rnp::cpu {
+namespace {
+
+BufferPool& pool() {
+  static BufferPool* const all = new BufferPool;  // never destroyed: a thread may outlive the static objects
+  return *all;
+}
+
+void require(bool holds, const std::string& what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+ConvShape conv_shape(const SegmentStep& s, const MapShape& in) {
+  ConvShape c;
+  c.c_in = s.c_in, c.h = in.h, c.w = in.w;
+  c.c_out = s.c_out, c.kh = s.kh, c.kw = s.kw;
+  c.stride_h = s.stride_h, c.stride_w = s.stride_w;
+  c.pad_top = s.pad_top, c.pad_bottom = s.pad_bottom, c.pad_left = s.pad_left, c.pad_right = s.pad_right;
+  c.dilation_h = s.dilation_h, c.dilation_w = s.dilation_w;
+  c.groups = s.groups;
+  c.out_h = conv_output_size(c.h, c.kh, c.stride_h, c.pad_top, c.pad_bottom, c.dilation_h);
+  c.out_w = conv_output_size(c.w, c.kw, c.stride_w, c.pad_left, c.pad_right, c.dilation_w);
+  return c;
+}
+
+// body(begin, end, worker) over 0 … count − 1, split evenly over as many threads as have `least` of them to do.
+template <typename F>
+void split(const Threads& threads, int64_t count, int64_t least, F&& body) {
+  const int workers = static_cast<int>(std::clamp<int64_t>(count / least, 1, threads.count));
+  if (workers == 1) return body(int64_t{0}, count, 0);
+  threads(workers, [&](int worker) { body(count * worker / workers, count * (worker + 1) / workers, worker); });
+}
+
+class Runner {
+ public:
+  Runner(const SegmentProgram& program, const std::vector<MapShape>& shapes, const SegmentCall& call,
+         const Threads& threads, int64_t group_bytes)
+      : p_(program), shapes_(shapes), call_(call), threads_(threads), memory_(program, shapes, call.n, group_bytes) {
+    maps_.resize(shapes.size());
+    for (size_t m = 0; m < maps_.size(); ++m)
+      maps_[m].stride = {shapes[m].floats(), 1, shapes[m].w * shapes[m].c, shapes[m].c};
+    for (size_t i = 0; i < p_.map_in.size(); ++i)
+      maps_[slot(p_.map_in[i])] = {const_cast<float*>(call.map_in[i]), call.map_in_stride[i]};
+    indices_.resize(static_cast<size_t>(p_.indices));
+    vectors_.resize(static_cast<size_t>(p_.vectors));
+    for (size_t i = 0; i < p_.index_in.size(); ++i)
+      indices_[slot(p_.index_in[i])] = const_cast<int32_t*>(call.index_in[i]);
+    for (size_t i = 0; i < p_.vector_in.size(); ++i)
+      vectors_[slot(p_.vector_in[i])] = const_cast<float*>(call.vector_in[i]);
+    for (size_t i = 0; i < p_.map_out.size(); ++i) maps_[slot(p_.map_out[i])].data = call.map_out[i];
+    for (size_t i = 0; i < p_.index_out.size(); ++i) indices_[slot(p_.index_out[i])] = call.index_out[i];
+    for (size_t i = 0; i < p_.vector_out.size(); ++i) vectors_[slot(p_.vector_out[i])] = call.vector_out[i];
+  }
+
+  void check() const {
+    for (size_t i = 0; i < p_.index_in.size(); ++i) {
+      const int64_t limit = p_.index_limit[slot(p_.index_in[i])];
+      for (int64_t n = 0; n < call_.n; ++n) {
+        const int32_t v = call_.index_in[i][n];
+        require(v >= 0 && v <= limit, "index input " + std::to_string(i) + " must lie in 0…" + std::to_string(limit) +
+                                          "; got " + std::to_string(v) + " for sample " + std::to_string(n));
+      }
+    }
+    for (const SegmentStep& s : p_.steps) {
+      if (s.op == SegmentOp::kConv) check_conv(s);
+      if (s.op == SegmentOp::kDecide) check_agent(s);
+    }
+  }
+
+  void run() {
+    size_t floats = static_cast<size_t>(memory_.floats);
+    const auto reserve = [&](int64_t elements) {
+      const size_t begin = floats;
+      floats += static_cast<size_t>((elements * call_.n + 15) / 16 * 16);
+      return begin;
+    };
+    std::vector<std::pair<size_t, size_t>> vectors, indices;  // slot, first element
+    for (size_t v = 0; v < vectors_.size(); ++v)
+      if (!vectors_[v] && p_.vector_size[v] > 0) vectors.emplace_back(v, reserve(p_.vector_size[v]));
+    for (size_t i = 0; i < indices_.size(); ++i)
+      if (!indices_[i]) indices.emplace_back(i, reserve(1));
+    BufferPool::Buffer buffer = pool().take(floats);
+    for (auto [v, first] : vectors) vectors_[v] = buffer.data.get() + first;
+    for (auto [i, first] : indices) indices_[i] = reinterpret_cast<int32_t*>(buffer.data.get() + first);
+    for (size_t m = 0; m < maps_.size(); ++m)
+      if (!maps_[m].data && memory_.offset[m] >= 0) maps_[m].data = buffer.data.get() + memory_.offset[m];
+    for (const SegmentPhase& phase : memory_.phases)
+      for (int64_t first = 0; first < call_.n; first += phase.samples)
+        for (size_t i = phase.first; i < phase.end; ++i)
+          step(p_.steps[i], first, std::min(phase.samples, call_.n - first));
+    pool().give(std::move(buffer));
+  }
+
+ private:
+  struct Map {
+    float* data = nullptr;
+    Strides4 stride;
+  };
+
+  static size_t slot(int64_t number) { return static_cast<size_t>(number); }
+
+  const Constant& constant(int64_t index) const {
+    require(index >= 0 && slot(index) < call_.constants.size(), "a constant is missing");
+    return call_.constants[slot(index)];
+  }
+
+  void check_conv(const SegmentStep& s) const {
+    ConvShape shape = conv_shape(s, shapes_[slot(s.x)]);
+    const Constant& weight = constant(s.weight);
+    const char* mismatch = packed_mismatch(weight.data, weight.floats, PackedLayout(shape));
+    require(!mismatch, std::string("packed weights do not belong to a convolution: ") + (mismatch ? mismatch : ""));
+    for (int64_t table : {s.scale, s.bias})
+      if (table >= 0)
+        require(table + std::max<int64_t>(1, s.lines) * s.c_out <= constant(0).floats,
+                "a table must lie within constant 0");
+  }
+
+  void check_agent(const SegmentStep& s) const {
+    const int64_t gates = 3 * s.hidden;
+    const int64_t sizes[kAgentConstants] = {
+        s.feature_size, s.feature_size, s.code * s.feature_size, s.code,   gates * s.input, gates * s.hidden,
+        gates,          gates,          s.actions * s.hidden,    s.actions};
+    for (int64_t i = 0; i < kAgentConstants; ++i)
+      require(constant(s.agent + i).floats == sizes[i], "the agent's constant " + std::to_string(i) + " must have " +
+                                                            std::to_string(sizes[i]) + " elements; got " +
+                                                            std::to_string(constant(s.agent + i).floats));
+  }
+
+  // A map slot from the sample `first` of the batch on.
+  float* map_at(int64_t m, int64_t first) const {
+    const Map& map = maps_[slot(m)];
+    return memory_.whole_batch[slot(m)] ? map.data + first * map.stride.n : map.data;
+  }
+  int32_t* index_at(int64_t i, int64_t first) const { return i < 0 ? nullptr : indices_[slot(i)] + first; }
+  float* vector_at(int64_t v, int64_t first) const {
+    return v < 0 ? nullptr : vectors_[slot(v)] + first * p_.vector_size[slot(v)];
+  }
+
+  void step(const SegmentStep& s, int64_t first, int64_t count) {
+    switch (s.op) {
+      case SegmentOp::kConv:
+        return convolve(s, first, count);
+      case SegmentOp::kMaxPool:
+        return max_pool(s, first, count);
+      case SegmentOp::kAdd:
+        return add(s, first, count);
+      case SegmentOp::kPrefix: {
+        const int32_t* group = index_at(s.a, first);
+        int32_t* to = index_at(s.result, first);
+        for (int64_t n = 0; n < count; ++n)
+          to[n] = static_cast<int32_t>((group[n] * s.channels + s.actions - 1) / s.actions);
+        return;
+      }
+      case SegmentOp::kLargest: {
+        const int32_t *a = index_at(s.a, first), *b = index_at(s.b, first);
+        int32_t* to = index_at(s.result, first);
+        for (int64_t n = 0; n < count; ++n) to[n] = std::max(a[n], b[n]);
+        return;
+      }
+      case SegmentOp::kDecide:
+        return decide(s, first, count);
+    }
+  }
+
+  void convolve(const SegmentStep& s, int64_t first, int64_t count) {
+    PrefixConv2dParams p;
+    p.shape = conv_shape(s, shapes_[slot(s.x)]);
+    p.shape.n = count;
+    p.input = map_at(s.x, first);
+    p.input_stride = maps_[slot(s.x)].stride;
+    p.packed = call_.constants[slot(s.weight)].data;
+    p.in_prefix = index_at(s.in, first);
+    p.out_prefix = index_at(s.out, first);
+    p.row = index_at(s.row, first);
+    const float* tables = s.scale >= 0 || s.bias >= 0 ? call_.constants[0].data : nullptr;
+    p.scale = s.scale >= 0 ? tables + s.scale : nullptr;
+    p.bias = s.bias >= 0 ? tables + s.bias : nullptr;
+    p.scale_row_stride = p.bias_row_stride = s.lines > 0 ? s.c_out : 0;
+    if (s.residual >= 0) {
+      p.residual = map_at(s.residual, first);
+      p.residual_stride = maps_[slot(s.residual)].stride;
+    }
+    p.activation = s.relu > 0 ? Activation::kRelu : Activation::kNone;
+    p.tail = s.skip > 0 ? Tail::kSkip : Tail::kZero;
+    p.output = map_at(s.y, first);
+    p.output_stride = maps_[slot(s.y)].stride;
+    p.pooled = vector_at(s.mean, first);
+    prefix_conv2d(p, threads_);
+  }
+
+  void max_pool(const SegmentStep& s, int64_t first, int64_t count) {
+    const MapShape &in = shapes_[slot(s.x)], &out = shapes_[slot(s.y)];
+    MaxPoolParams p;
+    p.n = count, p.c = in.c, p.h = in.h, p.w = in.w, p.out_h = out.h, p.out_w = out.w;
+    p.kernel_h = s.kh, p.kernel_w = s.kw, p.stride_h = s.stride_h, p.stride_w = s.stride_w;
+    p.pad_h = s.pad_top, p.pad_w = s.pad_left;
+    p.input = map_at(s.x, first);
+    p.prefix = index_at(s.in, first);
+    p.zero_tail = s.skip <= 0;
+    p.output = map_at(s.y, first);
+    const int64_t row_reads = p.out_w * p.kernel_h * p.kernel_w * p.c;
+    split(threads_, p.n * p.out_h, 65536 / std::max<int64_t>(1, row_reads) + 1,
+          [&](int64_t begin, int64_t end, int) { max_pool2d(p, begin, end); });
+  }
+
+  void add(const SegmentStep& s, int64_t first, int64_t count) {
+    const float *a = map_at(s.x, first), *b = map_at(s.residual, first);
+    float* to = map_at(s.y, first);
+    split(threads_, count * shapes_[slot(s.y)].floats(), 32768, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) to[i] = a[i] + b[i];
+    });
+  }
+
+  void decide(const SegmentStep& s, int64_t first, int64_t count) {
+    AgentStepParams p;
+    p.samples = count, p.features = s.feature_size, p.code = s.code, p.hidden = s.hidden;
+    p.actions = s.actions, p.channels = s.channels, p.input = s.input, p.shift = call_.shift;
+    const Constant* constants = &call_.constants[slot(s.agent)];
+    p.pooled = vector_at(s.features, first);
+    p.hidden_in = vector_at(s.hidden_in, first);
+    p.previous = index_at(s.previous, first);
+    p.mean = constants[0].data, p.inv_std = constants[1].data;
+    p.encoder_weight = constants[2].data, p.encoder_bias = constants[3].data;
+    p.weight_ih = constants[4].data, p.weight_hh = constants[5].data;
+    p.bias_ih = constants[6].data, p.bias_hh = constants[7].data;
+    p.decoder_weight = constants[8].data, p.decoder_bias = constants[9].data;
+    p.hidden_out = vector_at(s.hidden_out, first);
+    p.action = index_at(s.action, first);
+    p.out_prefix = index_at(s.result, first);
+    q_.resize(std::max(q_.size(), static_cast<size_t>(count * s.actions)));
+    p.q = q_.data();
+    constexpr int64_t kBlock = 16, kBlocksWorthAThread = 4;  // samples the kernel takes at once; some microseconds
+    const int64_t floats = agent_step_scratch(p);
+    scratch_.resize(std::max(scratch_.size(), static_cast<size_t>(floats * threads_.count)));
+    split(threads_, (count + kBlock - 1) / kBlock, kBlocksWorthAThread, [&](int64_t begin, int64_t end, int worker) {
+      agent_step(p, begin * kBlock, std::min(count, end * kBlock), scratch_.data() + worker * floats);
+    });
+  }
+
+  const SegmentProgram& p_;
+  const std::vector<MapShape>& shapes_;
+  const SegmentCall& call_;
+  const Threads& threads_;
+  SegmentMemory memory_;
+  std::vector<Map> maps_;
+  std::vector<int32_t*> indices_;
+  std::vector<float*> vectors_;
+  std::vector<float> q_, scratch_;
+};
+
+}  // namespace
+
+std::vector<MapShape> segment_shapes(const SegmentProgram& program, const std::vector<MapShape>& map_in) {
+  std::vector<MapShape> shapes(static_cast<size_t>(program.maps));
+  for (size_t i = 0; i < program.map_in.size(); ++i) shapes[static_cast<size_t>(program.map_in[i])] = map_in[i];
+  for (const SegmentStep& s : program.steps) {
+    if (s.y < 0) continue;
+    const MapShape& x = shapes[static_cast<size_t>(s.x)];
+    MapShape& y = shapes[static_cast<size_t>(s.y)];
+    if (s.op == SegmentOp::kConv) {
+      require(x.c == s.c_in,
+              "a convolution needs " + std::to_string(s.c_in) + " input channels; got " + std::to_string(x.c));
+      const ConvShape c = conv_shape(s, x);
+      y = {c.c_out, c.out_h, c.out_w};
+    } else if (s.op == SegmentOp::kMaxPool) {
+      if (s.in >= 0) require(program.index_limit[static_cast<size_t>(s.in)] <= x.c, "a prefix exceeds its map");
+      y = {x.c, conv_output_size(x.h, s.kh, s.stride_h, s.pad_top, s.pad_top, 1),
+           conv_output_size(x.w, s.kw, s.stride_w, s.pad_left, s.pad_left, 1)};
+    } else {
+      y = x;
+    }
+    require(y.h > 0 && y.w > 0, "the window must fit into the padded input");
+    if (s.residual >= 0) {
+      const MapShape& r = shapes[static_cast<size_t>(s.residual)];
+      require(r.c == y.c && r.h == y.h && r.w == y.w, "the two sides of a sum must have one shape");
+    }
+  }
+  return shapes;
+}
+
+void run_segment(const SegmentProgram& program, const std::vector<MapShape>& shapes, const SegmentCall& call,
+                 const Threads& threads, int64_t group_bytes) {
+  Runner runner(program, shapes, call, threads, group_bytes);
+  runner.check();
+  if (call.n > 0) runner.run();
+}
+
+void release_segment_memory() { pool().release(); }
+
+}  // namespace rnp::cpu

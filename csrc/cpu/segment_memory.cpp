@@ -1,0 +1,119 @@
+#include "cpu/segment_memory.h"
+
+#include <algorithm>
+
+namespace rnp::cpu {
+namespace {
+
+// Bytes of weights that a step reads.
+int64_t weight_bytes(const SegmentStep& s) {
+  return s.op == SegmentOp::kConv ? s.c_in / s.groups * s.c_out * s.kh * s.kw * int64_t{sizeof(float)} : 0;
+}
+
+// Samples that should pass through a step together: as many as keep its maps in the caches, yet enough to make the
+// weights, read once for each group, cost less than the maps.
+int64_t wanted_samples(const SegmentStep& s, const std::vector<MapShape>& shapes, int64_t n, int64_t group_bytes) {
+  if (s.y < 0) return n;
+  int64_t maps = 0;
+  for (int64_t slot : {s.x, s.y, s.residual})
+    if (slot >= 0) maps += shapes[static_cast<size_t>(slot)].floats() * int64_t{sizeof(float)};
+  return std::clamp<int64_t>(std::max(group_bytes, weight_bytes(s)) / std::max<int64_t>(1, maps), 1, n);
+}
+
+// First fit among the blocks in use, which are kept in order.
+class Room {
+ public:
+  int64_t take(int64_t floats) {
+    floats = (floats + 15) / 16 * 16;
+    int64_t at = 0;
+    auto where = used_.begin();
+    for (; where != used_.end() && where->first - at < floats; ++where) at = where->end;
+    used_.insert(where, {at, at + floats});
+    most_ = std::max(most_, at + floats);
+    return at;
+  }
+  void give(int64_t offset) {
+    used_.erase(std::find_if(used_.begin(), used_.end(), [&](const Block& b) { return b.first == offset; }));
+  }
+  int64_t most() const { return most_; }
+
+ private:
+  struct Block {
+    int64_t first, end;
+  };
+  std::vector<Block> used_;
+  int64_t most_ = 0;
+};
+
+}  // namespace
+
+SegmentMemory::SegmentMemory(const SegmentProgram& program, const std::vector<MapShape>& shapes, int64_t n,
+                             int64_t group_bytes)
+    : offset(shapes.size(), -1), whole_batch(shapes.size(), true) {
+  cut(program, shapes, n, group_bytes);
+  place(program, shapes, n);
+}
+
+void SegmentMemory::cut(const SegmentProgram& program, const std::vector<MapShape>& shapes, int64_t n,
+                        int64_t group_bytes) {
+  // Later layers have smaller maps: groups only grow on the way, so few phases come out.
+  const size_t count = program.steps.size();
+  std::vector<int64_t> samples(count, n);
+  int64_t least = n;
+  for (size_t i = count; i-- > 0;) {
+    least = std::min(least, wanted_samples(program.steps[i], shapes, n, group_bytes));
+    samples[i] = least;
+  }
+  for (size_t i = 0; i < count; ++i) {
+    if (phases.empty() || phases.back().samples != samples[i]) phases.push_back({i, i, samples[i]});
+    phases.back().end = i + 1;
+  }
+}
+
+void SegmentMemory::place(const SegmentProgram& program, const std::vector<MapShape>& shapes, int64_t n) {
+  std::vector<bool> outside(shapes.size(), false);
+  for (int64_t slot : program.map_in) outside[static_cast<size_t>(slot)] = true;
+  for (int64_t slot : program.map_out) outside[static_cast<size_t>(slot)] = true;
+  std::vector<int64_t> last(shapes.size());
+  for (size_t i = 0; i < last.size(); ++i) last[i] = std::max(program.last_use[i], program.first_use[i]);
+  Room room;
+  for (const SegmentPhase& phase : phases) {
+    const bool grouped = phase.samples < n;
+    const int64_t end = static_cast<int64_t>(phase.end);
+    const auto inside = [&](int64_t slot) { return slot >= 0 && !outside[static_cast<size_t>(slot)]; };
+    // What outlives a phase of groups must not share memory with anything that a later group writes in it.
+    std::vector<int64_t> at_end;
+    for (size_t i = phase.first; i < phase.end; ++i) {
+      const int64_t y = program.steps[i].y;
+      if (!inside(y)) continue;
+      whole_batch[static_cast<size_t>(y)] = !grouped || last[static_cast<size_t>(y)] >= end;
+      if (grouped && whole_batch[static_cast<size_t>(y)])
+        offset[static_cast<size_t>(y)] = room.take(n * shapes[static_cast<size_t>(y)].floats());
+    }
+    for (size_t i = phase.first; i < phase.end; ++i) {
+      const SegmentStep& s = program.steps[i];
+      const size_t y = static_cast<size_t>(s.y), r = static_cast<size_t>(s.residual);
+      const int64_t step = static_cast<int64_t>(i);
+      int64_t kept = -1;
+      if (inside(s.y) && offset[y] < 0) {
+        // A sum is written over its residual, element by element, where nobody reads that again.
+        if (inside(s.residual) && s.residual != s.x && last[r] == step && whole_batch[r] == whole_batch[y]) {
+          offset[y] = offset[r];
+          kept = s.residual;
+        } else {
+          offset[y] = room.take((whole_batch[y] ? n : phase.samples) * shapes[y].floats());
+        }
+      }
+      const int64_t residual = s.residual == s.x ? -1 : s.residual;
+      for (int64_t slot : {s.x, residual, s.y}) {
+        if (!inside(slot) || slot == kept || last[static_cast<size_t>(slot)] != step) continue;
+        const int64_t at = offset[static_cast<size_t>(slot)];
+        grouped&& whole_batch[static_cast<size_t>(slot)] ? at_end.push_back(at) : room.give(at);
+      }
+    }
+    for (int64_t at : at_end) room.give(at);
+  }
+  floats = room.most();
+}
+
+}  // namespace rnp::cpu

@@ -1,0 +1,403 @@
+"""Builds the plan of a converted network (plan.py): one instruction a layer, with its arguments already in place.
+
+A value's *group* (N,) int32 1…k is the largest of some decisions' actions; its prefix is ceil(group · C / k). Tables
+have a line 0 that is never used, so that a group is at once the `row` of its line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rnp_kernels.max_pool2d  # noqa: F401 (registers the operator's fake kernel)
+
+from . import graph as g
+from .batchnorm import PrefixBatchNorm2d
+from .fold import find_averages, norm_table, tables, zero_tails
+from .plan import Plan, Run, Source, watch
+from .segments import Constants, Instruction, Native, Slot, Table, Written, release
+
+if TYPE_CHECKING:
+    from .network import PrunedNetwork
+
+MAX_POOL = torch.ops.rnp.max_pool2d.default
+Group = frozenset[int] | None
+NOTHING = 0  # slot of `values` and `prefixes` that always holds None
+
+
+class PlanBuilder:
+    """Builds the plan for mixed actions, or with `full` the one in which every group is k and nobody is asked.
+
+    `features`: the policy wants the pooled features. `agent`: the arguments, layer by layer, of an agent that decides
+    inside the segments; `traced` then keeps its actions.
+    """
+
+    def __init__(
+        self,
+        network: PrunedNetwork,
+        full: bool,
+        features: bool,
+        agent: list[tuple[Tensor, ...]] | None = None,
+        traced: bool = False,
+    ) -> None:
+        self.network, self.full, self.features = network, full, features and not full
+        self.agent, self.traced = agent, traced
+        self.backbone, self.k = network.backbone, network.groups
+        self.steps, self.values = network._steps, network._values
+        self.states = [] if not self.features else network._states
+        self.averages = find_averages(self.steps, self.backbone)
+        self.zero = zero_tails(self.steps, self.states, set(self.averages))
+        self.alias: dict[str, str] = {}  # values that are another one unchanged
+        self.slots: dict[str, int] = {}
+        self.prefix_of: dict[tuple[frozenset[int], int | None], int] = {}
+        self.instructions: list[Instruction] = []
+        self.decided = 0
+        self.pooled: dict[str, int] = {}
+        self.hidden = NOTHING  # the agent's state after the last decision
+        self.next_value = self.next_prefix = 1
+        self.sources: list[Source] = []
+        first = next(self.backbone.parameters())
+        self.device = first.device
+        # What the segments' operator takes.
+        self.native = self.device.type == "cpu" and first.dtype is torch.float32
+
+    # -- slots ---------------------------------------------------------------------------------------------------
+
+    def emit(self, call: Callable[[Run], None], reads: list[Slot], native: Native | None = None) -> None:
+        self.instructions.append(Instruction(call, reads, native if self.native else None))
+
+    def new_value(self) -> int:
+        self.next_value += 1
+        return self.next_value - 1
+
+    def slot(self, name: str) -> int:
+        name = self.root(name)
+        if name not in self.slots:
+            self.slots[name] = self.new_value()
+        return self.slots[name]
+
+    def root(self, name: str) -> str:
+        return self.alias.get(name, name)
+
+    def is_identity(self, step: g.Step) -> bool:
+        """Dropout, in eval mode, and nn.Identity."""
+        if not isinstance(step, (g.ChannelwiseStep, g.OpaqueStep)) or step.call.op != "call_module":
+            return False
+        if step.call.args != (g.Arg(0),) or step.call.kwargs:
+            return False
+        return type(self.module(step.call.target)) in (nn.Identity, nn.Dropout, nn.Dropout2d)
+
+    def map(self, name: str) -> Slot:
+        return Slot("map", self.slot(name))
+
+    def group_slot(self, group: Group) -> int:
+        """Slot of the group's tensor (N,) 1…k; emits the maximum that makes it, once."""
+        if group is None or self.full:
+            return NOTHING
+        key = (group, None)
+        if key not in self.prefix_of:
+            # Reuse the largest maximum there is: the group of a residual stream grows by one decision at a time.
+            known = [have for have, channels in self.prefix_of if channels is None and have < group]
+            first = max(known, key=len)
+            rest = self.group_slot(group - first)
+            a, target = self.prefix_of[first, None], self.new_prefix(key)
+
+            def maximum(run: Run) -> None:
+                run.prefixes[target] = torch.maximum(run.prefixes[a], run.prefixes[rest])
+
+            both = [Slot("index", a, self.k), Slot("index", rest, self.k)]
+            self.emit(maximum, both, Native("largest", [*both, Written(Slot("index", target, self.k))]))
+        return self.prefix_of[key]
+
+    def prefix_slot(self, group: Group, channels: int) -> int:
+        """Slot of the prefix (N,) int32 for a map of `channels`; emits the look-up that makes it, once."""
+        if group is None or self.full:
+            return NOTHING
+        key = (group, channels)
+        if key not in self.prefix_of:
+            source, target = self.group_slot(group), self.new_prefix(key)
+            table = self.prefix_table(channels)
+
+            def look_up(run: Run) -> None:
+                run.prefixes[target] = table.index_select(0, run.prefixes[source])
+
+            read, written = Slot("index", source, self.k), Written(Slot("index", target, channels))
+            self.emit(look_up, [read], Native("prefix", [read, written, channels, self.k]))
+        return self.prefix_of[key]
+
+    def prefix_table(self, channels: int) -> Tensor:
+        """Group 0…k → live channels (k + 1,) int32."""
+        sizes = [0] + [g.prefix_size(a, channels, self.k) for a in range(1, self.k + 1)]
+        return torch.tensor(sizes, dtype=torch.int32, device=self.device)
+
+    def new_prefix(self, key: tuple[frozenset[int], int | None]) -> int:
+        self.prefix_of[key] = self.next_prefix
+        self.next_prefix += 1
+        return self.prefix_of[key]
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def build(self) -> Plan:
+        for step in self.steps:
+            if self.is_identity(step):
+                self.alias[step.output] = self.root(step.inputs[0])
+        last_use = {self.root(name): i for i, step in enumerate(self.steps) for name in step.inputs}
+        decisions = len(self.network.layers)
+        with torch.no_grad():
+            if not self.features:  # a policy that looks at nothing is asked before the first layer
+                for decision in range(decisions):
+                    self.emit_decision(decision)
+            for i, step in enumerate(self.steps):
+                if step.output in self.alias:
+                    continue
+                if isinstance(step, g.ConvStep):
+                    self.emit_conv(step)
+                elif isinstance(step, g.NormStep):
+                    self.emit_norm(step)
+                elif isinstance(step, g.AddStep):
+                    self.emit_add(step)
+                else:
+                    assert isinstance(step, (g.ChannelwiseStep, g.OpaqueStep))
+                    self.emit_call(step)
+                if step.output in self.states and step.output not in self.pooled:
+                    self.emit_mean(step.output)
+                names = dict.fromkeys(self.root(name) for name in step.inputs)
+                self.emit_free([name for name in names if last_use[name] == i])
+        actions = [] if self.full else [self.prefix_of[frozenset([d]), None] for d in range(decisions)]
+        return Plan(
+            self.instructions, self.next_value, self.next_prefix, self.slot(self.network._input),
+            self.slot(self.steps[-1].output), actions, self.agent, self.traced, self.sources,
+        )  # fmt: skip
+
+    def module(self, name: str) -> nn.Module:
+        """The module, whose replacement the plan will notice."""
+        owner, _, last = name.rpartition(".")
+        registry = self.backbone.get_submodule(owner)._modules
+        self.sources.append(Source(registry, last, registry[last]))
+        return self.backbone.get_submodule(name)
+
+    def emit_decision(self, decision: int) -> None:
+        """Ask for the action, unless that has been done."""
+        if self.full or decision < self.decided:
+            return
+        assert decision == self.decided
+        self.decided += 1
+        if self.agent is not None:
+            self.emit_agent(decision, self.agent[decision])
+            return
+        target = self.new_prefix((frozenset([decision]), None))
+        if not self.features:
+
+            def ask(run: Run) -> None:
+                assert run.decide is not None
+                run.prefixes[target] = run.decide(decision, None)
+
+            self.emit(ask, [])
+            return
+        state = self.pooled[self.states[decision]]
+        channels = self.network.decision_channels[decision]
+        prefix, table = self.new_prefix((frozenset([decision]), channels)), self.prefix_table(channels)
+
+        def decide(run: Run) -> None:
+            decider = run.decide
+            assert decider is not None
+            run.prefixes[target] = action = decider(decision, run.values[state])
+            known = decider.out_prefix
+            run.prefixes[prefix] = table.index_select(0, action) if known is None else known
+
+        self.emit(decide, [Slot("vector", state)])
+
+    def emit_agent(self, decision: int, arguments: tuple[Tensor, ...]) -> None:
+        """A decision of an agent inside a segment. `arguments`: what `agent_step` takes between previous and shift."""
+        before = self.prefix_of.get((frozenset([decision - 1]), None), NOTHING)
+        target = self.new_prefix((frozenset([decision]), None))
+        channels = self.network.decision_channels[decision]
+        prefix = self.new_prefix((frozenset([decision]), channels))
+        code, size = arguments[2].shape
+        columns, hidden = arguments[4].shape[1], arguments[5].shape[1]
+        state = Slot("vector", self.pooled[self.states[decision]], size)
+        previous = Slot("index", before if columns > code else NOTHING, self.k)
+        old, new = Slot("vector", self.hidden, hidden), self.new_value()
+        operands: list[Any] = [
+            state, old, previous, Written(Slot("vector", new, hidden)), Written(Slot("index", target, self.k)),
+            Written(Slot("index", prefix, channels)), Constants(arguments), size, code, hidden, columns, self.k,
+            channels,
+        ]  # fmt: skip
+        self.hidden = new
+
+        def outside(run: Run) -> None:
+            raise RuntimeError("PrunedNetwork: this plan runs in segments only")
+
+        self.emit(outside, [state, old, previous], Native("decide", operands))
+
+    def emit_conv(self, step: g.ConvStep) -> None:
+        conv = self.module(step.conv)
+        norm = self.module(step.norm) if step.norm else None
+        assert isinstance(conv, nn.Conv2d)
+        if step.decision is not None:
+            self.emit_decision(step.decision)
+        self.sources += watch(conv)
+        if norm is not None:
+            self.sources += watch(norm)
+        varies = step.in_group is not None and not self.full and isinstance(norm, PrefixBatchNorm2d)
+        scale, bias = tables(conv, norm, varies, self.k)
+        weight = conv.weight.detach()
+        packed = self.network._packed(step.conv, conv)
+        x, y = self.slot(step.inputs[0]), self.slot(step.output)
+        in_prefix = self.prefix_slot(step.in_group, conv.in_channels)
+        out_prefix = self.prefix_slot(step.out_group, conv.out_channels)
+        row = self.group_slot(step.in_group) if varies else NOTHING
+        residual = self.slot(step.inputs[1]) if step.residual else NOTHING
+        activation = "relu" if step.relu else "none"
+        skip = out_prefix != NOTHING and not step.residual and step.output not in self.zero
+        tail = "skip" if skip else "zero"
+        averaged = any(s.output in self.averages and s.inputs[0] == step.output for s in self.steps)
+        pooled = step.output in self.states or averaged
+        stride, dilation, groups = list(conv.stride), list(conv.dilation), conv.groups
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        padding = [top, bottom, left, right]
+        if conv.padding_mode != "zeros":
+            x = self.emit_pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
+            padding = [0, 0, 0, 0]
+        mean = NOTHING
+        if pooled:
+            mean = self.pooled[step.output] = self.new_value()
+
+        def convolve(run: Run) -> None:
+            values, prefixes = run.values, run.prefixes
+            output = run.operator(
+                values[x], weight, bias, stride, padding, dilation, groups, prefixes[in_prefix], prefixes[out_prefix],
+                scale, prefixes[row], values[residual], activation, tail, pooled, packed,
+            )  # fmt: skip
+            values[y] = output[0]
+            if pooled:
+                values[mean] = output[1]
+
+        reads = [Slot("map", x), Slot("map", residual), Slot("index", in_prefix, conv.in_channels),
+                 Slot("index", out_prefix, conv.out_channels), Slot("index", row, self.k)]  # fmt: skip
+        native = None
+        # A plain call may take torch's own convolution where that is faster, which the segments' operator never does.
+        if packed is not None and (norm is not None or step.relu or step.residual or pooled):
+            native = Native("conv", [
+                reads[0], reads[1], Written(Slot("map", y)), *reads[2:],
+                Written(Slot("vector", mean, conv.out_channels)), Constants([packed]), Table(scale), Table(bias),
+                self.k + 1 if varies else 0, conv.in_channels, conv.out_channels, groups, *conv.kernel_size, *stride,
+                *padding, *dilation, int(step.relu), int(skip),
+            ])  # fmt: skip
+        self.emit(convolve, reads, native)
+
+    def emit_pad(self, x: int, amounts: list[int], mode: str) -> int:
+        y = self.new_value()
+
+        def pad(run: Run) -> None:
+            run.values[y] = F.pad(run.values[x], amounts, mode=mode)
+
+        self.emit(pad, [Slot("map", x)])
+        return y
+
+    def emit_mean(self, name: str) -> None:
+        """The state where no convolution gives it along with its output."""
+        x, y = self.slot(name), self.new_value()
+        self.pooled[name] = y
+
+        def mean(run: Run) -> None:
+            run.values[y] = run.values[x].mean((2, 3), dtype=torch.float32)
+
+        self.emit(mean, [Slot("map", x)])
+
+    def emit_norm(self, step: g.NormStep) -> None:
+        norm = self.module(step.norm)
+        assert isinstance(norm, PrefixBatchNorm2d)
+        self.sources += watch(norm)
+        x, y = self.slot(step.inputs[0]), self.slot(step.output)
+        scale, shift = norm_table(norm, self.k)
+        group = self.group_slot(self.values[step.inputs[0]].group)
+        full_scale, full_shift = (t[-1, :, None, None].clone() for t in (scale, shift))
+
+        def normalise(run: Run) -> None:
+            row = run.prefixes[group]
+            if row is None:
+                run.values[y] = torch.addcmul(full_shift, run.values[x], full_scale)
+            else:
+                a, b = (t.index_select(0, row)[:, :, None, None] for t in (scale, shift))
+                run.values[y] = torch.addcmul(b, run.values[x], a)
+
+        self.emit(normalise, [Slot("map", x), Slot("index", group, self.k)])
+
+    def emit_add(self, step: g.AddStep) -> None:
+        a, b, y = (self.map(name) for name in (*step.inputs, step.output))
+
+        def add(run: Run) -> None:
+            run.values[y.number] = run.values[a.number] + run.values[b.number]
+
+        self.emit(add, [a, b], Native("add", [a, b, Written(y)]))
+
+    def emit_call(self, step: g.ChannelwiseStep | g.OpaqueStep) -> None:
+        if step.output in self.averages:
+            self.emit_average(step)
+            return
+        if self.emit_max_pool(step):
+            return
+        slots, y, call, backbone = [self.slot(n) for n in step.inputs], self.slot(step.output), step.call, self.backbone
+        reads = [Slot("map", slot) for slot in slots]
+        if call.op == "call_module" and call.args == (g.Arg(0),) and not call.kwargs:
+            module, x = self.module(call.target), slots[0]
+
+            def call_module(run: Run) -> None:
+                run.values[y] = module(run.values[x])
+
+            self.emit(call_module, reads)
+            return
+
+        def execute(run: Run) -> None:
+            run.values[y] = call.run(backbone, [run.values[slot] for slot in slots], False)
+
+        self.emit(execute, reads)
+
+    def emit_max_pool(self, step: g.ChannelwiseStep | g.OpaqueStep) -> bool:
+        """Max-pooling of the live channels only, where the operator does it: float32 on a CPU."""
+        if not isinstance(step, g.ChannelwiseStep) or self.device.type != "cpu":
+            return False
+        pool = self.module(step.call.target) if step.call.op == "call_module" else step.call.as_max_pool()
+        if type(pool) is not nn.MaxPool2d or pool.ceil_mode or g.pair(pool.dilation) != [1, 1]:
+            return False
+        kernel, padding = g.pair(pool.kernel_size), g.pair(pool.padding)
+        stride = g.pair(pool.stride)
+        x, y = self.slot(step.inputs[0]), self.slot(step.output)
+        value = self.values[step.inputs[0]]
+        prefix = self.prefix_slot(value.group, value.channels)
+        tail = "zero" if step.output in self.zero else "skip"
+
+        def max_pool(run: Run) -> None:
+            feature_map = run.values[x]
+            if feature_map.dtype is torch.float32:
+                run.values[y] = MAX_POOL(feature_map, run.prefixes[prefix], kernel, stride, padding, tail)
+            else:
+                run.values[y] = pool(feature_map)
+
+        reads = [Slot("map", x), Slot("index", prefix, value.channels)]
+        written = Written(Slot("map", y))
+        operands = [reads[0], written, reads[1], *kernel, *stride, *padding, int(tail == "skip")]
+        self.emit(max_pool, reads, Native("max_pool", operands))
+        return True
+
+    def emit_average(self, step: g.Step) -> None:
+        """Global average pooling: the convolution before has given the means already."""
+        y, mean, keep = self.slot(step.output), self.pooled[step.inputs[0]], self.averages[step.output]
+        dtype = next(self.backbone.parameters()).dtype
+
+        def average(run: Run) -> None:
+            means = run.values[mean].to(dtype)
+            run.values[y] = means[:, :, None, None] if keep else means
+
+        self.emit(average, [Slot("vector", mean)])
+
+    def emit_free(self, names: list[str]) -> None:
+        """Let the tensors go after their last use, so that the allocator can give their memory out again."""
+        slots = [self.slot(name) for name in names]
+        if slots:
+            self.instructions.append(Instruction(release(slots), frees=slots))
