@@ -21,39 +21,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-DType dtype_of(const char* op, const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, float64, bfloat16 or float16; got ",
-                      torch::headeronly::toString(t.scalar_type()));
-  }
-  return DType::kFloat32;
-}
-
-// torch's own rule (is_channels_last_strides_2d): ambiguous strides count as contiguous.
-bool is_channels_last(const Tensor& t) {
-  int64_t least = 0;
-  if (t.stride(1) == 0) return false;
-  for (int d : {1, 3, 2, 0}) {
-    if (t.size(d) == 0 || t.stride(d) < least) return false;
-    if (d == 0 && least == t.stride(1)) return false;
-    least = t.stride(d) * (t.size(d) > 1 ? t.size(d) : 1);
-  }
-  return true;
-}
-
-void check_cpu(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU like the input");
-}
-
 PackedLayout checked_layout(const char* op, const Tensor& weight, int64_t groups) {
   STD_TORCH_CHECK(weight.dim() == 4, op, ": weight must be 4-D (C_out, C_in / groups, kH, kW); got ", text(weight));
   STD_TORCH_CHECK(weight.numel() > 0, op, ": weight must not be empty; got ", text(weight));
@@ -133,25 +100,6 @@ ConvShape checked_shape(const Tensor& input, const Tensor& weight, const std::ve
   STD_TORCH_CHECK(s.out_h > 0 && s.out_w > 0, kOp, ": the dilated kernel must fit into the padded input; got input ",
                   text(input), ", weight ", text(weight));
   return s;
-}
-
-// An int32 vector with one entry per sample, read and checked against [0, limit].
-std::vector<int32_t> checked_indices(const char* name, const OptionalTensor& t, int64_t n, int64_t limit) {
-  std::vector<int32_t> out;
-  if (!t) return out;
-  check_cpu(kOp, name, *t);
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int, kOp, ": ", name, " must be int32; got ",
-                  torch::headeronly::toString(t->scalar_type()));
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == n, kOp, ": ", name, " must have shape (", n, ",); got ", text(*t));
-  const int32_t* data = static_cast<const int32_t*>(t->const_data_ptr());
-  const int64_t step = t->stride(0);
-  out.resize(static_cast<size_t>(n) + 1);  // never empty: an empty vector means "absent"
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t v = data[i * step];
-    STD_TORCH_CHECK(v >= 0 && v <= limit, kOp, ": ", name, " must lie in 0…", limit, "; got ", v, " for sample ", i);
-    out[static_cast<size_t>(i)] = v;
-  }
-  return out;
 }
 
 // A (C_out,) vector or (T, C_out) table of scale or bias, as the kernel reads it: float32 or float64, channels
@@ -257,8 +205,8 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
   p.activation = activation == "relu" ? Activation::kRelu : Activation::kNone;
   p.tail = tail == "skip" ? Tail::kSkip : Tail::kZero;
 
-  std::vector<int32_t> in_values = checked_indices("in_prefix", in_prefix, s.n, s.c_in);
-  std::vector<int32_t> out_values = checked_indices("out_prefix", out_prefix, s.n, s.c_out);
+  std::vector<int32_t> in_values = checked_indices(kOp, "in_prefix", in_prefix, s.n, s.c_in);
+  std::vector<int32_t> out_values = checked_indices(kOp, "out_prefix", out_prefix, s.n, s.c_out);
   Table scale_table, bias_table;
   read_table("scale", scale, p.dtype, s.c_out, row.has_value(), scale_table);
   read_table("bias", bias, p.dtype, s.c_out, row.has_value(), bias_table);
@@ -266,7 +214,7 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
                   ": tables of scale and bias must have the same number of lines; got ", scale_table.rows, " and ",
                   bias_table.rows);
   const int64_t lines = std::max(scale_table.rows, bias_table.rows);
-  const std::vector<int32_t> rows = checked_indices("row", row, s.n, lines > 0 ? lines - 1 : INT32_MAX);
+  const std::vector<int32_t> rows = checked_indices(kOp, "row", row, s.n, lines > 0 ? lines - 1 : INT32_MAX);
 
   const bool last = is_channels_last(input) || is_channels_last(weight);
   if (residual) {
