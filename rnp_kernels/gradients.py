@@ -1,7 +1,9 @@
 """Gradients of `prefix_conv2d`, all of them made of registered operators, so that they have gradients themselves.
 
 `rnp::prefix_conv2d_input_grad` and `rnp::prefix_conv2d_weight_grad` have one implementation here for every device:
-masking, then `aten.convolution_backward`. A kernel registered for one device takes its place there.
+masking, then `aten.convolution_backward`. A kernel registered for one device takes its place there. The CPU's skips
+what is not live, and comes back here, through `rnp::masked_input_grad` and `rnp::masked_weight_grad`, where torch's
+dense kernel is the faster one.
 """
 
 from __future__ import annotations
@@ -66,8 +68,12 @@ def _weight_grad(
     return grad.contiguous()
 
 
-_LIBRARY.impl("prefix_conv2d_input_grad", _input_grad, "CompositeExplicitAutograd")
-_LIBRARY.impl("prefix_conv2d_weight_grad", _weight_grad, "CompositeExplicitAutograd")
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups, Tensor? in_prefix, Tensor? out_prefix) -> Tensor"
+_LIBRARY.define(f"masked_input_grad(Tensor grad_output, Tensor weight, int[] input_size, {_GEOMETRY}")
+_LIBRARY.define(f"masked_weight_grad(Tensor grad_output, Tensor input, int[] weight_size, {_GEOMETRY}")
+for _prefix in ("masked", "prefix_conv2d"):
+    _LIBRARY.impl(f"{_prefix}_input_grad", _input_grad, "CompositeExplicitAutograd")
+    _LIBRARY.impl(f"{_prefix}_weight_grad", _weight_grad, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("rnp::prefix_conv2d_input_grad")
@@ -98,7 +104,7 @@ def _convolve(
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     (input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, _residual, activation,
-     tail, pooled, _packed, _winograd) = inputs  # fmt: skip
+     _tail, pooled, _packed, _winograd) = inputs  # fmt: skip
     ctx.set_materialize_grads(False)
     if not pooled:
         ctx.mark_non_differentiable(output[1])
@@ -110,10 +116,16 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         output[0] if activation == "relu" else None,
     )  # fmt: skip
     ctx.geometry = (stride, padding, dilation, groups)
-    ctx.input_size, ctx.weight_size, ctx.tail = input.shape, weight.shape, tail
+    ctx.input_size, ctx.weight_size = input.shape, weight.shape
     ctx.output_size, ctx.dtype = output[0].shape, input.dtype
     ctx.memory_format = torch._prims_common.suggest_memory_format(output[0])
     ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
+
+
+def _channel_sums(values: Tensor, prefix: Tensor | None) -> Tensor:
+    """Sums over positions (N, C), in float32 at least; 0 beyond the prefix, whatever stood there."""
+    sums = values.sum((2, 3), dtype=torch.promote_types(values.dtype, torch.float32))
+    return sums if prefix is None else torch.where(live(sums.shape[1], prefix, sums)[:, :, 0, 0], sums, 0)
 
 
 def _table_grad(per_sample: Tensor, shape: Sequence[int], dtype: torch.dtype, row: Tensor | None) -> Tensor:
@@ -124,6 +136,7 @@ def _table_grad(per_sample: Tensor, shape: Sequence[int], dtype: torch.dtype, ro
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Nothing here masks a whole tensor: the operators read no channel beyond a prefix, so only sums are masked."""
     input, weight, in_prefix, out_prefix, scale, row, output = ctx.saved_tensors
     needs = ctx.needs_input_grad
     grads: list[Tensor | None] = [None] * 17
@@ -133,74 +146,58 @@ def _backward(ctx: Any, grad: Tensor | None, grad_pooled: Tensor | None) -> tupl
         grad = (spread.expand(ctx.output_size) if grad is None else grad + spread).to(ctx.dtype)
     if grad is None:
         return tuple(grads)
-    if ctx.tail == "skip":  # nothing defined stands there, so nothing flows back
-        grad = _mask(grad, out_prefix)
     if output is not None:
-        grad = torch.where(output <= 0, 0, grad)  # NaN passes, as in relu
+        grad = torch.ops.aten.threshold_backward(grad, output, 0)  # NaN passes, as in relu
     if needs[11]:
         grads[11] = grad
-    live_grad = _mask(grad, out_prefix)
-    wide = torch.promote_types(grad.dtype, torch.float32)
     if needs[2]:
-        shape, dtype = ctx.bias_like
-        grads[2] = _table_grad(live_grad.sum((2, 3), dtype=wide), shape, dtype, row)
+        grads[2] = _table_grad(_channel_sums(grad, out_prefix), *ctx.bias_like, row)
     if needs[9]:
         plain = _convolve(input, weight, ctx.geometry, in_prefix, out_prefix)
-        grads[9] = _table_grad((live_grad * plain).sum((2, 3), dtype=wide), scale.shape, scale.dtype, row)
+        grads[9] = _table_grad(_channel_sums(grad * plain, out_prefix), scale.shape, scale.dtype, row)
+    if not needs[0] and not needs[1]:
+        return tuple(grads)
     if scale is not None:
-        live_grad = (live_grad * per_channel(scale, row)).to(grad.dtype)
-    if needs[0] or needs[1]:  # expanded or in another layout, it would be converted once for each
-        live_grad = live_grad.contiguous(memory_format=ctx.memory_format)
+        grad = (grad * per_channel(scale, row)).to(grad.dtype)
+    grad = grad.contiguous(memory_format=ctx.memory_format)  # expanded or in another layout, it would be slow to read
     if needs[0]:
         grads[0] = torch.ops.rnp.prefix_conv2d_input_grad(
-            live_grad, weight, ctx.input_size, *ctx.geometry, in_prefix, out_prefix
+            grad, weight, ctx.input_size, *ctx.geometry, in_prefix, out_prefix
         )
     if needs[1]:
         grads[1] = torch.ops.rnp.prefix_conv2d_weight_grad(
-            live_grad, input, ctx.weight_size, *ctx.geometry, in_prefix, out_prefix
+            grad, input, ctx.weight_size, *ctx.geometry, in_prefix, out_prefix
         )
     return tuple(grads)
 
 
-def _input_grad_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    grad_output, weight, _size, stride, padding, dilation, groups, in_prefix, out_prefix = inputs
-    ctx.save_for_backward(grad_output, weight, in_prefix, out_prefix)
+def _part_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    """Of both gradients' operators: grad_output, the weight or the input, the size of what is returned, the rest."""
+    grad_output, other, _size, stride, padding, dilation, groups, in_prefix, out_prefix = inputs
+    ctx.save_for_backward(grad_output, other, in_prefix, out_prefix)
     ctx.geometry = (stride, padding, dilation, groups)
 
 
 def _input_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_output, weight, in_prefix, out_prefix = ctx.saved_tensors
+    grad_output, weight, *prefixes = ctx.saved_tensors
     first = second = None
     if ctx.needs_input_grad[0]:
-        first = _convolve(grad, weight, ctx.geometry, in_prefix, out_prefix)
+        first = _convolve(grad, weight, ctx.geometry, *prefixes)
     if ctx.needs_input_grad[1]:
-        second = torch.ops.rnp.prefix_conv2d_weight_grad(
-            grad_output, grad, weight.shape, *ctx.geometry, in_prefix, out_prefix
-        )
+        second = torch.ops.rnp.prefix_conv2d_weight_grad(grad_output, grad, weight.shape, *ctx.geometry, *prefixes)
     return first, second, *[None] * 7
 
 
-def _weight_grad_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    grad_output, input, _size, stride, padding, dilation, groups, in_prefix, out_prefix = inputs
-    ctx.save_for_backward(grad_output, input, in_prefix, out_prefix)
-    ctx.geometry = (stride, padding, dilation, groups)
-
-
 def _weight_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_output, input, in_prefix, out_prefix = ctx.saved_tensors
+    grad_output, input, *prefixes = ctx.saved_tensors
     first = second = None
     if ctx.needs_input_grad[0]:
-        first = _convolve(input, grad, ctx.geometry, in_prefix, out_prefix)
+        first = _convolve(input, grad, ctx.geometry, *prefixes)
     if ctx.needs_input_grad[1]:
-        second = torch.ops.rnp.prefix_conv2d_input_grad(
-            grad_output, grad, input.shape, *ctx.geometry, in_prefix, out_prefix
-        )
+        second = torch.ops.rnp.prefix_conv2d_input_grad(grad_output, grad, input.shape, *ctx.geometry, *prefixes)
     return first, second, *[None] * 7
 
 
 torch.library.register_autograd("rnp::prefix_conv2d", _backward, setup_context=_setup)
-for _name, _formula, _context in (
-    ("input_grad", _input_grad_backward, _input_grad_setup),
-    ("weight_grad", _weight_grad_backward, _weight_grad_setup),
-):
-    torch.library.register_autograd(f"rnp::prefix_conv2d_{_name}", _formula, setup_context=_context)
+torch.library.register_autograd("rnp::prefix_conv2d_input_grad", _input_grad_backward, setup_context=_part_setup)
+torch.library.register_autograd("rnp::prefix_conv2d_weight_grad", _weight_grad_backward, setup_context=_part_setup)

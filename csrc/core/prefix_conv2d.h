@@ -67,6 +67,7 @@ struct PrefixConv2dParams {
   Strides4 residual_stride;
   Activation activation = Activation::kNone;
   Tail tail = Tail::kZero;
+  bool sum_kernel_rows = false;  // each kernel row by itself: shorter chains of additions, for little time
 
   void* output = nullptr;
   Strides4 output_stride;

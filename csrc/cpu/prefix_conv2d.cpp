@@ -92,11 +92,11 @@ struct Call {
 
 // Sums the runs of a tile, in one chain or in one per kernel row. The cut must not depend on the tile, hence not on the
 // band.
-void run_tile(const Kernels& kernels, TileKernel tile, const std::vector<Run>& runs, bool first, bool last,
+void run_tile(bool sum_kernel_rows, TileKernel tile, const std::vector<Run>& runs, bool first, bool last,
               TileArgs& args) {
   size_t begin = 0;
   do {
-    size_t end = kernels.sum_kernel_rows ? begin : runs.size();
+    size_t end = sum_kernel_rows ? begin : runs.size();
     while (end < runs.size() && runs[end].kernel_row == runs[begin].kernel_row) ++end;
     args.runs = runs.data() + begin;
     args.run_count = static_cast<int64_t>(end - begin);
@@ -168,7 +168,8 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
                          : nullptr;
           }
           prefetcher.step();
-          run_tile(call.kernels, call.kernels.tile[wide][row.count - 1][col.count - 1], plan.runs(row, col), ib == 0,
+          run_tile(call.kernels.sum_kernel_rows || p.sum_kernel_rows,
+                   call.kernels.tile[wide][row.count - 1][col.count - 1], plan.runs(row, col), ib == 0,
                    ib == ic_blocks - 1 && call.direct_output, args);
         }
       }

@@ -81,11 +81,14 @@ inline void check_cpu(const char* op, const char* name, const torch::stable::Ten
 }
 
 // An int32 vector with one entry per sample, read and checked against [0, limit].
-inline std::vector<int32_t> checked_indices(const char* op, const char* name, const std::optional<torch::stable::Tensor>& t, int64_t n,
-                                            int64_t limit) {
+inline std::vector<int32_t> checked_indices(const char* op, const char* name,
+                                            const std::optional<torch::stable::Tensor>& t, int64_t n, int64_t limit) {
   std::vector<int32_t> out;
   if (!t) return out;
-XX  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == n, op, ": ", name, " must have shape (", n, ",); got ", text(*t));
+  check_cpu(op, name, *t);
+  STD_TORCH_CHECK(t->scalar_type() == torch::headeronly::ScalarType::Int, op, ": ", name, " must be int32; got ",
+                  torch::headeronly::toString(t->scalar_type()));
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == n, op, ": ", name, " must have shape (", n, ",); got ", text(*t));
   const int32_t* data = static_cast<const int32_t*>(t->const_data_ptr());
   const int64_t step = t->stride(0);
   out.resize(static_cast<size_t>(n) + 1);  // never empty: an empty vector means "absent"

@@ -1,0 +1,179 @@
+// The gradient of the input: for each residue of the stride a convolution of grad_output with the taps that hit it, run
+// by the forward's driver with the prefixes exchanged.
+//
+//   y[o] = sum over k of x[o * stride - pad + k * dilation] * w[k], so with i + pad = q * stride + r
+//   dx[i] = sum over the k with k * dilation = r (mod stride) of dy[q - (k * dilation - r) / stride] * w[k]
+//
+// Those k are tap, tap + stride / d, … with d = gcd(stride, dilation): a convolution of stride 1 and dilation
+// dilation / d.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "core/half.h"
+#include "core/packing.h"
+#include "cpu/prefix_conv2d.h"
+#include "cpu/prefix_conv2d_grad.h"
+#include "cpu/scratch.h"
+
+namespace rnp::cpu {
+namespace {
+
+// One residue of the stride along one axis.
+struct Phase {
+  int64_t first, count;         // its positions of the input: first, first + stride, …
+  int64_t tap, tap_step, taps;  // its taps of the kernel; none: its positions get no gradient
+  int64_t dilation, pad;        // of the convolution over grad_output
+  int64_t skip, size;           // which positions of grad_output that one reads
+};
+
+std::vector<Phase> phases(int64_t size, int64_t out, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  const int64_t common = std::gcd(stride, dilation);
+  std::vector<Phase> all;
+  for (int64_t r = 0; r < stride; ++r) {
+    Phase p = {};
+    p.first = (r + stride - pad % stride) % stride;
+    if (p.first >= size) continue;
+    p.count = (size - p.first + stride - 1) / stride;
+    p.tap_step = stride / common;
+    p.dilation = dilation / common;
+    while (p.tap < std::min(kernel, p.tap_step) && p.tap * dilation % stride != r) ++p.tap;
+    if (p.tap < std::min(kernel, p.tap_step)) p.taps = (kernel - p.tap + p.tap_step - 1) / p.tap_step;
+    const int64_t span = (p.taps - 1) * p.dilation;
+    p.pad = span - (p.first + pad - r) / stride + (p.tap * dilation - r) / stride;
+    // A negative padding is a part of grad_output that no position of the phase sees.
+    p.skip = std::max<int64_t>(0, -p.pad);
+    p.size = std::min(out, p.count + span - p.pad) - p.skip;
+    p.pad = std::max<int64_t>(0, p.pad);
+    if (p.size <= 0) p.taps = 0;
+    all.push_back(p);
+  }
+  return all;
+}
+
+int64_t largest(const int32_t* prefix, int64_t n, int64_t all) {
+  return prefix && n > 0 ? *std::max_element(prefix, prefix + n) : all;
+}
+
+// The phase's weights as the driver reads them, input and output channels exchanged and the taps in reverse; no more of
+// them than the widest sample needs.
+template <typename T>
+void pack_turned(const PrefixConv2dGradParams& p, const Phase& rows, const Phase& cols, const PackedLayout& l,
+                 const Threads& threads, float* packed) {
+  const Strides4& st = p.weight_stride;
+  const int64_t in_live = largest(p.in_prefix, p.shape.n, p.shape.c_in);
+  const int64_t out_live = largest(p.out_prefix, p.shape.n, p.shape.c_out);
+  std::vector<int64_t> offset;  // of each tap, in the order in which the driver reads them
+  for (int64_t i = l.kh - 1; i >= 0; --i)
+    for (int64_t j = l.kw - 1; j >= 0; --j)
+      offset.push_back((rows.tap + i * rows.tap_step) * st.h + (cols.tap + j * cols.tap_step) * st.w);
+  const T* w = static_cast<const T*>(p.weight);
+  if (l.depthwise()) {
+    float* to = packed + l.data_at();
+    for (const int64_t tap : offset)
+      for (int64_t c = 0; c < l.groups; ++c) *to++ = to_float(w[c * st.n + tap]);
+    return;
+  }
+  // l's inputs are the forward's outputs, and the lanes its inputs.
+  const int64_t blocks = l.groups * l.oc_blocks() * l.ic_blocks();
+  std::atomic<int64_t> next{0};
+  threads(static_cast<int>(std::min<int64_t>(blocks, threads.count)), [&](int) {
+    for (int64_t b = next++; b < blocks; b = next++) {
+      const int64_t g = b / (l.oc_blocks() * l.ic_blocks());
+      const int64_t lane_block = b / l.ic_blocks() % l.oc_blocks(), block = b % l.ic_blocks();
+      const int64_t lane0 = lane_block * PackedLayout::kLanes, channel0 = block * l.ic_block;
+      if (live_in_group(in_live, g, l.ocg) <= lane0) continue;
+      const int64_t rest = live_in_group(out_live, g, l.icg) - channel0, count = l.ic_count(block);
+      const int64_t lanes = l.lanes(lane_block), used = std::min(lanes, l.ocg - lane0);
+      float* panel = packed + l.panel_at(g, lane_block, block);
+      for (int64_t c = 0; c < std::min(rest, count); ++c) {
+        const T* from = w + (g * l.icg + channel0 + c) * st.n + lane0 * st.c;
+        for (size_t t = 0; t < offset.size(); ++t) {
+          float* to = panel + (static_cast<int64_t>(t) * count + c) * lanes;
+          const T* tap = from + offset[t];
+          if (st.c == 1) {
+            for (int64_t i = 0; i < used; ++i) to[i] = to_float(tap[i]);
+          } else {
+            for (int64_t i = 0; i < used; ++i) to[i] = to_float(tap[i * st.c]);
+          }
+          std::fill(to + used, to + lanes, 0.0f);
+        }
+      }
+    }
+  });
+}
+
+void pack(const PrefixConv2dGradParams& p, const Phase& rows, const Phase& cols, const PackedLayout& l,
+          const Threads& threads, float* packed) {
+  switch (p.dtype) {
+    case DType::kBFloat16:
+      return pack_turned<BFloat16>(p, rows, cols, l, threads, packed);
+    case DType::kFloat16:
+      return pack_turned<Float16>(p, rows, cols, l, threads, packed);
+    case DType::kFloat32:
+    case DType::kFloat64:  // refused by the binding
+      return pack_turned<float>(p, rows, cols, l, threads, packed);
+  }
+}
+
+// The convolution that one pair of phases is.
+PrefixConv2dParams convolution(const PrefixConv2dGradParams& p, const Phase& rows, const Phase& cols, int64_t element) {
+  const ConvShape& s = p.shape;
+  PrefixConv2dParams c;
+  c.dtype = p.dtype;
+  c.shape.n = s.n;
+  c.shape.c_in = s.c_out;
+  c.shape.c_out = s.c_in;
+  c.shape.groups = s.groups;
+  c.shape.h = rows.size;
+  c.shape.w = cols.size;
+  c.shape.kh = rows.taps;
+  c.shape.kw = cols.taps;
+  c.shape.out_h = rows.count;
+  c.shape.out_w = cols.count;
+  c.shape.dilation_h = rows.dilation;
+  c.shape.dilation_w = cols.dilation;
+  c.shape.pad_top = rows.pad;
+  c.shape.pad_left = cols.pad;
+  c.shape.pad_bottom = rows.count + (rows.taps - 1) * rows.dilation - rows.size - rows.pad;
+  c.shape.pad_right = cols.count + (cols.taps - 1) * cols.dilation - cols.size - cols.pad;
+  const Strides4 &from = p.grad_output_stride, &to = p.grad_input_stride;
+  c.input = static_cast<const char*>(p.grad_output) + (rows.skip * from.h + cols.skip * from.w) * element;
+  c.input_stride = from;
+  c.output = static_cast<char*>(p.grad_input) + (rows.first * to.h + cols.first * to.w) * element;
+  c.output_stride = {to.n, to.c, to.h * s.stride_h, to.w * s.stride_w};
+  c.in_prefix = p.out_prefix;
+  c.out_prefix = p.in_prefix;
+  return c;
+}
+
+}  // namespace
+
+void prefix_conv2d_input_grad(const PrefixConv2dGradParams& p, const Threads& threads) {
+  const ConvShape& s = p.shape;
+  const int64_t element = p.dtype == DType::kFloat32 ? 4 : 2, total = s.n * s.c_in * s.h * s.w;
+  if (total == 0) return;
+  const std::vector<Phase> rows = phases(s.h, s.out_h, s.kh, s.stride_h, s.pad_top, s.dilation_h);
+  const std::vector<Phase> cols = phases(s.w, s.out_w, s.kw, s.stride_w, s.pad_left, s.dilation_w);
+  const auto idle = [](const Phase& phase) { return phase.taps == 0; };
+  const bool cleared = std::any_of(rows.begin(), rows.end(), idle) || std::any_of(cols.begin(), cols.end(), idle);
+  static thread_local ScratchMemory scratch;
+  if (cleared) std::memset(p.grad_input, 0, static_cast<size_t>(total * element));
+  for (const Phase& row : rows) {
+    for (const Phase& col : cols) {
+      if (idle(row) || idle(col)) continue;
+      PrefixConv2dParams c = convolution(p, row, col, element);
+      c.tail = cleared ? Tail::kSkip : Tail::kZero;
+      const PackedLayout layout(c.shape);
+      float* packed = scratch.get(static_cast<size_t>(layout.total_floats()));
+      pack(p, row, col, layout, threads, packed);
+      c.packed = packed;
+      c.sum_kernel_rows = true;  // torch's sums are short here, on some shapes one chain for each tap
+      prefix_conv2d(c, threads);
+    }
+  }
+}
+
+}  // namespace rnp::cpu

@@ -1,0 +1,38 @@
+// The interface between the driver of the weight's gradient (weight_grad.cpp) and its per-ISA kernels. Plain structs
+// only, for the reason given in microkernel.h.
+#pragma once
+
+#include <cstdint>
+
+namespace rnp::cpu {
+
+// Channels of a panel of grad_output (one vector line of the sums) and of the input.
+constexpr int64_t kGradLanes = 32, kGradPanel = 8;
+
+// For each channel c < channels of an input panel and each lane:
+//   sums[c][lane] += sum over images, rows and columns of x[image][row][col][c] * g[image][row][col][lane]
+// The sum over the positions is one chain of its own, added to `sums` at the end.
+struct WeightGradArgs {
+  const float* x;
+  int64_t x_image_step, x_row_step, x_col_step;  // floats
+  const float* g;
+  int64_t g_image_step, g_row_step;  // floats; columns are kGradLanes apart
+  int64_t images, rows, cols;
+  float* sums;  // rows of kGradLanes
+};
+
+using WeightGradKernel = void (*)(const WeightGradArgs&);
+
+struct WeightGradKernels {
+  int lanes, half_lanes;                 // of the wide and of the narrow variant
+  int max_channels;                      // of one call
+  WeightGradKernel tile[2][kGradPanel];  // [wide][channels - 1], channels 1…max_channels
+};
+
+const WeightGradKernels& portable_weight_grad_kernels();
+#if defined(__x86_64__)
+const WeightGradKernels& avx2_weight_grad_kernels();
+const WeightGradKernels& avx512_weight_grad_kernels();
+#endif
+
+}  // namespace rnp::cpu

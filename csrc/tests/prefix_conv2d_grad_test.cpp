@@ -1,0 +1,221 @@
+// Both gradients on every instruction set against a double-precision reference, with NaN beyond every prefix; the same
+// bits on any number of threads and, for the input, in any batch.
+#include "cpu/prefix_conv2d_grad.h"
+
+#include <cstring>
+#include <string>
+
+#include "cpu/isa.h"
+#include "tests/check.h"
+#include "tests/conv_case.h"
+
+namespace rnp::tests {
+namespace {
+
+enum Mode { kFull, kMixed, kZero, kModes };
+const char* const kModeNames[] = {"full", "mixed prefixes", "prefixes of zero"};
+
+// T is the storage type of all tensors. Reference sums and their magnitudes are taken over the storage type's values.
+template <typename T>
+struct GradProblem {
+  ConvShape s;
+  std::vector<T> input, weight, grad, grad_input, grad_weight;
+  std::vector<int32_t> in_prefix, out_prefix;
+  std::vector<double> input_sum, input_size, weight_sum, weight_size;  // (n, c, h, w) and (oc, ic, kh, kw)
+  cpu::PrefixConv2dGradParams p;
+
+  GradProblem(const ConvCase& c, Mode mode, DType dtype, bool channels_last, int64_t copies = 1) : s(c.shape()) {
+    s.n *= copies;
+    Random random(static_cast<uint64_t>(s.c_in * 100 + s.c_out + mode));
+    fill(input, s.n * s.c_in * s.h * s.w, random);
+    fill(weight, s.c_out * s.group_in() * s.kh * s.kw, random);
+    fill(grad, s.n * s.c_out * s.out_h * s.out_w, random);
+    for (int64_t n = 0; n < s.n; ++n) {
+      in_prefix.push_back(mode == kZero ? 0 : random.below(s.c_in + 1));
+      out_prefix.push_back(n == 1 || mode == kZero ? 0 : 1 + random.below(s.c_out));
+    }
+    p.shape = s;
+    p.dtype = dtype;
+    p.input_stride = p.grad_input_stride = strides_of(s.c_in, s.h, s.w, channels_last);
+    p.grad_output_stride = strides_of(s.c_out, s.out_h, s.out_w, channels_last);
+    p.weight_stride = strides_of(s.group_in(), s.kh, s.kw, channels_last);
+    if (mode != kFull) p.in_prefix = in_prefix.data(), p.out_prefix = out_prefix.data();
+    poison(input, p.input_stride, s.c_in, s.h, s.w, p.in_prefix);
+    poison(grad, p.grad_output_stride, s.c_out, s.out_h, s.out_w, p.out_prefix);
+    grad_input.assign(input.size(), from_float<T, float>(kNaN));
+    grad_weight.assign(weight.size(), from_float<T, float>(kNaN));
+    p.input = input.data(), p.weight = weight.data(), p.grad_output = grad.data();
+    p.grad_input = grad_input.data(), p.grad_weight = grad_weight.data();
+  }
+
+  static void fill(std::vector<T>& to, int64_t count, Random& random) {
+    for (int64_t i = 0; i < count; ++i) to.push_back(from_float<T, float>(static_cast<float>(random.next())));
+  }
+
+  void poison(std::vector<T>& to, const Strides4& st, int64_t channels, int64_t h, int64_t w, const int32_t* prefix) {
+    for (int64_t n = 0; n < s.n && prefix; ++n)
+      for (int64_t c = prefix[n]; c < channels; ++c)
+        for (int64_t y = 0; y < h; ++y)
+          for (int64_t x = 0; x < w; ++x) to[at(st, n, c, y, x)] = from_float<T, float>(kNaN);
+  }
+
+  static size_t at(const Strides4& st, int64_t n, int64_t c, int64_t y, int64_t x) {
+    return static_cast<size_t>(n * st.n + c * st.c + y * st.h + x * st.w);
+  }
+
+  // The forward's loop, each product given back to both of its factors.
+  void reference() {
+    input_sum.assign(input.size(), 0), input_size.assign(input.size(), 0);
+    weight_sum.assign(weight.size(), 0), weight_size.assign(weight.size(), 0);
+    const Strides4 in = strides_of(s.c_in, s.h, s.w, false), of = strides_of(s.group_in(), s.kh, s.kw, false);
+    for (int64_t n = 0; n < s.n; ++n)
+      for (int64_t c = 0; c < p.out_live(n); ++c)
+        for (int64_t i = 0; i < s.group_in() * s.kh * s.kw * s.out_h * s.out_w; ++i) {
+          const int64_t ox = i % s.out_w, oy = i / s.out_w % s.out_h, tap = i / (s.out_h * s.out_w);
+          const int64_t kx = tap % s.kw, ky = tap / s.kw % s.kh, ic = tap / (s.kh * s.kw);
+          const int64_t channel = c / s.group_out() * s.group_in() + ic;
+          const int64_t y = oy * s.stride_h - s.pad_top + ky * s.dilation_h;
+          const int64_t x = ox * s.stride_w - s.pad_left + kx * s.dilation_w;
+          if (y < 0 || y >= s.h || x < 0 || x >= s.w || channel >= p.in_live(n)) continue;
+          const double g = to_float(grad[at(p.grad_output_stride, n, c, oy, ox)]);
+          const double to_input = g * to_float(weight[at(p.weight_stride, c, ic, ky, kx)]);
+          const double to_weight = g * to_float(input[at(p.input_stride, n, channel, y, x)]);
+          input_sum[at(in, n, channel, y, x)] += to_input, input_size[at(in, n, channel, y, x)] += std::abs(to_input);
+          weight_sum[at(of, c, ic, ky, kx)] += to_weight, weight_size[at(of, c, ic, ky, kx)] += std::abs(to_weight);
+        }
+  }
+
+  // `unit`: the storage type's rounding error, relative, of one store.
+  void check(const std::string& where, double unit) {
+    reference();
+    const Strides4 in = strides_of(s.c_in, s.h, s.w, false);
+    const auto close = [&](double got, double sum, double size) {
+      return std::abs(got - sum) <= 32 * 0x1p-24 * size + unit * std::abs(sum);
+    };
+    for (int64_t n = 0; n < s.n; ++n)
+      for (int64_t c = 0; c < s.c_in; ++c)
+        for (int64_t y = 0; y < s.h; ++y)
+          for (int64_t x = 0; x < s.w; ++x) {
+            const double got = to_float(grad_input[at(p.grad_input_stride, n, c, y, x)]);
+            const size_t i = at(in, n, c, y, x);
+            CHECK(close(got, input_sum[i], input_size[i])) << where << " input (" << n << ", " << c << ", " << y << ", "
+                                                           << x << "): " << got << " instead of " << input_sum[i];
+          }
+    for (size_t i = 0; i < weight.size(); ++i)
+      CHECK(close(to_float(grad_weight[i]), weight_sum[i], weight_size[i]))
+          << where << " weight " << i << ": " << to_float(grad_weight[i]) << " instead of " << weight_sum[i];
+  }
+};
+
+template <typename F>
+void on_every_isa(F&& f) {
+  const cpu::Isa before = cpu::current_isa();
+  for (cpu::Isa isa : cpu::available_isas()) {
+    cpu::set_isa(cpu::isa_name(isa));
+    f(std::string(cpu::isa_name(isa)));
+  }
+  cpu::set_isa(cpu::isa_name(before));
+}
+
+template <typename T>
+void check_dtype(DType dtype, double unit, const char* name) {
+  on_every_isa([&](const std::string& isa) {
+    for (const ConvCase& c : conv_cases())
+      for (int mode = 0; mode < kModes; ++mode)
+        for (bool channels_last : {true, false}) {
+          GradProblem<T> problem(c, static_cast<Mode>(mode), dtype, channels_last);
+          cpu::prefix_conv2d_input_grad(problem.p, {});
+          cpu::prefix_conv2d_weight_grad(problem.p, {});
+          problem.check(std::string(name) + ", " + isa + ", " + c.name + ", " + kModeNames[mode] +
+                            (channels_last ? ", channels_last" : ", contiguous"),
+                        unit);
+        }
+  });
+}
+
+const ConvCase kSmallMaps = {.name = "3x3 on 5x5, many samples",
+                             .n = 1,
+                             .c_in = 40,
+                             .h = 5,
+                             .w = 5,
+                             .c_out = 48,
+                             .kh = 3,
+                             .kw = 3,
+                             .top = 1,
+                             .bottom = 1,
+                             .left = 1,
+                             .right = 1};
+const ConvCase kLargeMap = {.name = "3x3 on 90x90",
+                            .n = 1,
+                            .c_in = 12,
+                            .h = 90,
+                            .w = 90,
+                            .c_out = 40,
+                            .kh = 3,
+                            .kw = 3,
+                            .top = 1,
+                            .bottom = 1,
+                            .left = 1,
+                            .right = 1};
+
+}  // namespace
+
+TEST(float32_gradients_equal_the_reference_on_every_isa) { check_dtype<float>(DType::kFloat32, 0, "float32"); }
+TEST(bfloat16_gradients_equal_the_reference_on_every_isa) { check_dtype<BFloat16>(DType::kBFloat16, 0x1p-8, "bf16"); }
+TEST(float16_gradients_equal_the_reference_on_every_isa) {
+  check_dtype<Float16>(DType::kFloat16, 0x1p-11 * 1.01, "float16");
+}
+
+TEST(gradients_of_batches_that_are_cut_into_units_and_slots) {
+  on_every_isa([](const std::string& isa) {
+    for (Mode mode : {kFull, kMixed})
+      for (const auto& [shape, copies] : {std::pair(kSmallMaps, 23), std::pair(kLargeMap, 3)}) {
+        GradProblem<float> problem(shape, mode, DType::kFloat32, true, copies);
+        cpu::prefix_conv2d_input_grad(problem.p, std_threads(2));
+        cpu::prefix_conv2d_weight_grad(problem.p, std_threads(2));
+        problem.check(isa + ", " + shape.name + ", " + kModeNames[mode], 0);
+      }
+  });
+}
+
+TEST(gradients_have_the_same_bits_on_any_threads) {
+  std::vector<std::pair<ConvCase, int64_t>> all = {{kSmallMaps, 23}, {kLargeMap, 3}};
+  for (const ConvCase& c : conv_cases()) all.emplace_back(c, 1);
+  on_every_isa([&](const std::string& isa) {
+    for (const auto& [shape, copies] : all) {
+      GradProblem<float> first(shape, kMixed, DType::kFloat32, true, copies);
+      cpu::prefix_conv2d_input_grad(first.p, {});
+      cpu::prefix_conv2d_weight_grad(first.p, {});
+      for (int threads : {1, 2, 5, 32}) {
+        GradProblem<float> other(shape, kMixed, DType::kFloat32, true, copies);
+        cpu::prefix_conv2d_input_grad(other.p, std_threads(threads));
+        cpu::prefix_conv2d_weight_grad(other.p, std_threads(threads));
+        CHECK(std::memcmp(first.grad_input.data(), other.grad_input.data(), 4 * first.grad_input.size()) == 0)
+            << isa << ", " << shape.name << ", input, " << threads << " threads";
+        CHECK(std::memcmp(first.grad_weight.data(), other.grad_weight.data(), 4 * first.grad_weight.size()) == 0)
+            << isa << ", " << shape.name << ", weight, " << threads << " threads";
+      }
+    }
+  });
+}
+
+TEST(the_gradient_of_a_sample_has_the_same_bits_alone) {
+  on_every_isa([](const std::string& isa) {
+    for (const ConvCase& c : conv_cases()) {
+      GradProblem<float> batch(c, kMixed, DType::kFloat32, true);
+      cpu::prefix_conv2d_input_grad(batch.p, {});
+      for (int64_t n = 0; n < c.n; ++n) {
+        GradProblem<float> alone(c, kMixed, DType::kFloat32, true);
+        alone.p.shape.n = 1;
+        alone.p.grad_output = alone.grad.data() + n * alone.p.grad_output_stride.n;
+        alone.p.in_prefix += n, alone.p.out_prefix += n;
+        cpu::prefix_conv2d_input_grad(alone.p, std_threads(2));
+        const size_t size = alone.grad_input.size() / static_cast<size_t>(c.n);
+        CHECK(std::memcmp(alone.grad_input.data(), batch.grad_input.data() + n * size, 4 * size) == 0)
+            << isa << ", " << c.name << ", sample " << n;
+      }
+    }
+  });
+}
+
+}  // namespace rnp::tests
