@@ -9,7 +9,11 @@ set(RNP_CUDA_REASON "")
 
 set(RNP_CUDA_SOURCES
     csrc/cuda/clamp_prefix.cu
-    csrc/cuda/clamp_prefix_torch.cpp)
+    csrc/cuda/clamp_prefix_torch.cpp
+    csrc/cuda/conv_tiles.cu
+    csrc/cuda/plain_kernels.cu
+    csrc/cuda/plan.cpp
+    csrc/cuda/prefix_conv2d_torch.cpp)
 
 if(NOT RNP_CUDA MATCHES "^(auto|1|0)$")
   message(FATAL_ERROR "RNP_CUDA must be auto, 1 or 0, not '${RNP_CUDA}'")
@@ -36,7 +40,7 @@ else()
       list(APPEND flags "-gencode=arch=compute_${arch},code=sm_${arch}")
     endforeach()
     execute_process(
-      COMMAND "${RNP_NVCC}" -std=c++17 -ccbin "${CMAKE_CXX_COMPILER}" ${flags} -c "${probe}.cu" -o "${probe}.o"
+      COMMAND "${RNP_NVCC}" -std=c++20 -ccbin "${CMAKE_CXX_COMPILER}" ${flags} -c "${probe}.cu" -o "${probe}.o"
       RESULT_VARIABLE failed OUTPUT_VARIABLE output ERROR_VARIABLE output)
     if(failed)
       string(REGEX REPLACE "[\r\n;\"\\]+" " " output "${output}")
@@ -57,7 +61,7 @@ endif()
 set(CMAKE_CUDA_COMPILER "${RNP_NVCC}")
 set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}")
 set(CMAKE_CUDA_ARCHITECTURES "${RNP_CUDA_ARCHS}")
-set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 enable_language(CUDA)
 set(RNP_CUDA_COMPILER "${CMAKE_CUDA_COMPILER_ID} ${CMAKE_CUDA_COMPILER_VERSION}")

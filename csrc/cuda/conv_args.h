@@ -1,0 +1,62 @@
+// What one launch of the tile kernel computes: a convolution over a regular grid of outputs whose taps along each axis
+// are a list. Forward, and the input gradient (one launch for each residue of the stride), are both of this form.
+#pragma once
+
+#include <cstdint>
+
+#include "core/prefix_conv2d.h"
+#include "cuda/tiles.h"
+
+namespace rnp::cuda {
+
+struct Axis {
+  int32_t count = 0;        // taps of this launch
+  int32_t step = 1;         // input rows (columns) from one output to the next
+  int16_t delta[kMaxTaps];  // input row of tap i, seen from output 0
+  uint8_t tap[kMaxTaps];    // which of the kernel's taps it is
+};
+
+// The packed weights: [group][chunk][tap][out channel][BK], zeros beyond the channels of a group. What a stage needs,
+// any run of output channels for one chunk and tap, is one run of memory, for every tile: one copy serves all of them.
+// Where a group has fewer channels than one step, chunks may run over (tap, channel) together: `flat`.
+struct PackedTiles {
+  int32_t groups = 1, group_in = 1, group_out = 1, kh = 1, kw = 1, element = 4;  // element: bytes
+  bool may_be_flat = true;
+
+  bool flat() const { return may_be_flat && group_in * element < kStepBytes; }
+  int32_t chunk() const { return kChunkBytes / element; }
+  int32_t taps() const { return flat() ? 1 : kh * kw; }
+  int32_t chunks() const { return ((flat() ? group_in * kh * kw : group_in) + chunk() - 1) / chunk(); }
+  int64_t elements() const { return int64_t{groups} * chunks() * taps() * group_out * chunk(); }
+};
+
+struct ConvArgs {
+  gpu::Cut cut;  // n, positions, groups, channels of a group, tile
+  int32_t h = 0, w = 0, out_w = 0;
+  int32_t c_in = 0, c_out = 0;
+  Axis y, x;
+
+  const void* input = nullptr;
+  Strides4 input_stride;
+  const void* packed = nullptr;  // PackedTiles
+  int32_t chunks = 0, taps = 0, kernel_w = 0;
+  bool flat = false;
+
+  const int32_t *in_prefix = nullptr, *out_prefix = nullptr;  // (n)
+  // Order of the batch, and the number of the next tile to take; null where no prefix is given.
+  const int32_t *order_sample = nullptr, *order_in = nullptr, *order_out = nullptr;
+  int32_t* ticket = nullptr;
+
+  const int32_t* row = nullptr;  // (n)
+  int32_t lines = 1;
+  const float *scale = nullptr, *bias = nullptr;  // (c_out), or (lines, c_out)
+  int64_t scale_row_stride = 0, bias_row_stride = 0;
+  const void* residual = nullptr;
+  Strides4 residual_stride;
+  bool relu = false, zero_tail = true;
+
+  void* output = nullptr;
+  Strides4 output_stride;
+};
+
+}  // namespace rnp::cuda

@@ -1,0 +1,143 @@
+// What the kernels ask of the machine, in two versions: PTX under nvcc, and for any other compiler the emulator of
+// csrc/tests, which runs the same kernel code on the CPU thread by thread (cuda/emulator.h).
+#pragma once
+
+#include <cstdint>
+
+#include "core/gpu_schedule.h"
+#include "core/half.h"
+
+#if defined(__CUDACC__)
+#define RNP_DEVICE __device__ __forceinline__
+#define RNP_UNROLL _Pragma("unroll")
+#else
+#include "cuda/emulator.h"
+#define RNP_DEVICE inline
+#define RNP_UNROLL
+#endif
+
+namespace rnp::cuda {
+
+struct alignas(16) Vec16 {  // what one asynchronous copy moves
+  uint32_t word[4];
+};
+
+#if defined(__CUDACC__)
+
+RNP_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+RNP_DEVICE int thread_count() { return static_cast<int>(blockDim.x); }
+RNP_DEVICE int64_t block_index() { return blockIdx.x; }
+RNP_DEVICE int64_t block_count() { return gridDim.x; }
+RNP_DEVICE void sync_block() { __syncthreads(); }
+RNP_DEVICE void max_in_block(int32_t* shared, int32_t v) { atomicMax(shared, v); }
+RNP_DEVICE int32_t take_ticket(int32_t* counter) { return atomicAdd(counter, 1); }
+RNP_DEVICE float xor_lane(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+RNP_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+// `bytes` (0…16) from global memory, zeros behind them, to 16 aligned bytes of shared memory. With 0 bytes nothing is
+// read. Source and destination are aligned to 16.
+RNP_DEVICE void copy_async(void* shared, const void* global, int bytes) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+RNP_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+template <int N>
+RNP_DEVICE void wait_copies() {  // until at most N groups of this thread's copies are under way
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
+}
+
+// Four 8 x 16-byte matrices; lane l names row l % 8 of matrix l / 8, and receives word l % 4 of row l / 4 of each.
+RNP_DEVICE void load_matrices(uint32_t (&r)[4], const void* shared_row) {
+  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(from)
+               : "memory");
+}
+
+// d (16 x 8, float32) += a (16 x 32 bytes) · b (32 bytes x 8), in the fragment layouts of mma.sync.
+#define RNP_MMA(shape_and_types)                                                    \
+  asm volatile("mma.sync.aligned." shape_and_types                                  \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                     \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+RNP_DEVICE void multiply_matrices(BFloat16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  RNP_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+}
+RNP_DEVICE void multiply_matrices(Float16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  RNP_MMA("m16n8k16.row.col.f32.f16.f16.f32");
+}
+RNP_DEVICE void multiply_matrices(float, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  RNP_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
+}
+#undef RNP_MMA
+
+// The nearest TF32 value, ties away from zero; NaN and infinity stay themselves.
+RNP_DEVICE uint32_t to_tf32(uint32_t float_bits) {
+  uint32_t out;
+  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(out) : "f"(__uint_as_float(float_bits)));
+  return out;
+}
+
+RNP_DEVICE float widen(float v) { return v; }
+RNP_DEVICE double widen(double v) { return v; }
+RNP_DEVICE float widen(BFloat16 v) { return __uint_as_float(static_cast<uint32_t>(v.bits) << 16); }
+RNP_DEVICE float widen(Float16 v) {
+  float out;
+  asm("cvt.f32.f16 %0, %1;\n" : "=f"(out) : "h"(v.bits));
+  return out;
+}
+template <typename T>
+RNP_DEVICE T narrow(float v);
+template <>
+RNP_DEVICE float narrow<float>(float v) {
+  return v;
+}
+template <>
+RNP_DEVICE BFloat16 narrow<BFloat16>(float v) {
+  BFloat16 out;
+  asm("cvt.rn.bf16.f32 %0, %1;\n" : "=h"(out.bits) : "f"(v));
+  return out;
+}
+template <>
+RNP_DEVICE Float16 narrow<Float16>(float v) {
+  Float16 out;
+  asm("cvt.rn.f16.f32 %0, %1;\n" : "=h"(out.bits) : "f"(v));
+  return out;
+}
+
+#else  // the emulator
+
+inline int thread_index() { return emulator::thread(); }
+inline int thread_count() { return emulator::threads(); }
+inline int64_t block_index() { return emulator::block(); }
+inline int64_t block_count() { return emulator::blocks(); }
+inline void sync_block() { emulator::barrier(); }
+inline void max_in_block(int32_t* shared, int32_t v) { *shared = *shared < v ? v : *shared; }
+inline int32_t take_ticket(int32_t* counter) { return (*counter)++; }
+inline float xor_lane(float v, int mask) { return emulator::xor_lane(v, mask); }
+inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline void copy_async(void* shared, const void* global, int bytes) { emulator::copy_async(shared, global, bytes); }
+inline void commit_copies() { emulator::commit_copies(); }
+template <int N>
+inline void wait_copies() {
+  emulator::wait_copies(N);
+}
+inline void load_matrices(uint32_t (&r)[4], const void* shared_row) { emulator::load_matrices(r, shared_row); }
+template <typename T>
+inline void multiply_matrices(T, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::multiply_matrices(T{}, d, a, b0, b1);
+}
+inline uint32_t to_tf32(uint32_t float_bits) { return emulator::to_tf32(float_bits); }
+template <typename T>
+inline auto widen(T v) {
+  return to_float(v);
+}
+template <typename T>
+inline T narrow(float v) {
+  return from_float<T, float>(v);
+}
+
+#endif
+
+}  // namespace rnp::cuda

@@ -1,0 +1,79 @@
+// Parameters of the kernels around the tile kernel: order of the batch, packing, means, and the plain kernels, which
+// compute anything (float64, depthwise, kernels of more than 16 taps along an axis) one output element a thread.
+#pragma once
+
+#include <cstdint>
+
+#include "core/prefix_conv2d.h"
+#include "cuda/conv_args.h"
+
+namespace rnp::cuda {
+
+struct OrderArgs {
+  int32_t n = 0, c_in = 0, c_out = 0;
+  const int32_t *in_prefix = nullptr, *out_prefix = nullptr;
+  int32_t *sample = nullptr, *in = nullptr, *out = nullptr;  // (n)
+  int32_t* ticket = nullptr;                                 // set to 0
+};
+
+struct PackArgs {
+  PackedTiles layout;
+  const void* weight = nullptr;
+  // Of group, output channel and input channel of the packed convolution, and of the kernel's two axes. An input
+  // gradient exchanges the roles of the channels.
+  int64_t group_stride = 0, out_stride = 0, in_stride = 0, y_stride = 0, x_stride = 0;
+  void* packed = nullptr;
+};
+
+// Input row of tap k for output row o: (o · step + offset + k · tap) / divisor, where that is a whole number.
+struct PlainAxis {
+  int32_t step = 1, offset = 0, tap = 1, divisor = 1;
+};
+
+struct PlainArgs {
+  int64_t n = 0;
+  int32_t groups = 1, group_in = 1, group_out = 1, kh = 1, kw = 1;
+  int32_t h = 0, w = 0, out_h = 0, out_w = 0;
+  PlainAxis y, x;
+  const void* input = nullptr;
+  Strides4 input_stride;
+  const void* weight = nullptr;
+  int64_t group_stride = 0, out_stride = 0, in_stride = 0, y_stride = 0, x_stride = 0;  // as in PackArgs
+  const int32_t *in_prefix = nullptr, *out_prefix = nullptr, *row = nullptr;
+  int32_t lines = 1;
+  const void *scale = nullptr, *bias = nullptr;  // float32, or float64 beside float64
+  int64_t scale_row_stride = 0, bias_row_stride = 0;
+  const void* residual = nullptr;
+  Strides4 residual_stride;
+  bool relu = false, zero_tail = true;
+  void* output = nullptr;
+  Strides4 output_stride;
+};
+
+struct MeanArgs {
+  int64_t n = 0, positions = 0;
+  int32_t channels = 0, out_w = 0;
+  const void* output = nullptr;
+  Strides4 output_stride;
+  const int32_t* out_prefix = nullptr;  // not null where the tail is skipped: channels beyond it have the mean 0
+  float* mean = nullptr;                // (n, channels)
+};
+
+// dW[o][c][ky][kx] = Σ over samples and positions of grad[o] · input[c]. Work is cut into `splits` runs of samples,
+// each with its own partial sums, added in order afterwards: deterministic.
+struct WeightGradArgs {
+  int64_t n = 0;
+  int32_t groups = 1, group_in = 1, group_out = 1, kh = 1, kw = 1;
+  int32_t h = 0, w = 0, out_h = 0, out_w = 0;
+  int32_t stride_h = 1, stride_w = 1, pad_top = 0, pad_left = 0, dilation_h = 1, dilation_w = 1;
+  const void *grad = nullptr, *input = nullptr;
+  Strides4 grad_stride, input_stride;
+  const int32_t *in_prefix = nullptr, *out_prefix = nullptr;
+  int32_t splits = 1;
+  void* partial = nullptr;      // (splits, elements of the weight) float32, or float64 beside float64
+  void* weight_grad = nullptr;  // contiguous
+
+  int64_t elements() const { return int64_t{groups} * group_out * group_in * kh * kw; }
+};
+
+}  // namespace rnp::cuda

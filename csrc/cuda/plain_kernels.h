@@ -1,0 +1,157 @@
+// The kernels around the tile kernel, one thread block's view; see plain_args.h.
+#pragma once
+
+#include "cuda/device.h"
+#include "cuda/plain_args.h"
+
+namespace rnp::cuda {
+
+template <typename T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <typename T>
+using Sum = typename Accumulate<T>::type;
+
+template <typename T>
+RNP_DEVICE T narrow_to(Sum<T> v) {
+  if constexpr (sizeof(T) == 8)
+    return v;
+  else
+    return narrow<T>(v);
+}
+RNP_DEVICE double multiply_add(double a, double b, double c) { return a * b + c; }
+
+// Thread i of the launch finds the place of sample i: no exchange between threads, so any number of blocks will do.
+RNP_DEVICE void order_block(const OrderArgs& p) {
+  const int64_t first = block_index() * thread_count() + thread_index();
+  if (first == 0) *p.ticket = 0;
+  if (first >= p.n) return;
+  const int32_t i = static_cast<int32_t>(first);
+  const int32_t place = gpu::place_of(i, p.n, p.in_prefix, p.out_prefix, p.c_in, p.c_out);
+  p.sample[place] = i;
+  p.in[place] = p.in_prefix ? gpu::clamp_prefix(p.in_prefix[i], p.c_in) : p.c_in;
+  p.out[place] = p.out_prefix ? gpu::clamp_prefix(p.out_prefix[i], p.c_out) : p.c_out;
+}
+
+template <typename T>
+RNP_DEVICE void pack_block(const PackArgs& p, int64_t elements, int32_t chunks, int32_t taps, int32_t chunk,
+                           bool flat) {
+  const int64_t step = block_count() * thread_count();
+  for (int64_t i = block_index() * thread_count() + thread_index(); i < elements; i += step) {
+    int64_t rest = i;
+    const int32_t k = static_cast<int32_t>(rest % chunk);
+    rest /= chunk;
+    const int32_t o = static_cast<int32_t>(rest % p.layout.group_out);
+    rest /= p.layout.group_out;
+    int32_t tap = static_cast<int32_t>(rest % taps);
+    rest /= taps;
+    const int32_t at = static_cast<int32_t>(rest % chunks) * chunk + k;
+    const int64_t group = rest / chunks;
+    int32_t channel = at;
+    if (flat) tap = at / p.layout.group_in, channel = at - tap * p.layout.group_in;
+    T v{};
+    if (channel < p.layout.group_in && tap < p.layout.kh * p.layout.kw)
+      v = static_cast<const T*>(p.weight)[group * p.group_stride + o * p.out_stride + channel * p.in_stride +
+                                          tap / p.layout.kw * p.y_stride + tap % p.layout.kw * p.x_stride];
+    static_cast<T*>(p.packed)[i] = v;
+  }
+}
+
+// The input row of a tap, or -1.
+RNP_DEVICE int32_t input_at(const PlainAxis& axis, int32_t out, int32_t k, int32_t size) {
+  const int32_t t = out * axis.step + axis.offset + k * axis.tap;
+  if (t < 0) return -1;
+  const int32_t at = axis.divisor == 1 ? t : t / axis.divisor;
+  return at * axis.divisor == t && at < size ? at : -1;
+}
+
+template <typename T>
+RNP_DEVICE void plain_block(const PlainArgs& p) {
+  const int32_t channels = p.groups * p.group_out;
+  const int64_t positions = int64_t{p.out_h} * p.out_w, elements = p.n * channels * positions;
+  const int64_t step = block_count() * thread_count();
+  for (int64_t i = block_index() * thread_count() + thread_index(); i < elements; i += step) {
+    int32_t c;
+    int64_t pixel, n;
+    if (p.output_stride.c == 1) {  // neighbouring threads write neighbouring elements
+      c = static_cast<int32_t>(i % channels);
+      pixel = i / channels % positions;
+      n = i / channels / positions;
+    } else {
+      pixel = i % positions;
+      c = static_cast<int32_t>(i / positions % channels);
+      n = i / positions / channels;
+    }
+    const int32_t oy = static_cast<int32_t>(pixel / p.out_w), ox = static_cast<int32_t>(pixel % p.out_w);
+    const bool live = !p.out_prefix || c < p.out_prefix[n];
+    if (!live && !p.zero_tail) continue;
+    Sum<T> sum = 0;
+    if (live) {
+      const int32_t group = c / p.group_out, total = p.groups * p.group_in;
+      const int32_t in_live =
+          gpu::live_of_group(p.in_prefix ? gpu::clamp_prefix(p.in_prefix[n], total) : total, group, p.group_in);
+      const T* input =
+          static_cast<const T*>(p.input) + n * p.input_stride.n + int64_t{group} * p.group_in * p.input_stride.c;
+      const T* weight =
+          static_cast<const T*>(p.weight) + group * p.group_stride + (c - group * p.group_out) * p.out_stride;
+      for (int32_t ky = 0; ky < p.kh; ++ky) {
+        const int32_t y = input_at(p.y, oy, ky, p.h);
+        for (int32_t kx = 0; y >= 0 && kx < p.kw; ++kx) {
+          const int32_t x = input_at(p.x, ox, kx, p.w);
+          if (x < 0) continue;
+          const T* from = input + y * p.input_stride.h + x * p.input_stride.w;
+          const T* by = weight + ky * p.y_stride + kx * p.x_stride;
+          Sum<T> part = 0;  // one sum for each tap: the rounding error grows with its length
+          for (int32_t k = 0; k < in_live; ++k)
+            part = multiply_add(widen(from[k * p.input_stride.c]), widen(by[k * p.in_stride]), part);
+          sum += part;
+        }
+      }
+      const int64_t line = p.row ? gpu::clamp_prefix(p.row[n], p.lines - 1) : 0;
+      if (p.scale) sum *= static_cast<const Sum<T>*>(p.scale)[line * p.scale_row_stride + c];
+      if (p.bias) sum += static_cast<const Sum<T>*>(p.bias)[line * p.bias_row_stride + c];
+    }
+    if (p.residual)
+      sum += widen(static_cast<const T*>(p.residual)[n * p.residual_stride.n + c * p.residual_stride.c +
+                                                     oy * p.residual_stride.h + ox * p.residual_stride.w]);
+    if (p.relu) sum = sum > 0 ? sum : (sum != sum ? sum : Sum<T>{0});
+    static_cast<T*>(
+        p.output)[n * p.output_stride.n + c * p.output_stride.c + oy * p.output_stride.h + ox * p.output_stride.w] =
+        narrow_to<T>(sum);
+  }
+}
+
+// Means over positions of the output as stored. A block of 128 threads takes 32 channels of one sample: warp w adds the
+// positions w, w + 4, … of each, and the four sums are added in order. The order depends on the layer alone. (A tile's
+// own sums cannot serve: where a tile begins within a sample depends on the batch.)
+template <typename T>
+RNP_DEVICE void mean_block(const MeanArgs& p, char* shared) {
+  Sum<T>* sums = reinterpret_cast<Sum<T>*>(shared);  // (4, 32)
+  const int lane = thread_index() & 31, warp = thread_index() >> 5;
+  const int32_t runs = (p.channels + 31) / 32;
+  for (int64_t item = block_index(); item < p.n * runs; item += block_count()) {
+    const int64_t n = item / runs;
+    const int32_t c = static_cast<int32_t>(item % runs) * 32 + lane;
+    const int32_t live = p.out_prefix ? gpu::clamp_prefix(p.out_prefix[n], p.channels) : p.channels;
+    Sum<T> sum = 0;
+    if (c < live) {
+      const T* from = static_cast<const T*>(p.output) + n * p.output_stride.n + c * p.output_stride.c;
+      for (int64_t i = warp; i < p.positions; i += 4)
+        sum += widen(from[i / p.out_w * p.output_stride.h + i % p.out_w * p.output_stride.w]);
+    }
+    sums[thread_index()] = sum;
+    sync_block();
+    if (warp == 0 && c < p.channels) {
+      const Sum<T> total = ((sums[lane] + sums[32 + lane]) + sums[64 + lane]) + sums[96 + lane];
+      p.mean[n * p.channels + c] = static_cast<float>(total / static_cast<Sum<T>>(p.positions));
+    }
+    sync_block();
+  }
+}
+
+}  // namespace rnp::cuda

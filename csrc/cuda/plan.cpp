@@ -1,0 +1,163 @@
+#include "cuda/plan.h"
+
+#include <algorithm>
+
+namespace rnp::cuda {
+namespace {
+
+int32_t small(int64_t v) { return static_cast<int32_t>(v); }
+
+// Channels of one group on either side, as the role sees them.
+int64_t role_in(const ConvShape& s, Role role) { return role == Role::kForward ? s.group_in() : s.group_out(); }
+int64_t role_out(const ConvShape& s, Role role) { return role == Role::kForward ? s.group_out() : s.group_in(); }
+
+PackedTiles layout(const ConvShape& s, DType dtype, Role role) {
+  PackedTiles t;
+  t.groups = small(s.groups), t.group_in = small(role_in(s, role)), t.group_out = small(role_out(s, role));
+  t.kh = small(s.kh), t.kw = small(s.kw), t.element = element_size(dtype);
+  t.may_be_flat = role == Role::kForward;  // a residue of the stride has only some of the taps
+  return t;
+}
+
+// Taps of the outputs o ≡ residue (mod stride): all of them, where the layer itself runs.
+Axis axis_of(Role role, int64_t residue, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  Axis a = {};
+  a.step = role == Role::kForward ? small(stride) : 1;
+  for (int64_t k = 0; k < kernel; ++k) {
+    int64_t delta = k * dilation - pad;
+    if (role == Role::kInputGrad) {
+      const int64_t t = residue + pad - k * dilation;
+      if (t % stride != 0) continue;
+      delta = t / stride;
+    }
+    a.delta[a.count] = static_cast<int16_t>(delta);
+    a.tap[a.count++] = static_cast<uint8_t>(k);
+  }
+  return a;
+}
+
+bool aligned(const ConvArgs& a, int32_t element) {
+  const int64_t piece = 16 / element;
+  const Strides4& st = a.input_stride;
+  return st.c == 1 && st.n % piece == 0 && st.h % piece == 0 && st.w % piece == 0 &&
+         reinterpret_cast<uintptr_t>(a.input) % 16 == 0 && (a.cut.groups == 1 || a.cut.group_in % piece == 0);
+}
+
+TileName tile_name(DType dtype, bool tf32, bool gather, const TileSize& size) {
+  const int at = size.bm == 64 ? 2 : (size.bn == 128 ? 0 : 1);
+  const auto of = [&](TileName first) { return static_cast<TileName>(static_cast<int>(first) + (gather ? 3 : at)); };
+  if (dtype == DType::kBFloat16) return of(TileName::bf16_128x128);
+  if (dtype == DType::kFloat16) return of(TileName::fp16_128x128);
+  if (tf32) return of(TileName::tf32_128x128);
+  return gather ? TileName::fp32_gather : TileName::fp32_128x64;
+}
+
+}  // namespace
+
+int32_t element_size(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return 8;
+    case DType::kFloat32:
+      return 4;
+    case DType::kBFloat16:
+    case DType::kFloat16:
+      break;
+  }
+  return 2;
+}
+
+bool has_tile(const ConvShape& s, DType dtype, Role role) {
+  constexpr int64_t kFar = 32767;  // deltas are 16 bits
+  const int64_t reach = std::max({s.kh * s.dilation_h, s.kw * s.dilation_w, s.pad_top, s.pad_bottom, s.pad_left,
+                                  s.pad_right, s.stride_h, s.stride_w});
+  // Few channels in many groups (depthwise) would leave nearly all of a tile empty.
+  const bool narrow = s.groups > 1 && std::min(role_in(s, role), role_out(s, role)) < 4;
+  return dtype != DType::kFloat64 && !narrow && s.kh <= kMaxTaps && s.kw <= kMaxTaps && 2 * reach <= kFar &&
+         s.c_in <= INT32_MAX / 2 && s.c_out <= INT32_MAX / 2;
+}
+
+PackArgs pack_args(const ConvShape& s, DType dtype, Role role, const void* weight, const Strides4& st, void* packed) {
+  PackArgs a;
+  a.layout = layout(s, dtype, role);
+  a.weight = weight, a.packed = packed;
+  a.group_stride = s.group_out() * st.n;
+  a.out_stride = role == Role::kForward ? st.n : st.c;
+  a.in_stride = role == Role::kForward ? st.c : st.n;
+  a.y_stride = st.h, a.x_stride = st.w;
+  return a;
+}
+
+std::vector<TileLaunch> tile_launches(const PrefixConv2dParams& p, Role role, int32_t lines, bool tf32,
+                                      int multiprocessors) {
+  const ConvShape& s = p.shape;
+  const bool forward = role == Role::kForward;
+  const PackedTiles packed = layout(s, p.dtype, role);
+  const int64_t step_h = forward ? 1 : s.stride_h, step_w = forward ? 1 : s.stride_w;
+  const int64_t rows = forward ? s.out_h : s.h, columns = forward ? s.out_w : s.w;
+  std::vector<TileLaunch> launches;
+  for (int64_t ry = 0; ry < std::min(step_h, rows); ++ry) {
+    for (int64_t rx = 0; rx < std::min(step_w, columns); ++rx) {
+      ConvArgs a;
+      a.y = axis_of(role, ry, s.kh, s.stride_h, s.pad_top, s.dilation_h);
+      a.x = axis_of(role, rx, s.kw, s.stride_w, s.pad_left, s.dilation_w);
+      const int64_t out_h = (rows - ry + step_h - 1) / step_h, out_w = (columns - rx + step_w - 1) / step_w;
+      a.h = small(forward ? s.h : s.out_h), a.w = small(forward ? s.w : s.out_w);
+      a.out_w = small(out_w);
+      a.c_in = small(forward ? s.c_in : s.c_out), a.c_out = small(forward ? s.c_out : s.c_in);
+      a.input = p.input, a.input_stride = p.input_stride;
+      a.packed = p.packed;
+      a.chunks = packed.chunks(), a.taps = packed.taps(), a.kernel_w = small(s.kw);
+      a.flat = packed.flat();
+      a.in_prefix = forward ? p.in_prefix : p.out_prefix, a.out_prefix = forward ? p.out_prefix : p.in_prefix;
+      a.row = p.row, a.lines = lines;
+      a.scale = static_cast<const float*>(p.scale), a.scale_row_stride = p.scale_row_stride;
+      a.bias = static_cast<const float*>(p.bias), a.bias_row_stride = p.bias_row_stride;
+      a.residual = p.residual, a.residual_stride = p.residual_stride;
+      a.relu = p.activation == Activation::kRelu, a.zero_tail = p.tail == Tail::kZero;
+      const int64_t first = ry * p.output_stride.h + rx * p.output_stride.w;
+      a.output = static_cast<char*>(p.output) + first * element_size(p.dtype);
+      a.output_stride = p.output_stride;
+      a.output_stride.h *= step_h, a.output_stride.w *= step_w;
+      a.cut = {s.n, out_h * out_w, packed.groups, packed.group_in, packed.group_out, 0, 0};
+      const bool gather = a.flat || !aligned(a, packed.element);
+      const bool matrix = p.dtype != DType::kFloat32 || tf32;
+      TileSize size{128, 64};
+      if (!gather && matrix)
+        size = choose_tile_sm80(s.n * out_h * out_w, packed.group_out, packed.groups, multiprocessors);
+      a.cut.bm = size.bm, a.cut.bn = size.bn;
+      launches.push_back({tile_name(p.dtype, tf32, gather, size), a});
+    }
+  }
+  return launches;
+}
+
+PlainArgs plain_args(const PrefixConv2dParams& p, Role role, int32_t lines) {
+  const ConvShape& s = p.shape;
+  const bool forward = role == Role::kForward;
+  PlainArgs a;
+  a.n = s.n, a.groups = small(s.groups), a.group_in = small(role_in(s, role)), a.group_out = small(role_out(s, role));
+  a.kh = small(s.kh), a.kw = small(s.kw);
+  a.h = small(forward ? s.h : s.out_h), a.w = small(forward ? s.w : s.out_w);
+  a.out_h = small(forward ? s.out_h : s.h), a.out_w = small(forward ? s.out_w : s.w);
+  const auto axis = [&](int64_t stride, int64_t pad, int64_t dilation) {
+    return forward ? PlainAxis{small(stride), small(-pad), small(dilation), 1}
+                   : PlainAxis{1, small(pad), small(-dilation), small(stride)};
+  };
+  a.y = axis(s.stride_h, s.pad_top, s.dilation_h);
+  a.x = axis(s.stride_w, s.pad_left, s.dilation_w);
+  a.input = p.input, a.input_stride = p.input_stride;
+  const PackArgs w = pack_args(s, p.dtype, role, p.weight, p.weight_stride, nullptr);
+  a.weight = w.weight, a.group_stride = w.group_stride, a.out_stride = w.out_stride, a.in_stride = w.in_stride;
+  a.y_stride = w.y_stride, a.x_stride = w.x_stride;
+  a.in_prefix = forward ? p.in_prefix : p.out_prefix, a.out_prefix = forward ? p.out_prefix : p.in_prefix;
+  a.row = p.row, a.lines = lines;
+  a.scale = p.scale, a.scale_row_stride = p.scale_row_stride;
+  a.bias = p.bias, a.bias_row_stride = p.bias_row_stride;
+  a.residual = p.residual, a.residual_stride = p.residual_stride;
+  a.relu = p.activation == Activation::kRelu, a.zero_tail = p.tail == Tail::kZero;
+  a.output = p.output, a.output_stride = p.output_stride;
+  return a;
+}
+
+}  // namespace rnp::cuda

@@ -1,0 +1,37 @@
+// From a call of the operator to the launches that compute it: no CUDA, no torch, so C++ tests run it on the CPU.
+#pragma once
+
+#include <vector>
+
+#include "core/prefix_conv2d.h"
+#include "cuda/conv_args.h"
+#include "cuda/plain_args.h"
+
+namespace rnp::cuda {
+
+// Which convolution is packed and run: the layer itself, or the one that takes its output's gradient to its input's.
+enum class Role { kForward, kInputGrad };
+
+int32_t element_size(DType dtype);
+
+// Whether the tile kernel computes it; elsewhere the plain kernel does. Depends on the layer alone.
+bool has_tile(const ConvShape& shape, DType dtype, Role role);
+
+// What the packed weights of a layer look like, and how to make them from a weight of these strides.
+PackArgs pack_args(const ConvShape& shape, DType dtype, Role role, const void* weight, const Strides4& weight_stride,
+                   void* packed);
+
+struct TileLaunch {
+  TileName tile;
+  ConvArgs args;  // order_* and ticket are filled in by the launcher
+};
+
+// `p` holds device pointers, `p.packed` what pack_args describes. For an input gradient `p` is the layer itself with
+// the gradient of its output in `input`, the one of its input in `output`, and each prefix under its own name; one
+// launch for each residue of the stride. `lines`: of the scale and bias tables. `tf32`: float32 may be rounded to TF32.
+std::vector<TileLaunch> tile_launches(const PrefixConv2dParams& p, Role role, int32_t lines, bool tf32,
+                                      int multiprocessors);
+
+PlainArgs plain_args(const PrefixConv2dParams& p, Role role, int32_t lines);
+
+}  // namespace rnp::cuda

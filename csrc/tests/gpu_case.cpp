@@ -1,0 +1,121 @@
+#include "tests/gpu_case.h"
+
+#include <cmath>
+
+namespace rnp::tests {
+namespace {
+
+template <typename T>
+T value(double v) {
+  if constexpr (sizeof(T) == 8)
+    return v;
+  else
+    return from_float<T, float>(static_cast<float>(v));
+}
+
+template <typename T>
+double number(T v) {
+  return static_cast<double>(to_float(v));
+}
+
+}  // namespace
+
+template <typename T>
+GpuCase<T>::GpuCase(const ConvCase& c, GpuMode mode, cuda::Role r, DType dtype, bool channels_last)
+    : s(c.shape()), role(r) {
+  const bool forward = role == cuda::Role::kForward;
+  from_c = forward ? s.c_in : s.c_out, from_h = forward ? s.h : s.out_h, from_w = forward ? s.w : s.out_w;
+  to_c = forward ? s.c_out : s.c_in, to_h = forward ? s.out_h : s.h, to_w = forward ? s.out_w : s.w;
+  Random random(static_cast<uint64_t>(s.c_in * 100 + s.c_out + static_cast<int>(mode)));
+  const auto fill = [&](std::vector<T>& to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to.push_back(value<T>(random.next()));
+  };
+  fill(weight, s.c_out * s.group_in() * s.kh * s.kw);
+  fill(input, s.n * from_c * from_h * from_w);
+  fill(residual, s.n * to_c * to_h * to_w);
+  for (int64_t i = 0; i < 3 * to_c; ++i) scale.push_back(static_cast<float>(random.next()));
+  for (int64_t i = 0; i < 3 * to_c; ++i) bias.push_back(static_cast<float>(random.next()));
+  for (int64_t n = 0; n < s.n; ++n) {
+    in_prefix.push_back(n == 2 ? s.c_in : random.below(s.c_in + 1));
+    out_prefix.push_back(n == 1 ? 0 : (n == 2 ? s.c_out + 9 : 1 + random.below(s.c_out)));  // 9 too many: clamped
+    row.push_back(random.below(3));
+  }
+  output.assign(residual.size(), value<T>(kNaN));
+  means.assign(static_cast<size_t>(s.n * to_c), kNaN);
+  p.shape = s, p.dtype = dtype;
+  p.input_stride = strides_of(from_c, from_h, from_w, channels_last);
+  p.weight_stride = strides_of(s.group_in(), s.kh, s.kw, false);
+  p.output_stride = p.residual_stride = strides_of(to_c, to_h, to_w, channels_last);
+  if (mode != GpuMode::kFull) p.in_prefix = in_prefix.data(), p.out_prefix = out_prefix.data();
+  if (mode == GpuMode::kTables) {
+    p.scale = scale.data(), p.bias = bias.data(), p.row = row.data();
+    p.scale_row_stride = p.bias_row_stride = to_c;
+  } else if (mode == GpuMode::kFull) {
+    p.bias = bias.data();
+  }
+  if (dtype == DType::kFloat64) p.scale = p.bias = nullptr;  // its tables would be doubles
+  if (mode == GpuMode::kResidual) p.residual = residual.data();
+  if (mode == GpuMode::kTables || mode == GpuMode::kResidual) p.activation = Activation::kRelu;
+  if (mode == GpuMode::kSkip) p.tail = Tail::kSkip;
+  for (int64_t n = 0; n < s.n; ++n)
+    for (int64_t k = std::min<int64_t>(from_live(n), from_c); k < from_c; ++k)
+      for (int64_t y = 0; y < from_h; ++y)
+        for (int64_t x = 0; x < from_w; ++x) input[at(p.input_stride, n, k, y, x)] = value<T>(kNaN);
+  p.input = input.data(), p.weight = weight.data(), p.output = output.data();
+}
+
+template <typename T>
+void GpuCase<T>::check(const std::string& where, double unit, double store_unit) {
+  const int64_t icg = s.group_in(), ocg = s.group_out(), taps = s.kh * s.kw;
+  std::vector<double> sums(output.size(), 0.0), sizes(output.size(), 0.0);
+  const auto add = [&](int64_t n, int64_t to, int64_t ty, int64_t tx, int64_t from, int64_t fy, int64_t fx, double w) {
+    if (from >= from_live(n)) return;
+    const double v = number(input[at(p.input_stride, n, from, fy, fx)]) * w;
+    sums[at(p.output_stride, n, to, ty, tx)] += v;
+    sizes[at(p.output_stride, n, to, ty, tx)] += std::abs(v);
+  };
+  for (int64_t n = 0; n < s.n; ++n)
+    for (int64_t o = 0; o < s.c_out; ++o)
+      for (int64_t i = 0; i < icg * taps; ++i) {
+        const int64_t c = i / taps, ky = i / s.kw % s.kh, kx = i % s.kw, channel = o / ocg * icg + c;
+        const double w = number(weight[at(p.weight_stride, o, c, ky, kx)]);
+        for (int64_t oy = 0; oy < s.out_h; ++oy)
+          for (int64_t ox = 0; ox < s.out_w; ++ox) {
+            const int64_t y = oy * s.stride_h - s.pad_top + ky * s.dilation_h;
+            const int64_t x = ox * s.stride_w - s.pad_left + kx * s.dilation_w;
+            if (y < 0 || y >= s.h || x < 0 || x >= s.w) continue;
+            if (role == cuda::Role::kForward)
+              add(n, o, oy, ox, channel, y, x, w);
+            else
+              add(n, channel, y, x, o, oy, ox, w);
+          }
+      }
+  for (int64_t n = 0; n < s.n; ++n)
+    for (int64_t c = 0; c < to_c; ++c)
+      for (int64_t y = 0; y < to_h; ++y)
+        for (int64_t x = 0; x < to_w; ++x) {
+          const size_t i = at(p.output_stride, n, c, y, x);
+          const bool live = c < to_live(n);
+          const int64_t line = p.row ? row[static_cast<size_t>(n)] : 0;
+          const double a = p.scale ? scale[static_cast<size_t>(line * to_c + c)] : 1;
+          const double b = p.bias ? bias[static_cast<size_t>(line * to_c + c)] : 0;
+          double v = live ? sums[i] * a + b : 0;
+          if (p.residual) v += number(residual[i]);
+          if (p.activation == Activation::kRelu) v = std::max(v, 0.0);
+          const double got = number(output[i]);
+          if (!live && p.tail == Tail::kSkip) {
+            CHECK(got != got) << where << ": a skipped tail was written at channel " << c;
+            continue;
+          }
+          const double allowed = unit * sizes[i] * std::abs(a) + store_unit * std::abs(v) + 1e-6 * (std::abs(b) + 1e-3);
+          CHECK(std::abs(got - v) <= allowed) << where << " at (" << n << ", " << c << ", " << y << ", " << x
+                                              << "): " << got << " instead of " << v << ", allowed " << allowed;
+        }
+}
+
+template struct GpuCase<float>;
+template struct GpuCase<double>;
+template struct GpuCase<BFloat16>;
+template struct GpuCase<Float16>;
+
+}  // namespace rnp::tests

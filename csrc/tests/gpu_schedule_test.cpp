@@ -1,0 +1,183 @@
+// The schedule of the CUDA kernels (core/gpu_schedule.h): every live output once, no dead tile, and what it costs.
+#include "core/gpu_schedule.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "cuda/tiles.h"
+#include "tests/check.h"
+#include "tests/conv_case.h"
+
+namespace rnp::tests {
+namespace {
+
+struct Batch {
+  std::vector<int32_t> in, out;
+};
+
+struct Sorted {
+  std::vector<int32_t> sample, in, out;
+  gpu::Order order;
+};
+
+Sorted sorted(const Batch& batch, int32_t c_in, int32_t c_out) {
+  const int32_t n = static_cast<int32_t>(batch.in.size());
+  Sorted s;
+  s.sample.assign(batch.in.size(), -1), s.in = s.out = s.sample;
+  for (int32_t i = 0; i < n; ++i) {
+    const size_t at = static_cast<size_t>(gpu::place_of(i, n, batch.in.data(), batch.out.data(), c_in, c_out));
+    s.sample[at] = i;
+    s.in[at] = gpu::clamp_prefix(batch.in[static_cast<size_t>(i)], c_in);
+    s.out[at] = gpu::clamp_prefix(batch.out[static_cast<size_t>(i)], c_out);
+  }
+  s.order = {s.sample.data(), s.in.data(), s.out.data(), c_in, c_out};
+  return s;
+}
+
+// Random prefixes and adversarial ones: one class, one outlier, each sample another, zeros, out of range.
+std::vector<Batch> batches(int32_t n, int32_t c_in, int32_t c_out) {
+  std::vector<Batch> all;
+  Random random(static_cast<uint64_t>(n * 1000 + c_in));
+  auto make = [&](auto&& in, auto&& out) {
+    Batch b;
+    for (int32_t i = 0; i < n; ++i) b.in.push_back(in(i)), b.out.push_back(out(i));
+    all.push_back(b);
+  };
+  make([&](int32_t) { return (1 + random.below(4)) * c_in / 4; },
+       [&](int32_t) { return (1 + random.below(4)) * c_out / 4; });
+  make([&](int32_t) { return random.below(c_in + 1); }, [&](int32_t) { return random.below(c_out + 1); });
+  make([&](int32_t) { return c_in; }, [&](int32_t) { return c_out; });
+  make([&](int32_t) { return 0; }, [&](int32_t) { return 0; });
+  make([&](int32_t) { return 1; }, [&](int32_t) { return 1; });
+  make([&](int32_t i) { return i == n / 2 ? c_in : 1; }, [&](int32_t i) { return i == n / 2 ? c_out : 1; });
+  make([&](int32_t i) { return i % (c_in + 1); }, [&](int32_t i) { return i % 2 ? c_out : 0; });
+  make([&](int32_t i) { return i - 3; }, [&](int32_t i) { return c_out + 3 - i; });
+  make([&](int32_t) { return INT32_MIN; }, [&](int32_t) { return INT32_MAX; });
+  return all;
+}
+
+}  // namespace
+
+TEST(gpu_order_is_a_stable_permutation) {
+  for (int32_t n : {0, 1, 7, 64, 300}) {
+    for (const Batch& b : batches(n, 20, 33)) {
+      const Sorted s = sorted(b, 20, 33);
+      for (size_t i = 0; i < s.sample.size(); ++i) {
+        CHECK(s.sample[i] >= 0) << "place " << i << " is empty";
+        if (i == 0) continue;
+        CHECK(s.out[i - 1] >= s.out[i]) << "out-prefixes ascend at " << i;
+        if (s.out[i - 1] != s.out[i]) continue;
+        CHECK(s.in[i - 1] >= s.in[i]) << "in-prefixes ascend at " << i;
+        CHECK(s.in[i - 1] > s.in[i] || s.sample[i - 1] < s.sample[i]) << "not stable at " << i;
+      }
+    }
+  }
+}
+
+TEST(gpu_schedule_covers_every_live_output_once_and_visits_no_dead_tile) {
+  struct Layer {
+    int32_t groups, group_in, group_out;
+    int64_t positions;
+  };
+  for (const Layer& layer : {Layer{1, 20, 33, 49}, Layer{1, 64, 130, 10}, Layer{3, 8, 12, 81}, Layer{1, 16, 256, 1},
+                             Layer{2, 5, 129, 300}, Layer{40, 1, 1, 4}}) {
+    const int32_t c_in = layer.groups * layer.group_in, c_out = layer.groups * layer.group_out;
+    for (int32_t n : {0, 1, 9, 40}) {
+      for (const Batch& b : batches(n, c_in, c_out)) {
+        const Sorted s = sorted(b, c_in, c_out);
+        for (const auto& [bm, bn] : {std::pair{128, 128}, std::pair{64, 64}, std::pair{128, 64}}) {
+          const gpu::Cut cut{n, layer.positions, layer.groups, layer.group_in, layer.group_out, bm, bn};
+          // (sample, pixel) → how often each block of channels was computed.
+          std::map<std::pair<int32_t, uint32_t>, std::map<int32_t, int>> seen;
+          int64_t tiles = 0;
+          gpu::Cursor at;
+          for (; at.seek(cut, s.order, tiles); ++tiles) {
+            int live_rows = 0;
+            for (int32_t r = 0; r < bm; ++r) {
+              const gpu::RowPlace row = gpu::place_row(cut, at, at.first_row(cut, tiles), r);
+              if (!row.live) continue;
+              const int32_t out =
+                  gpu::live_of_group(s.order.out_at(row.place), at.group, layer.group_out) - at.block * bn;
+              CHECK(out > 0) << "a row without live channels in tile " << tiles;
+              ++live_rows;
+              ++seen[{s.order.sample_at(row.place), row.pixel}][at.group * cut.blocks() + at.block];
+            }
+            CHECK(live_rows > 0) << "dead tile " << tiles;
+          }
+          CHECK(tiles <= cut.most_tiles()) << tiles << " tiles, at most " << cut.most_tiles();
+          for (int32_t i = 0; i < n; ++i) {
+            const int32_t out = gpu::clamp_prefix(b.out[static_cast<size_t>(i)], c_out);
+            for (uint32_t pixel = 0; pixel < layer.positions; ++pixel) {
+              const auto& blocks = seen[{i, pixel}];
+              for (int32_t c = 0; c < c_out; ++c) {
+                const int32_t block = c / layer.group_out * cut.blocks() + c % layer.group_out / bn;
+                const auto found = blocks.find(block);
+                const int times = found == blocks.end() ? 0 : found->second;
+                CHECK(times <= 1 && (c >= out || times == 1)) << "sample " << i << " channel " << c << ": " << times;
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// The share of the FLOP-theoretical speed-up over full width, for random actions (k = 4), if a tile's time were its
+// matrix steps plus a fixed cost: 132 multiprocessors, each taking the next tile when it is free. What a device adds
+// (memory, clocks, two blocks sharing a multiprocessor) is not in it.
+namespace {
+
+constexpr int kMultiprocessors = 132;
+constexpr double kTileCost = 48;  // fill and drain of a tile, in steps of one 16 x 16 block of outputs over 16 channels
+
+double makespan(const gpu::Cut& cut, const gpu::Order& order) {
+  std::vector<double> load(kMultiprocessors, 0.0);
+  gpu::Cursor at;
+  for (int64_t t = 0; at.seek(cut, order, t); ++t) {
+    int32_t k = 0, width = 0;
+    for (int32_t r = 0; r < cut.bm; ++r) {
+      const gpu::RowPlace row = gpu::place_row(cut, at, at.first_row(cut, t), r);
+      if (!row.live) continue;
+      k = std::max(k, order.in_at(row.place));
+      width = std::max(width, std::min(cut.bn, order.out_at(row.place) - at.block * cut.bn));
+    }
+    *std::min_element(load.begin(), load.end()) +=
+        kTileCost + 9.0 * ((k + 15) / 16) * ((width + 15) / 16) * (static_cast<double>(cut.bm) / 16);
+  }
+  return *std::max_element(load.begin(), load.end());
+}
+
+}  // namespace
+
+TEST(gpu_schedule_keeps_its_simulated_share) {
+  struct Row {
+    int32_t channels;
+    int64_t side;
+    int32_t batch;
+    double least;
+  };
+  for (const Row& row :
+       {Row{64, 56, 256, 0.93}, Row{128, 28, 256, 0.95}, Row{256, 14, 256, 0.95}, Row{512, 7, 256, 0.85},
+        Row{64, 56, 32, 0.84}, Row{128, 28, 32, 0.90}, Row{256, 14, 32, 0.68}, Row{512, 7, 32, 0.88}}) {
+    const int32_t c = row.channels;
+    const int64_t positions = row.side * row.side;
+    const cuda::TileSize tile = cuda::choose_tile_sm80(row.batch * positions, c, 1, kMultiprocessors);
+    const gpu::Cut cut{row.batch, positions, 1, c, c, tile.bm, tile.bn};
+    const Batch b = batches(row.batch, c, c)[0];
+    const Sorted s = sorted(b, c, c);
+    double macs = 0;
+    for (size_t i = 0; i < b.in.size(); ++i) macs += static_cast<double>(b.in[i]) * b.out[i] / c / c;
+    const double theory = row.batch / macs;
+    const double full = makespan(cut, {nullptr, nullptr, nullptr, c, c});
+    const double share = full / makespan(cut, s.order) / theory;
+    std::printf("  simulated: %3d channels, %2d^2, batch %3d, tile %dx%d: %.2f of %.2fx\n", c,
+                static_cast<int>(row.side), row.batch, tile.bm, tile.bn, share, theory);
+    CHECK(share >= row.least) << c << " channels, batch " << row.batch << ": " << share;
+  }
+}
+
+}  // namespace rnp::tests

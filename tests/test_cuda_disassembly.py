@@ -1,0 +1,171 @@
+"""What the built CUDA library contains, read from its machine code: no GPU is needed.
+
+Every tile of csrc/cuda/tiles.h is there for every architecture, with matrix instructions and asynchronous copies where
+they are promised, nothing in local memory, and registers within the budget written in that table.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import rnp_kernels
+from rnp_kernels import _C
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = Path(rnp_kernels.__file__).parent / "librnp_cuda.so"
+REGISTERS, THREADS, MOST_TILES = 65536, 128, 24
+SHARED = {"80": 163 * 1024, "90a": 227 * 1024}  # bytes of shared memory that a multiprocessor gives to blocks
+
+
+def _cuobjdump() -> str | None:
+    """The toolkit's, or the one in Triton's wheel."""
+    found = shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump")
+    spec = importlib.util.find_spec("triton")
+    if found is None and spec is not None and spec.origin is not None:
+        found = shutil.which(str(Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"))
+    return found
+
+
+def _missing() -> str | None:
+    if _C.build_info()["cuda_compiler"] is None:
+        return f"the CUDA library was not built: {_C.build_info()['cuda_reason']}"
+    if not LIBRARY.exists():
+        return f"{LIBRARY.name} is not beside the package"
+    return None if _cuobjdump() else "no cuobjdump: neither a CUDA toolkit's nor Triton's"
+
+
+pytestmark = pytest.mark.skipif(_missing() is not None, reason=str(_missing()))
+
+
+@dataclass(frozen=True)
+class Tile:
+    name: str
+    storage: str
+    math: str
+    gather: bool
+    bm: int
+    bn: int
+    blocks: int
+    registers: int
+
+    def symbol(self) -> str:
+        storage = {"BFloat16": "NS_8BFloat16E", "Float16": "NS_7Float16E", "float": "f"}[self.storage]
+        math = {"kMatrix": 0, "kFfma": 1}[self.math]
+        return f"conv_tile_kernelINS0_4TileI{storage}LNS0_4MathE{math}ELb{int(self.gather)}ELi{self.bm}ELi{self.bn}EE"
+
+    def shared_bytes(self) -> int:
+        """Tile::kSharedBytes."""
+        return self.bm * 48 + 16 + max(4 * (self.bm + self.bn) * 64, self.bm * 68 * 4)
+
+
+@cache
+def tiles() -> tuple[Tile, ...]:
+    text = (ROOT / "csrc/cuda/tiles.h").read_text()
+    rows = re.findall(r"X\((\w+), (\w+), Math::(\w+), (true|false), (\d+), (\d+), (\d+), (\d+)\)", text)
+    return tuple(Tile(n, t, m, g == "true", *map(int, rest)) for n, t, m, g, *rest in rows)
+
+
+def architectures() -> list[str]:
+    return str(_C.build_info()["cuda_archs"]).split(";")
+
+
+def _dump(option: str) -> str:
+    command = [str(_cuobjdump()), option, str(LIBRARY)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def instructions() -> dict[tuple[str, str], collections.Counter[str]]:
+    """(architecture, symbol) -> how often each opcode stands in it."""
+    found: dict[tuple[str, str], collections.Counter[str]] = {}
+    arch, counts = "", collections.Counter()
+    for line in _dump("--dump-sass").splitlines():
+        if match := re.match(r"\s*arch = sm_(\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function : (\S+)", line):
+            counts = found[arch, match[1]] = collections.Counter()
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line):
+            counts[match[1]] += 1
+    return found
+
+
+@cache
+def resources() -> dict[tuple[str, str], dict[str, int]]:
+    """(architecture, symbol) -> REG, STACK, SHARED, LOCAL."""
+    found, arch, symbol = {}, "", ""
+    for line in _dump("--dump-resource-usage").splitlines():
+        if match := re.match(r"\s*arch = sm_(\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            symbol = match[1]
+        elif "REG:" in line:
+            found[arch, symbol] = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)}
+    return found
+
+
+def one(table: dict, arch: str, tile: Tile):
+    matches = [value for (a, symbol), value in table.items() if a == arch and tile.symbol() in symbol]
+    assert len(matches) == 1, f"{tile.name}: {len(matches)} kernels for sm_{arch}"
+    return matches[0]
+
+
+def test_the_table_is_read_and_keeps_its_budget():
+    text = (ROOT / "csrc/cuda/tiles.h").read_text()
+    assert len(tiles()) == text.count("  X(") >= 14
+    assert len(tiles()) + 4 <= MOST_TILES
+    assert len({t.symbol() for t in tiles()}) == len(tiles())
+
+
+def test_every_tile_was_compiled_for_every_architecture():
+    for arch in architectures():
+        found = [s for a, s in instructions() if a == arch and "conv_tile_kernel" in s]
+        assert len(found) == len(tiles()), f"sm_{arch}"
+
+
+def test_matrix_instructions_and_asynchronous_copies_are_where_they_are_promised():
+    for arch in architectures():
+        for tile in tiles():
+            seen = one(instructions(), arch, tile)
+            where = f"{tile.name}, sm_{arch}"
+            assert (seen["HMMA"] > 0) == (tile.math == "kMatrix"), where
+            assert (seen["LDSM"] > 0) == (tile.math == "kMatrix"), where
+            assert seen["LDGSTS"] > 0, where
+            assert (seen["FFMA"] >= 256) == (tile.math == "kFfma"), where
+            # Two blocks of 16 rows by every run of 16 channels, in halves of 8.
+            least = 2 * (tile.bn // 16 // (4 // (tile.bm // 32))) * 2
+            assert tile.math == "kFfma" or seen["HMMA"] >= least, f"{where}: {seen['HMMA']}"
+
+
+def test_nothing_spills_to_local_memory():
+    for key, seen in instructions().items():
+        assert seen["LDL"] + seen["STL"] == 0, key
+    for key, use in resources().items():
+        assert use["STACK"] == 0 and use["LOCAL"] == 0, (key, use)
+
+
+def test_registers_and_shared_memory_keep_the_budget():
+    for arch in architectures():
+        for tile in tiles():
+            use = one(resources(), arch, tile)
+            where = f"{tile.name}, sm_{arch}: {use}"
+            assert use["REG"] <= tile.registers, where
+            assert tile.registers * THREADS * tile.blocks <= REGISTERS, where
+            assert use["SHARED"] <= 1024, f"{where}: static; the rest is dynamic"
+            if tile.bn == 128:  # narrower tiles: two blocks on sm_80 are bound by shared memory, more elsewhere
+                assert tile.shared_bytes() * tile.blocks <= SHARED[arch], where
+            assert tile.shared_bytes() * 2 <= SHARED[arch], where
+
+
+def test_no_double_precision_arithmetic_outside_the_float64_kernels():
+    for (arch, symbol), seen in instructions().items():
+        if "conv_tile_kernel" in symbol or "BFloat16" in symbol:
+            assert seen["DFMA"] + seen["DMUL"] + seen["DADD"] == 0, (arch, symbol)
