@@ -8,12 +8,16 @@ set(RNP_CUDA_BUILT_ARCHS "")
 set(RNP_CUDA_REASON "")
 
 set(RNP_CUDA_SOURCES
+    csrc/cuda/agent_kernels.cu
+    csrc/cuda/agent_torch.cpp
     csrc/cuda/clamp_prefix.cu
     csrc/cuda/clamp_prefix_torch.cpp
     csrc/cuda/conv_tiles.cu
     csrc/cuda/plain_kernels.cu
     csrc/cuda/plan.cpp
-    csrc/cuda/prefix_conv2d_torch.cpp)
+    csrc/cuda/prefix_conv2d_torch.cpp
+    csrc/cuda/weight_grad.cu
+    csrc/cuda/weight_grad_torch.cpp)
 
 if(NOT RNP_CUDA MATCHES "^(auto|1|0)$")
   message(FATAL_ERROR "RNP_CUDA must be auto, 1 or 0, not '${RNP_CUDA}'")

@@ -13,8 +13,12 @@ _FOLDER = Path(__file__).resolve().parent
 cuda_reason: str | None = None
 
 
+def cuda_library() -> Path:
+    return _FOLDER / "librnp_cuda.so"
+
+
 def _load_cuda() -> str | None:
-    library = _FOLDER / "librnp_cuda.so"
+    library = cuda_library()
     if not library.exists():
         return "the CUDA library was not built (see RNP_CUDA)"
     if torch.version.cuda is None:

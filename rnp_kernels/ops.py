@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import backends, checks, gradients, reference, registrations, stock  # noqa: F401 (two of them register on import)
+from . import backends, checks, gradients, reference, registrations, stock, tf32  # noqa: F401 (two of them register on import)
 
 _OPERATOR = torch.ops.rnp.prefix_conv2d.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -63,6 +63,8 @@ def _run(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
         backends.log(input, weight, arguments[3], arguments[4], arguments[6], _describe(name, arguments))
     if name == "reference":
         return _reference(arguments)
+    if input.is_cuda and not torch.compiler.is_compiling():
+        tf32.follow()
     if torch.compiler.is_compiling() or needs_autograd(input, weight, bias, scale, residual):
         return _OPERATOR(*arguments)
     return run_below_autograd(*arguments)

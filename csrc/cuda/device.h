@@ -55,6 +55,16 @@ RNP_DEVICE void load_matrices(uint32_t (&r)[4], const void* shared_row) {
                : "memory");
 }
 
+// The same for 8 x 8 elements of 2 bytes, each matrix transposed: lane l receives elements 2 (l % 4) and the next of
+// column l / 4.
+RNP_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* shared_row) {
+  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(from)
+               : "memory");
+}
+
 // d (16 x 8, float32) += a (16 x 32 bytes) · b (32 bytes x 8), in the fragment layouts of mma.sync.
 #define RNP_MMA(shape_and_types)                                                    \
   asm volatile("mma.sync.aligned." shape_and_types                                  \
@@ -123,7 +133,10 @@ template <int N>
 inline void wait_copies() {
   emulator::wait_copies(N);
 }
-inline void load_matrices(uint32_t (&r)[4], const void* shared_row) { emulator::load_matrices(r, shared_row); }
+inline void load_matrices(uint32_t (&r)[4], const void* shared_row) { emulator::load_matrices(r, shared_row, false); }
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* shared_row) {
+  emulator::load_matrices(r, shared_row, true);
+}
 template <typename T>
 inline void multiply_matrices(T, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulator::multiply_matrices(T{}, d, a, b0, b1);

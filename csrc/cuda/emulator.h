@@ -23,7 +23,7 @@ float xor_lane(float v, int mask);
 void copy_async(void* shared, const void* global, int bytes);
 void commit_copies();
 void wait_copies(int most);
-void load_matrices(uint32_t* r, const void* shared_row);
+void load_matrices(uint32_t* r, const void* shared_row, bool transposed);
 void multiply_matrices(BFloat16, float* d, const uint32_t* a, uint32_t b0, uint32_t b1);
 void multiply_matrices(Float16, float* d, const uint32_t* a, uint32_t b0, uint32_t b1);
 void multiply_matrices(float, float* d, const uint32_t* a, uint32_t b0, uint32_t b1);

@@ -160,4 +160,22 @@ PlainArgs plain_args(const PrefixConv2dParams& p, Role role, int32_t lines) {
   return a;
 }
 
+int64_t weight_grad_tiles(const WeightGradArgs& a) {
+  return int64_t{a.groups} * ((a.group_out + 63) / 64) * ((a.group_in + 63) / 64) * a.kh * a.kw;
+}
+
+WeightGradArgs weight_grad_args(const ConvShape& s, int multiprocessors) {
+  WeightGradArgs a;
+  a.n = s.n, a.groups = small(s.groups), a.group_in = small(s.group_in()), a.group_out = small(s.group_out());
+  a.kh = small(s.kh), a.kw = small(s.kw), a.h = small(s.h), a.w = small(s.w);
+  a.out_h = small(s.out_h), a.out_w = small(s.out_w);
+  a.stride_h = small(s.stride_h), a.stride_w = small(s.stride_w);
+  a.pad_top = small(s.pad_top), a.pad_left = small(s.pad_left);
+  a.dilation_h = small(s.dilation_h), a.dilation_w = small(s.dilation_w);
+  // Runs of samples until each multiprocessor has about eight blocks; more would only cost memory and additions.
+  const int64_t wanted = (int64_t{8} * multiprocessors + weight_grad_tiles(a) - 1) / weight_grad_tiles(a);
+  a.splits = small(std::max<int64_t>(1, std::min({wanted, s.n, int64_t{64}})));
+  return a;
+}
+
 }  // namespace rnp::cuda

@@ -34,4 +34,10 @@ std::vector<TileLaunch> tile_launches(const PrefixConv2dParams& p, Role role, in
 
 PlainArgs plain_args(const PrefixConv2dParams& p, Role role, int32_t lines);
 
+// `partial` and `weight_grad` are the caller's to set: the first holds `splits` times the weight's elements.
+WeightGradArgs weight_grad_args(const ConvShape& shape, int multiprocessors);
+
+// Blocks of one run of samples.
+int64_t weight_grad_tiles(const WeightGradArgs& args);
+
 }  // namespace rnp::cuda

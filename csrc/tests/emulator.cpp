@@ -30,7 +30,7 @@ struct Copy {
 };
 
 struct Operation {  // what one lane brings to an operation of its warp
-  int kind;         // 0: ldmatrix, 1…3: mma, 4: shuffle
+  int kind;         // 0: ldmatrix, 1…3: mma, 4: shuffle, 5: ldmatrix.trans
   uint32_t* r;
   const void* row;
   float* d;
@@ -230,7 +230,7 @@ void products(Warp& w) {
   ++machine->statistics.matrix_products;
 }
 
-void matrices(Warp& w) {
+void matrices(Warp& w, bool transposed) {
   for (int matrix = 0; matrix < 4; ++matrix) {
     bool bank_group[8] = {};
     for (int row = 0; row < 8; ++row) {
@@ -238,7 +238,12 @@ void matrices(Warp& w) {
       const size_t group = static_cast<size_t>(from - machine->shared) / 16 % 8;
       machine->statistics.bank_conflicts += bank_group[group];
       bank_group[group] = true;
-      for (int word = 0; word < 4; ++word) std::memcpy(&w.lane[row * 4 + word].r[matrix], from + 4 * word, 4);
+      for (int word = 0; word < 4 && !transposed; ++word)
+        std::memcpy(&w.lane[row * 4 + word].r[matrix], from + 4 * word, 4);
+      for (int column = 0; column < 8 && transposed; ++column) {
+        char* to = reinterpret_cast<char*>(&w.lane[column * 4 + row / 2].r[matrix]) + row % 2 * 2;
+        std::memcpy(to, from + 2 * column, 2);
+      }
     }
   }
 }
@@ -264,7 +269,7 @@ Operation& meet(const Operation& mine) {
     if (o.kind != mine.kind) fail("lanes of a warp meet in different operations");
   switch (m.fault.empty() ? mine.kind : -1) {
     case 0:
-      matrices(w);
+      matrices(w, false);
       break;
     case 1:
       products<BFloat16>(w);
@@ -277,6 +282,9 @@ Operation& meet(const Operation& mine) {
       break;
     case 4:
       shuffle(w);
+      break;
+    case 5:
+      matrices(w, true);
       break;
     default:
       break;
@@ -347,9 +355,9 @@ void wait_copies(int most) {
   }
 }
 
-void load_matrices(uint32_t* r, const void* shared_row) {
+void load_matrices(uint32_t* r, const void* shared_row, bool transposed) {
   Operation o = {};
-  o.kind = 0, o.r = r, o.row = shared_row;
+  o.kind = transposed ? 5 : 0, o.r = r, o.row = shared_row;
   meet(o);
 }
 
