@@ -5,12 +5,14 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/algorithm.h"
 #include "cpu/agent_step.h"
 #include "cpu/buffer_pool.h"
 #include "cpu/max_pool2d.h"
 #include "cpu/pack_weight.h"
 #include "cpu/prefix_conv2d.h"
 #include "cpu/segment_memory.h"
+#include "cpu/winograd.h"
 
 namespace rnp::cpu {
 namespace {
@@ -123,6 +125,13 @@ class Runner {
     const Constant& weight = constant(s.weight);
     const char* mismatch = packed_mismatch(weight.data, weight.floats, PackedLayout(shape));
     require(!mismatch, std::string("packed weights do not belong to a convolution: ") + (mismatch ? mismatch : ""));
+    if (s.winograd >= 0) {
+      const Constant& transformed = constant(s.winograd);
+      int64_t tile = 0;
+      const char* other = winograd_mismatch(transformed.data, transformed.floats, s.c_out, s.c_in, &tile);
+      require(winograd_can(shape, DType::kFloat32) && !other,
+              std::string("transformed weights do not belong to a convolution: ") + (other ? other : "not 3x3"));
+    }
     for (int64_t table : {s.scale, s.bias})
       if (table >= 0)
         require(table + std::max<int64_t>(1, s.lines) * s.c_out <= constant(0).floats,
@@ -183,6 +192,11 @@ class Runner {
     p.input = map_at(s.x, first);
     p.input_stride = maps_[slot(s.x)].stride;
     p.packed = call_.constants[slot(s.weight)].data;
+    if (s.winograd >= 0) {
+      const Constant& transformed = call_.constants[slot(s.winograd)];
+      p.winograd = transformed.data;
+      winograd_mismatch(transformed.data, transformed.floats, s.c_out, s.c_in, &p.winograd_tile);
+    }
     p.in_prefix = index_at(s.in, first);
     p.out_prefix = index_at(s.out, first);
     p.row = index_at(s.row, first);

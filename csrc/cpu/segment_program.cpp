@@ -47,6 +47,7 @@ const std::vector<Form>& forms() {
         {&S::row, kReadIndex, true},
         {&S::mean, kWriteVector, true},
         {&S::weight, kNumber},
+        {&S::winograd, kNumber},
         {&S::scale, kNumber},
         {&S::bias, kNumber},
         {&S::lines, kNumber},

@@ -21,6 +21,7 @@ struct SegmentStep {
   int64_t in = -1, out = -1, row = -1;    // indices
   int64_t mean = -1;                      // vector
   int64_t weight = -1;                    // constant: packed weights
+  int64_t winograd = -1;                  // constant: the same transformed (core/winograd.h)
   int64_t scale = -1, bias = -1;          // first element in the table of constants (constant 0)
   int64_t lines = 0;                      // of scale and bias: 0 for one line that all samples share
   int64_t c_in = 0, c_out = 0, groups = 1, kh = 1, kw = 1, stride_h = 1, stride_w = 1;

@@ -11,7 +11,7 @@ from torch.overrides import has_torch_function_unary
 
 import rnp_kernels
 from rnp_kernels import backends, reference
-from rnp_kernels.packing import PackedWeight
+from rnp_kernels.packing import LayerTransforms, PackedWeight
 
 from . import graph as g
 from .agent import Agent
@@ -69,7 +69,7 @@ class PrunedNetwork(nn.Module):
         self._steps, self._values, self._input, self._states = steps, values, input_name, states
         self._cap = Cap(counter)
         self._plans: dict[tuple[bool, ...], Plan] = {}
-        self._packs: dict[str, PackedWeight] = {}
+        self._packs: dict[str, tuple[PackedWeight, LayerTransforms | None]] = {}
         self._modal = [m for m in backbone.modules() if isinstance(m, MODAL)]
 
     # -- policy --------------------------------------------------------------------------------------------------
@@ -180,14 +180,21 @@ class PrunedNetwork(nn.Module):
                 self._plan(full, features)  # what torch.compile and torch.export trace
         return plan
 
-    def _packed(self, name: str, conv: nn.Conv2d) -> Tensor | None:
-        """The packed weights of a convolution, shared by all plans; None where nothing is packed."""
+    def _packed(self, name: str, conv: nn.Conv2d) -> tuple[Tensor | None, LayerTransforms | None]:
+        """A convolution's packed weights, and those for Winograd, shared by all plans; None where there can be none."""
         if not conv.weight.is_cpu:
-            return None
+            return None, None
         kept = self._packs.get(name)
-        if kept is None or not kept.belongs_to(conv.weight, conv.groups):
-            kept = self._packs[name] = PackedWeight(conv.weight, conv.groups)
-        return kept.data
+        if kept is None or not kept[0].belongs_to(conv.weight, conv.groups):
+            transforms = None
+            if LayerTransforms.possible(conv.weight, conv.stride, conv.dilation, conv.groups):
+                padding = [0] * 4
+                if conv.padding_mode == "zeros":
+                    left, right, top, bottom = conv._reversed_padding_repeated_twice
+                    padding = [top, bottom, left, right]
+                transforms = LayerTransforms(conv.weight, conv.stride, padding, conv.dilation, conv.groups)
+            kept = self._packs[name] = (PackedWeight(conv.weight, conv.groups), transforms)
+        return kept[0].data, kept[1]
 
     def train(self, mode: bool = True) -> PrunedNetwork:
         self.refresh()
@@ -366,6 +373,7 @@ def reference_operator(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int,
     in_prefix: Tensor | None, out_prefix: Tensor | None, scale: Tensor | None, row: Tensor | None,
     residual: Tensor | None, activation: str, tail: str, pooled: bool, packed: Tensor | None,
+    winograd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     return reference.prefix_conv2d(
         input, weight, bias, stride, padding, dilation, groups, in_prefix=in_prefix, out_prefix=out_prefix, scale=scale,

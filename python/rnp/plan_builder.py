@@ -19,7 +19,7 @@ from . import graph as g
 from .batchnorm import PrefixBatchNorm2d
 from .fold import find_averages, norm_table, tables, zero_tails
 from .plan import Plan, Run, Source, watch
-from .segments import Constants, Instruction, Native, Slot, Table, Written, release
+from .segments import Constants, Instruction, Native, Slot, Table, Transformed, Written, release
 
 if TYPE_CHECKING:
     from .network import PrunedNetwork
@@ -246,7 +246,7 @@ class PlanBuilder:
         varies = step.in_group is not None and not self.full and isinstance(norm, PrefixBatchNorm2d)
         scale, bias = tables(conv, norm, varies, self.k)
         weight = conv.weight.detach()
-        packed = self.network._packed(step.conv, conv)
+        packed, transforms = self.network._packed(step.conv, conv)
         x, y = self.slot(step.inputs[0]), self.slot(step.output)
         in_prefix = self.prefix_slot(step.in_group, conv.in_channels)
         out_prefix = self.prefix_slot(step.out_group, conv.out_channels)
@@ -269,9 +269,10 @@ class PlanBuilder:
 
         def convolve(run: Run) -> None:
             values, prefixes = run.values, run.prefixes
+            winograd = None if transforms is None else transforms.get(values[x].shape[2:])
             output = run.operator(
                 values[x], weight, bias, stride, padding, dilation, groups, prefixes[in_prefix], prefixes[out_prefix],
-                scale, prefixes[row], values[residual], activation, tail, pooled, packed,
+                scale, prefixes[row], values[residual], activation, tail, pooled, packed, winograd,
             )  # fmt: skip
             values[y] = output[0]
             if pooled:
@@ -284,7 +285,7 @@ class PlanBuilder:
         if packed is not None and (norm is not None or step.relu or step.residual or pooled):
             native = Native("conv", [
                 reads[0], reads[1], Written(Slot("map", y)), *reads[2:],
-                Written(Slot("vector", mean, conv.out_channels)), Constants([packed]), Table(scale), Table(bias),
+                Written(Slot("vector", mean, conv.out_channels)), Constants([packed]), Transformed(transforms), Table(scale), Table(bias),
                 self.k + 1 if varies else 0, conv.in_channels, conv.out_channels, groups, *conv.kernel_size, *stride,
                 *padding, *dilation, int(step.relu), int(skip),
             ])  # fmt: skip

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import rnp_kernels.segment  # noqa: F401 (registers the operator's fake kernel)
+from rnp_kernels.algorithms import get_algorithm
+from rnp_kernels.packing import LayerTransforms
+from rnp_kernels.segment import CONV_WINOGRAD, Size, sizes  # registers the operator's fake kernel
 
 RUN_SEGMENT = torch.ops.rnp.run_segment.default
 KINDS = ("map", "index", "vector")
+_MOST_VARIANTS = 16  # of a segment's program: one for each size of the images and each algorithm
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,22 @@ class Table:
     tensor: Tensor | None
 
 
+@dataclass(eq=False)
+class Transformed:
+    """Weights transformed for Winograd, where the rule names a tile for the size of the convolution's input."""
+
+    weights: LayerTransforms | None
+
+
 @dataclass
 class Native:
     """An instruction of the operator: its word, and its operands in the order of segment_program.cpp."""
 
     word: str
-    operands: list[Slot | Written | Constants | Table | int]
+    operands: list[Operand]
+
+
+Operand = Slot | Written | Constants | Table | Transformed | int
 
 
 @dataclass
@@ -114,12 +127,13 @@ class _Writer:
         self.tables: list[Tensor] = []
         self.table_floats = 0
         self.lines: list[str] = []
+        self.transforms: list[tuple[int, LayerTransforms | None]] = []  # line of each convolution, and its weights
 
     def number(self, slot: Slot) -> int:
         numbers = self.numbers[slot.kind]
         return numbers.setdefault(slot.number, len(numbers))
 
-    def operand(self, value: Slot | Written | Constants | Table | int) -> int:
+    def operand(self, value: Operand) -> int:
         if isinstance(value, int):
             return value
         if isinstance(value, Constants):
@@ -133,6 +147,9 @@ class _Writer:
             self.tables.append(value.tensor.reshape(-1))
             self.table_floats += value.tensor.numel()
             return first
+        if isinstance(value, Transformed):
+            self.transforms.append((len(self.lines), value.weights))
+            return -1
         slot = value.slot if isinstance(value, Written) else value
         if slot.number == 0:
             return -1
@@ -158,16 +175,25 @@ def _segment(run: list[Instruction], later: set[tuple[str, int]]) -> Callable[[A
         size = "" if slot.kind == "map" else f" {slot.size}"
         head.append(f"in {slot.kind} {writer.number(slot)}{size}")
     tail = [f"out {slot.kind} {writer.number(slot)}" for slot in outputs]
-    program = "\n".join([*head, *writer.lines, *tail])
+    lines = [*head, *writer.lines, *tail]
     table = torch.cat(writer.tables).contiguous() if writer.tables else torch.empty(0)
     constants = [table, *(t.detach() for t in writer.constants)]
+    transforms = [(len(head) + line, weights) for line, weights in writer.transforms]
     reads = [(slot.kind == "index", slot.number) for slot in inputs]
     writes = [(slot.kind == "index", slot.number) for slot in outputs]
+    maps = [number for (_, number), slot in zip(reads, inputs, strict=True) if slot.kind == "map"]
+    variants: dict[Any, tuple[str, list[Tensor]]] = {}
 
     def segment(state: Any) -> None:
         values, prefixes = state.values, state.prefixes
         given = [prefixes[number] if index else values[number] for index, number in reads]
-        results = RUN_SEGMENT(program, given, constants, state.shift)
+        key = (get_algorithm(), *(values[number].shape[1:] for number in maps))
+        variant = variants.get(key)
+        if variant is None:
+            if len(variants) >= _MOST_VARIANTS:
+                variants.clear()
+            variant = variants[key] = _with_transforms(lines, constants, transforms, key[1:])
+        results = RUN_SEGMENT(variant[0], given, variant[1], state.shift)
         for (index, number), result in zip(writes, results, strict=True):
             if index:
                 prefixes[number] = result
@@ -175,3 +201,19 @@ def _segment(run: list[Instruction], later: set[tuple[str, int]]) -> Callable[[A
                 values[number] = result
 
     return segment
+
+
+def _with_transforms(
+    lines: list[str], constants: list[Tensor], transforms: list[tuple[int, LayerTransforms | None]], maps: Sequence[Size]
+) -> tuple[str, list[Tensor]]:
+    """The program and the constants for map inputs of these sizes, with the transformed weights that they call for."""
+    lines, constants = list(lines), list(constants)
+    _, _, read = sizes("\n".join(lines), maps)
+    for (line, weights), (_, height, width) in zip(transforms, read, strict=True):
+        transformed = None if weights is None else weights.get((height, width))
+        if transformed is not None:
+            words = lines[line].split()
+            words[1 + CONV_WINOGRAD] = str(len(constants))
+            lines[line] = " ".join(words)
+            constants.append(transformed)
+    return "\n".join(lines), constants

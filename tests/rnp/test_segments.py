@@ -144,11 +144,11 @@ def test_memory_can_be_given_back(nets):
 def test_packed_weights_are_shared_by_all_plans(nets):
     network = make(nets, "vgg", "agent")
     network(images())
-    packed = {name: pack.data.data_ptr() for name, pack in network._packs.items()}
+    packed = {name: pack[0].data.data_ptr() for name, pack in network._packs.items()}
     network.policy = rnp.policies.FullWidth()
     network(images())
     network(images(), return_trace=True)
-    assert len(packed) == 4 and packed == {name: pack.data.data_ptr() for name, pack in network._packs.items()}
+    assert len(packed) == 4 and packed == {name: pack[0].data.data_ptr() for name, pack in network._packs.items()}
 
 
 def test_a_changed_agent_is_noticed(nets, monkeypatch):
@@ -168,7 +168,7 @@ PROGRAM = """slots 3 2 2
 in map 0
 in index 0 4
 prefix 0 1 8 4
-conv 0 -1 1 -1 1 -1 0 1 0 8 0 3 8 1 3 3 1 1 1 1 1 1 1 1 1 0
+conv 0 -1 1 -1 1 -1 0 1 -1 0 8 0 3 8 1 3 3 1 1 1 1 1 1 1 1 1 0
 max_pool 1 2 1 2 2 2 2 0 0 0
 out map 2
 out index 1
@@ -198,7 +198,7 @@ def test_opcheck_and_the_fake_kernel(nets):
         ("max_pool 1 2", "max_pool 1 9", "below the number of slots"),
         ("prefix 0 1 8 4", "prefix 0 1 9 4", "prefix must not exceed"),
         ("prefix 0 1 8 4", "prefix 0 1 8 3", "group up to k"),
-        ("1 1 1 1 1 0\n", "1 1 1 1 1\n", "26 operands"),
+        ("1 1 1 1 1 0\n", "1 1 1 1 1\n", "27 operands"),
         ("8 0 3 8 1 3 3", "9 0 3 8 1 3 3", "table must lie"),
         ("8 0 3 8 1 3 3", "8 0 3 8 1 5 5", "packed weights do not belong"),
         ("8 0 3 8 1 3 3", "8 0 4 8 1 3 3", "needs 4 input channels; got 3"),
