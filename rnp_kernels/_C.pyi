@@ -28,6 +28,28 @@ def describe_kernel(
     groups: int,
     dtype: str,
 ) -> str: ...
+def algorithm() -> str: ...
+def set_algorithm(name: str) -> None: ...
+def winograd_tile(
+    input: Sequence[int],
+    weight: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    dtype: str,
+) -> int: ...
+def choose_algorithm(
+    input: Sequence[int],
+    weight: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    dtype: str,
+    in_prefix: int,
+    out_prefix: int,
+) -> int: ...
 def macs(
     in_prefix: Sequence[int],
     out_prefix: Sequence[int],

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
 from . import backends, stock
+from .algorithms import get_algorithm
 from .checks import DTYPES
 from .ops import needs_autograd, prefix_conv2d, run_below_autograd
 from .packing import PackCache
@@ -24,11 +25,13 @@ class PrefixConv2d(nn.Conv2d):
     """An `nn.Conv2d` whose `forward` also takes the live input and output channels of each sample.
 
     Constructor, parameters, `state_dict`, repr, pickling, deepcopy and padding modes are those of `nn.Conv2d`, and
-    without prefixes so is the result. On a CPU the weights are packed for the kernels at the second call that sees them
-    unchanged. The pack takes about as much memory as the weights, is never saved or copied, and is rebuilt when they
-    change: in place, by assignment, by conversion. A write through `weight.data` that spares all the elements which the
-    operator compares (one in each filter) is not seen: write under `torch.no_grad()` instead, or call
-    `forget_packed_weight()` after it.
+    without prefixes so is the result, to rounding. On a CPU the weights are packed for the kernels at the second call
+    that sees them unchanged. Where Winograd is the faster algorithm and no gradient is needed
+    (`rnp_kernels.set_algorithm`), they are transformed for it at the first call: calls without gradients give the same
+    bits, calls with gradients are computed directly. The pack takes about as much memory as the weights, the transform
+    4 or 16/9 times as much. Both are never saved or copied, and are made again when the weights change: in place, by
+    assignment, by conversion. A write through `weight.data` that spares all the elements which the operator compares
+    (one in each filter) is not seen: write under `torch.no_grad()` instead, or call `forget_packed_weight()` after it.
     """
 
     @classmethod
@@ -69,46 +72,72 @@ class PrefixConv2d(nn.Conv2d):
             or not input.is_cpu
         ):
             packed = None
-        else:
-            if in_prefix is None and out_prefix is None and backends.get_backend() in ("auto", "cpu"):
-                output = self._run_full_width(input, weight, bias, padding)
-                if output is not None:
-                    return output
+        elif backends.get_backend() not in ("auto", "cpu"):
             packed = self._pack_cache().get(weight, self.groups)
+        elif input.dim() == 3 and weight.dim() == 4 and input.shape[0] == weight.shape[1] * self.groups:
+            return self._run(input.unsqueeze(0), weight, bias, padding, in_prefix, out_prefix).squeeze(0)
+        else:
+            return self._run(input, weight, bias, padding, in_prefix, out_prefix)
         return prefix_conv2d(
             input, weight, bias, self.stride, padding, self.dilation, self.groups, in_prefix=in_prefix,
             out_prefix=out_prefix, packed=packed,
         )  # fmt: skip
 
-    def _run_full_width(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor | None:
-        """The shortest way to the operator's own result where every sample has full width; None where there is none."""
+    def _run(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, in_prefix: Tensor | None,
+        out_prefix: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """An eager call on the CPU, with what this module keeps for it."""
+        route, winograd = self._route(input, weight, padding), None
+        if route is not None and torch.is_autocast_enabled("cpu"):
+            route = None
+        if route is not None and route.tile and not needs_autograd(input, weight, bias):
+            winograd = self._pack_cache().transformed(weight, route.tile)
+        if in_prefix is None and out_prefix is None and route is not None:
+            output = self._run_full_width(input, weight, bias, route, winograd)
+            if output is not None:
+                return output
+        return prefix_conv2d(
+            input, weight, bias, self.stride, padding, self.dilation, self.groups, in_prefix=in_prefix,
+            out_prefix=out_prefix, packed=self._pack_cache().get(weight, self.groups), winograd=winograd,
+        )  # fmt: skip
+
+    def _route(self, input: Tensor, weight: Tensor, padding: Any) -> stock.Route | None:
         state = self.__dict__
         routes = state.get("_routes")
         if routes is None:
             routes = state["_routes"] = {}
-        groups = state["groups"]
         key = (input.shape, input.stride(), input.dtype, weight.shape, weight.stride(), weight.dtype, padding,
-               state["stride"], state["dilation"], groups)  # fmt: skip
+               state["stride"], state["dilation"], state["groups"], get_algorithm())  # fmt: skip
         route = routes.get(key)
         if route is None:
             if len(routes) >= _MOST_ROUTES:
                 routes.clear()
             route = routes[key] = stock.route(self, input, weight, padding)
-        if route is None or torch.is_autocast_enabled("cpu"):
-            return None
-        path, stride, paddings, dilation, kernel_size = route
-        if path == stock.CONV2D:
+        return route
+
+    def _run_full_width(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, route: stock.Route, winograd: Tensor | None
+    ) -> Tensor | None:
+        """The shortest way to the operator's own result where every sample has full width; None where there is none."""
+        groups = self.__dict__["groups"]
+        path, stride, paddings, dilation, kernel_size, _ = route
+        if winograd is not None:
+            packed = None  # no sample is computed directly
+        elif path == stock.CONV2D:
             return torch.conv2d(input, weight, bias, stride, paddings[::2], dilation, groups)
-        if needs_autograd(input, weight, bias):
+        elif needs_autograd(input, weight, bias):
             return None
-        if path == stock.ONEDNN:
+        elif path == stock.ONEDNN:
             return torch.mkldnn_convolution(input, weight, bias, paddings[::2], stride, dilation, groups)
-        if path == stock.GEMM:
+        elif path == stock.GEMM:
             return torch._C._nn.thnn_conv2d(input, weight, kernel_size, bias, stride, paddings[::2])
+        else:
+            packed = self._pack_cache().get(weight, groups)
         try:
             return run_below_autograd(
                 input, weight, bias, stride, paddings, dilation, groups, None, None, None, None, None, "none", "zero",
-                False, self._pack_cache().get(weight, groups),
+                False, packed, winograd,
             )[0]  # fmt: skip
         except RuntimeError:
             return None  # prefix_conv2d refuses it too, in the words and with the exception that callers expect
@@ -118,8 +147,14 @@ class PrefixConv2d(nn.Conv2d):
         return self._pack_cache().get(self.weight, self.groups, now=True)
 
     def forget_packed_weight(self) -> None:
-        """Drop the packed weights; the next calls make them anew."""
+        """Drop the packed and the transformed weights; the next calls make them anew."""
         self.__dict__.pop("_packs", None)
+
+    def forget_transformed_weight(self) -> None:
+        """Drop the weights transformed for Winograd; the next call that needs them makes them anew."""
+        cache = self.__dict__.get("_packs")
+        if cache is not None:
+            cache.forget_transformed()
 
     def _pack_cache(self) -> PackCache:
         cache = self.__dict__.get("_packs")

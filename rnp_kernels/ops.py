@@ -29,7 +29,7 @@ def _reference(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     """The specification behind the same checks as the operator's, those of values included."""
     checks.check_call(*arguments[:14])
     (input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual, activation,
-     tail, pooled, _packed) = arguments  # fmt: skip
+     tail, pooled, _packed, _winograd) = arguments  # fmt: skip
     checks.check_values(in_prefix, "in_prefix", input.shape[1])
     checks.check_values(out_prefix, "out_prefix", weight.shape[0])
     lines = [table.shape[0] for table in (scale, bias) if table is not None and table.dim() == 2]
@@ -57,7 +57,7 @@ def _run(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
 
     What needs no gradient skips autograd's Python layer, which costs more than a small convolution.
     """
-    input, weight, bias, *_, scale, _row, residual, _activation, _tail, _pooled, _packed = arguments
+    input, weight, bias, *_, scale, _row, residual, _activation, _tail, _pooled, _packed, _winograd = arguments
     name = backends.resolve(input)
     if backends.LOG and not torch.compiler.is_compiling():
         backends.log(input, weight, arguments[3], arguments[4], arguments[6], _describe(name, arguments))
@@ -79,7 +79,7 @@ def _call(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: int | Sequence[int],
     padding: int | Sequence[int] | str, dilation: int | Sequence[int], groups: int, in_prefix: Tensor | None,
     out_prefix: Tensor | None, scale: Tensor | None, row: Tensor | None, residual: Tensor | None, activation: str,
-    tail: str, pooled: bool, packed: Tensor | None,
+    tail: str, pooled: bool, packed: Tensor | None, winograd: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     stride, dilation = checks.pair(stride, "stride"), checks.pair(dilation, "dilation")
     padding = checks.four_paddings(padding, weight.shape[2:], stride, dilation)
@@ -89,7 +89,7 @@ def _call(
         residual = residual if residual is None else residual.unsqueeze(0)
     output, mean = _run(
         (input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual,
-         activation, tail, pooled, packed)
+         activation, tail, pooled, packed, winograd)
     )  # fmt: skip
     if not batched:
         output, mean = output.squeeze(0), mean.squeeze(0) if pooled else mean
@@ -123,6 +123,7 @@ def prefix_conv2d(
     tail: str = "zero",
     pooled: bool = False,
     packed: Tensor | None = None,
+    winograd: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """2-D convolution over only the live channel prefix of each sample of a batch.
 
@@ -148,6 +149,8 @@ def prefix_conv2d(
         pooled: also return the mean over positions of the output, tails 0 where skipped, as (N, C_out) float32.
         packed: `pack_weight(weight, groups)`, to spare packing at every call. One element of each filter is compared
             with it, so most stale packs are noticed and not used; whoever edits weights should pack again.
+        winograd: `pack_winograd(weight, tile)`, on a CPU: samples for which the algorithm in force
+            (`rnp_kernels.set_algorithm`) names that tile are computed by it. None: all directly.
 
     Returns:
         The output (N, C_out, OH, OW), in the layout conv2d would give it; with `pooled`, a pair of it and the means. An
@@ -163,10 +166,10 @@ def prefix_conv2d(
         return handle_torch_function(
             prefix_conv2d, (input, weight), input, weight, bias, stride, padding, dilation, groups, in_prefix=in_prefix,
             out_prefix=out_prefix, scale=scale, row=row, residual=residual, activation=activation, tail=tail,
-            pooled=pooled, packed=packed,
+            pooled=pooled, packed=packed, winograd=winograd,
         )  # fmt: skip
     arguments = (input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual,
-                 activation, tail, pooled, packed)  # fmt: skip
+                 activation, tail, pooled, packed, winograd)  # fmt: skip
     if torch.compiler.is_compiling():  # the fake kernel checks, once per graph
         return _call(*arguments)
     try:
@@ -186,3 +189,13 @@ def pack_weight(weight: Tensor, groups: int = 1) -> Tensor | None:
     The result is opaque: 1-D, float32, valid for this weight as it is now and for no other. None where no kernel packs.
     """
     return torch.ops.rnp.pack_weight(weight.detach(), groups)
+
+
+def pack_winograd(weight: Tensor, tile: int = 4) -> Tensor:
+    """`weight` (C_out, C_in, 3, 3) float32 transformed for F(tile x tile, 3x3), tile 2 or 4.
+
+    For `prefix_conv2d(..., winograd=...)` on a CPU. The result is opaque: 1-D, float32, 4 (tile 4) or 16/9 (tile 2)
+    times the weight's size, valid for this weight as it is now and for no other. RuntimeError for another weight or
+    tile.
+    """
+    return torch.ops.rnp.pack_winograd(weight.detach(), tile)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .ops import pack_weight
+from . import _C
+from .algorithms import get_algorithm
+from .ops import pack_weight, pack_winograd
 
 _STALE_WORD = 15  # of the pack's int32 header; the operator sets it where it finds the pack older than the weights
 
@@ -25,19 +28,20 @@ def _identity(weight: Tensor) -> tuple[Any, ...]:
 
 
 class PackedWeight:
-    """One weight's pack, immutable, so that threads may share it.
+    """One weight's pack, or with `tile` its Winograd transform; immutable, so that threads may share it.
 
     It holds the weight's storage, whose address therefore cannot be reused while it stands in `identity`.
     """
 
-    __slots__ = ("_held", "_stale", "data", "groups", "identity", "weight")
+    __slots__ = ("_held", "_stale", "data", "groups", "identity", "tile", "weight")
 
-    def __init__(self, weight: nn.Parameter, groups: int) -> None:
+    def __init__(self, weight: nn.Parameter, groups: int, tile: int = 0) -> None:
         self.weight = weight
+        self.tile = tile
         self.groups = groups
         self.identity = _identity(weight)
         self._held = weight.detach()
-        self.data = pack_weight(weight, groups)
+        self.data = pack_winograd(weight, tile) if tile else pack_weight(weight, groups)
         self._stale = ctypes.c_int32.from_address(self.data.data_ptr() + 4 * _STALE_WORD)
 
     def belongs_to(self, weight: Tensor, groups: int) -> bool:
@@ -56,11 +60,12 @@ class PackCache:
     call alone, as cheaply. An inference loop packs once.
     """
 
-    __slots__ = ("_packed", "_seen")
+    __slots__ = ("_packed", "_seen", "_transformed")
 
     def __init__(self) -> None:
         self._packed: PackedWeight | None = None
         self._seen: tuple[Any, ...] | None = None
+        self._transformed: PackedWeight | None = None
 
     def get(self, weight: Tensor, groups: int, now: bool = False) -> Tensor | None:
         """The pack of `weight`, or None where it is not worth one yet; with `now`, wherever it can be packed."""
@@ -81,5 +86,70 @@ class PackCache:
         packed = self._packed = PackedWeight(weight, groups)
         return packed.data
 
+    def transformed(self, weight: Tensor, tile: int) -> Tensor | None:
+        """The transform of `weight` for F(tile x tile, 3x3), made now if need be; None for a weight without a version.
+
+        Made at the first call already, since it changes the bits of the result: the second call then gives the same.
+        """
+        transformed = self._transformed
+        if transformed is not None:
+            if transformed.tile == tile and transformed.belongs_to(weight, 1):
+                return transformed.data
+            self._transformed = None
+        if type(weight) is not nn.Parameter or weight.is_inference():
+            return None
+        transformed = self._transformed = PackedWeight(weight, 1, tile)
+        return transformed.data
+
+    def forget_transformed(self) -> None:
+        self._transformed = None
+
     def clear(self) -> None:
-        self._packed = self._seen = None
+        self._packed = self._seen = self._transformed = None
+
+
+class LayerTransforms:
+    """One convolution's weights, transformed for the tile that the rule names at each size of its input, when needed.
+
+    For a caller that makes a new one whenever the weight changes. Under torch.compile and torch.export, where nothing
+    can be made, it gives what the last eager call was given.
+    """
+
+    __slots__ = ("_algorithm", "_by_tile", "_geometry", "_last", "_tiles", "_weight")
+
+    def __init__(
+        self, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+    ) -> None:
+        """padding is (top, bottom, left, right)."""
+        self._weight = weight.detach()
+        self._geometry = (tuple(weight.shape), tuple(stride), tuple(padding), tuple(dilation), groups)
+        self._algorithm = ""
+        self._tiles: dict[tuple[int, ...], int] = {}
+        self._by_tile: dict[int, Tensor] = {}
+        self._last: Tensor | None = None
+
+    @staticmethod
+    def possible(weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
+        """Whether any input could make the rule name a tile."""
+        return (
+            weight.is_cpu and weight.dtype is torch.float32 and weight.shape[2:] == (3, 3)
+            and max(*stride, *dilation, groups) == 1
+        )  # fmt: skip
+
+    def get(self, size: Sequence[int]) -> Tensor | None:
+        """For `prefix_conv2d(input, ..., winograd=...)`, `size` being the input's height and width.
+
+        None where no sample of this layer would use it.
+        """
+        if torch.compiler.is_compiling():
+            return self._last
+        algorithm, size = get_algorithm(), tuple(size)
+        if algorithm != self._algorithm:
+            self._algorithm, self._tiles, self._by_tile = algorithm, {}, {}
+        tile = self._tiles.get(size)
+        if tile is None:
+            tile = self._tiles[size] = _C.winograd_tile((self._weight.shape[1], *size), *self._geometry, "float32")
+        if tile and tile not in self._by_tile:
+            self._by_tile[tile] = pack_winograd(self._weight, tile)
+        self._last = self._by_tile.get(tile)
+        return self._last

@@ -30,6 +30,7 @@ class Route(NamedTuple):
     padding: tuple[int, int, int, int]
     dilation: tuple[int, int]
     kernel_size: tuple[int, int]
+    tile: int  # of the Winograd algorithm at full width, or 0
 
 
 def tell_the_operator() -> None:
@@ -49,10 +50,17 @@ def route(conv: nn.Conv2d, input: Tensor, weight: Tensor, padding: int | Sequenc
     kernel = tuple(weight.shape[2:])
     paddings = four_paddings(padding, kernel, stride, dilation)
     path = _path(conv, input, weight, stride, paddings, dilation)
+    tile = 0
+    if input.dtype is torch.float32 is weight.dtype and kernel == (3, 3):
+        tile = _C.winograd_tile(
+            tuple(input.shape[1:]), tuple(weight.shape), stride, paddings, dilation, conv.groups, "float32"
+        )
     if backends.LOG:
         chosen = NAMES[path] or describe_kernel(input, weight, stride, paddings, dilation, conv.groups)
+        if tile:
+            chosen = f"Winograd F({tile}x{tile}, 3x3) without gradients, else {chosen}"
         backends.log(input, weight, stride, paddings, conv.groups, f"backend cpu, full width: {chosen}")
-    return Route(path, stride, paddings, dilation, kernel)
+    return Route(path, stride, paddings, dilation, kernel, tile)
 
 
 def describe_kernel(input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> str:
@@ -66,7 +74,7 @@ def describe_kernel(input: Tensor, weight: Tensor, stride: Any, padding: Any, di
 def describe_operator(arguments: tuple[Any, ...]) -> str:
     """What the CPU operator runs for its arguments, in words: by width, where samples of full width go elsewhere."""
     (input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual, activation,
-     _tail, pooled, _packed) = arguments  # fmt: skip
+     _tail, pooled, _packed, _winograd) = arguments  # fmt: skip
     own = describe_kernel(input, weight, stride, padding, dilation, groups)
     plain = scale is None and row is None and residual is None and activation == "none" and not pooled
     plain = plain and (bias is None or (bias.dim() == 1 and bias.dtype is input.dtype))

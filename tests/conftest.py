@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import rnp_kernels
 from rnp_kernels import _C
 
 
@@ -37,3 +38,10 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def direct() -> Iterator[None]:
+    """No Winograd: for rules that hold for direct convolution alone, as equal bits with and without gradients."""
+    with rnp_kernels.algorithm("direct"):
+        yield

@@ -68,7 +68,7 @@ ROUTES = {  # input, output channels, kernel, groups, channels_last, dtype: one 
 
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES.keys())
-def test_full_width_has_the_same_bits_on_every_way(route: tuple, isa: str, threads: None) -> None:
+def test_full_width_has_the_same_bits_on_every_way(route: tuple, isa: str, threads: None, direct: None) -> None:
     shape, out, kernel, groups, last, dtype = route
     conv = PrefixConv2d(shape[1], out, kernel, padding=kernel // 2, groups=groups, dtype=dtype)
     x = torch.randn(shape, dtype=dtype)

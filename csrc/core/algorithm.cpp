@@ -19,10 +19,9 @@ constexpr std::array<Setting, 4> kSettings = {{{"auto", Algorithm::kDirect},
 std::atomic<int> setting{0};
 
 Algorithm by_shape(const ConvShape& s) {
-  const int64_t tiles4 = ((s.out_h + 3) / 4) * ((s.out_w + 3) / 4);
-  if (std::min(s.c_in, s.c_out) < 32) return Algorithm::kDirect;
-  if (s.out_h * s.out_w < 36) return Algorithm::kDirect;
-  return tiles4 >= 9 ? Algorithm::kWinograd4 : Algorithm::kWinograd2;
+  if (std::min(s.c_in, s.c_out) < 16) return Algorithm::kDirect;
+  if (s.out_h * s.out_w < 49) return Algorithm::kDirect;
+  return Algorithm::kWinograd4;
 }
 
 }  // namespace

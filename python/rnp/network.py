@@ -201,9 +201,14 @@ class PrunedNetwork(nn.Module):
         return super().train(mode)
 
     def refresh(self) -> None:
-        """Drop what is derived from the parameters. Needed only after a change made through `tensor.data` in place,
-        which torch does not count; every other change is noticed."""
+        """Drop what is derived from the parameters: packed and transformed weights, tables.
+
+        Needed only after a change made through `tensor.data` in place, which torch does not count; every other change
+        is noticed.
+        """
         self._plans, self._packs = {}, {}
+
+    forget_transformed_weight = refresh  # as rnp_kernels.forget_transformed_weights calls it
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plans": {}, "_packs": {}}
