@@ -285,7 +285,8 @@ class PlanBuilder:
         if packed is not None and (norm is not None or step.relu or step.residual or pooled):
             native = Native("conv", [
                 reads[0], reads[1], Written(Slot("map", y)), *reads[2:],
-                Written(Slot("vector", mean, conv.out_channels)), Constants([packed]), Transformed(transforms), Table(scale), Table(bias),
+                Written(Slot("vector", mean, conv.out_channels)), Constants([packed]), Transformed(transforms),
+                Table(scale), Table(bias),
                 self.k + 1 if varies else 0, conv.in_channels, conv.out_channels, groups, *conv.kernel_size, *stride,
                 *padding, *dilation, int(step.relu), int(skip),
             ])  # fmt: skip

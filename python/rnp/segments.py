@@ -204,7 +204,10 @@ def _segment(run: list[Instruction], later: set[tuple[str, int]]) -> Callable[[A
 
 
 def _with_transforms(
-    lines: list[str], constants: list[Tensor], transforms: list[tuple[int, LayerTransforms | None]], maps: Sequence[Size]
+    lines: list[str],
+    constants: list[Tensor],
+    transforms: list[tuple[int, LayerTransforms | None]],
+    maps: Sequence[Size],
 ) -> tuple[str, list[Tensor]]:
     """The program and the constants for map inputs of these sizes, with the transformed weights that they call for."""
     lines, constants = list(lines), list(constants)
