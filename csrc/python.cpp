@@ -11,6 +11,7 @@
 #include "core/algorithm.h"
 #include "core/macs.h"
 #include "core/stock.h"
+#include "cpu/fma_peak.h"
 #include "cpu/isa.h"
 #include "cpu/prefix_conv2d.h"
 #include "cuda/tested.h"
@@ -176,6 +177,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &rnp::cpu::set_isa, py::arg("name"),
         "Use 'auto' (the best), 'portable', 'avx2' or 'avx512' from now on, in the whole process.\n"
         "RuntimeError, and no change, where this machine or build lacks it. Not to be called while an operator runs.");
+  m.def(
+      "fma_peak",
+      [](int64_t rounds) {
+        if (rounds < 0) throw py::value_error("fma_peak: rounds must not be negative, got " + std::to_string(rounds));
+        return rnp::cpu::fma_peak(rnp::cpu::current_isa(), rounds);
+      },
+      py::arg("rounds"), py::call_guard<py::gil_scoped_release>(),
+      "Multiply-adds in registers with the instruction set in use, on this thread and without the GIL; returns how "
+      "many.\nTo be timed: the most this core can do.");
   m.def("set_stock_dtypes", &rnp::set_stock_dtypes, py::arg("float32"), py::arg("bfloat16"), py::arg("float16"),
         "Say in which dtypes oneDNN runs here. Until then the CPU operator never falls back to it.");
   m.def("stock_path", &stock_path, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),

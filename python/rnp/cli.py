@@ -28,6 +28,9 @@ COMMANDS = {
     "doctor": Command(
         "rnp_kernels.doctor", "what was built, what this machine offers, which backend runs; a self-test"
     ),
+    "bench": Command(
+        "rnp.bench.command", "the operator, layers, networks and training steps beside their rivals (about ten minutes)"
+    ),
     "demo": Command(
         "rnp.demo",
         "train and measure a network that spends less on easy images (about six minutes)",

@@ -30,6 +30,7 @@ def require_close(name: str, got: Tensor, expected: Tensor, limit: float | None 
     if got.numel() == 0:
         return 0.0
     limit = LIMITS[got.dtype] if limit is None else limit
+    got, expected = got.detach(), expected.detach()
     difference = (got.double() - expected.double()).flatten(1).norm(dim=1)
     size = expected.double().flatten(1).norm(dim=1)
     # A sample of which nothing is live is 0 and must be exactly that.

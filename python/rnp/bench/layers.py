@@ -61,9 +61,10 @@ class Layer:
         return x.to(dtype).contiguous(memory_format=torch.channels_last), (w / fan_in**0.5).to(dtype)
 
     def widths(self, batch: int, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
-        """(in_prefix, out_prefix) of 3/4, 1/2, 1/4 and, from batch 2, of a mixed batch with widths drawn at random.
+        """(in_prefix, out_prefix) of 3/4, 1/2 and 1/4; from batch 2 also of mixed batches:
 
-        An input of fewer than 4 channels stays whole.
+        ``mixed``: widths drawn at random; ``skewed``: three samples in four at 1/4, the others full; ``outlier``: one
+        sample full, the others at 1/4. An input of fewer than 4 channels stays whole.
         """
 
         def channels(actions: Tensor, count: int) -> Tensor:
@@ -73,6 +74,9 @@ class Layer:
         if batch > 1:
             draw = torch.randint(1, GROUPS + 1, (2, batch), generator=torch.Generator().manual_seed(seed))
             chosen["mixed"] = (draw[0], draw[1])
+            skewed, outlier = torch.ones(2, batch, dtype=torch.int64)
+            skewed[::4], outlier[batch // 2] = GROUPS, GROUPS
+            chosen |= {"skewed": (skewed, skewed), "outlier": (outlier, outlier)}
         return {k: (channels(i, self.c_in).int(), channels(o, self.c_out).int()) for k, (i, o) in chosen.items()}
 
     def theory(self, in_prefix: Tensor, out_prefix: Tensor) -> float:

@@ -7,8 +7,9 @@ Sides that know no prefix compute the whole layer; what they are called says whi
 | ``prepacked`` | oneDNN, weights packed once (what Inductor's freezing does): the honest dense rival, the baseline |
 | ``eager`` | ``F.conv2d``, channels_last |
 | ``onnxruntime``, ``openvino`` | the layer alone in these runtimes, in and out in NCHW, which is what they take |
-| ``full`` | ours, full width |
+| ``full`` | ours, full width: what a module runs, Winograd and stock paths included |
 | ``3/4`` … ``mixed`` | ours, with prefixes, tails skipped as inside a converted network |
+| ``direct W`` | ours without Winograd, where the rule would use it |
 | ``masked W`` | eager, then both masks: what released systems do with widths W |
 | ``slices W`` | eager, sample by sample, on slices of input and weight |
 | ``per width W`` | prepacked oneDNN for every pair of widths; the samples of each pair lie ready side by side, in dense tensors of their width: the grouping is not in its time |
@@ -28,6 +29,7 @@ import rnp_kernels
 from rnp.bench import runtimes
 from rnp.bench.gate import require_close
 from rnp.bench.layers import Layer
+from rnp_kernels import _C
 
 BASELINE = "prepacked"
 
@@ -65,14 +67,29 @@ def eager(layer: Layer, x: Tensor, w: Tensor) -> Callable[[], Tensor]:
     return lambda: F.conv2d(x, weight, None, layer.stride, layer.padding, 1, layer.groups)
 
 
-def ours(layer: Layer, x: Tensor, w: Tensor, i: Tensor | None = None, o: Tensor | None = None) -> Callable[[], Tensor]:
-    """The operator with its weight packed once; with prefixes, tails skipped."""
-    packed = rnp_kernels.pack_weight(w, layer.groups)
+def ours(
+    layer: Layer, x: Tensor, w: Tensor, i: Tensor | None = None, o: Tensor | None = None, direct: bool = False
+) -> Callable[[], Tensor]:
+    """The operator with its weights packed once, and transformed where the rule may ask for it; tails are skipped.
+
+    ``direct``: without Winograd.
+    """
+    packed, tile = rnp_kernels.pack_weight(w, layer.groups), 0 if direct else winograd_tile(layer, w.dtype)
+    transformed = torch.ops.rnp.pack_winograd(w, tile) if tile else None
     operator, strides, pads = torch.ops.rnp.prefix_conv2d, [layer.stride] * 2, [layer.padding] * 4
     tail = "zero" if o is None else "skip"
     return lambda: operator(
-        x, w, None, strides, pads, [1, 1], layer.groups, i, o, None, None, None, "none", tail, False, packed
+        x, w, None, strides, pads, [1, 1], layer.groups, i, o, None, None, None, "none", tail, False, packed,
+        transformed,
     )[0]  # fmt: skip
+
+
+def winograd_tile(layer: Layer, dtype: torch.dtype) -> int:
+    """The Winograd tile that the rule uses for this layer, at full width or below it; 0 for none."""
+    return _C.winograd_tile(
+        (layer.c_in, layer.size, layer.size), (layer.c_out, layer.c_in // layer.groups, layer.kernel, layer.kernel),
+        [layer.stride] * 2, [layer.padding] * 4, [1, 1], layer.groups, str(dtype).removeprefix("torch."),
+    )  # fmt: skip
 
 
 def masked(layer: Layer, x: Tensor, w: Tensor, i: Tensor, o: Tensor) -> Callable[[], Tensor]:
@@ -127,6 +144,7 @@ def convolution(
     dtype: torch.dtype = torch.float32,
     widths: Iterable[str] = ("3/4", "1/2", "1/4", "mixed"),
     rival_widths: Iterable[str] = (),
+    direct: bool = True,
     dense: bool = True,
     threads: int | None = None,
 ) -> Case:
@@ -136,6 +154,7 @@ def convolution(
         layer, batch, dtype: what is computed.
         widths: of :meth:`Layer.widths`, those that ours is timed at.
         rival_widths: those at which the rivals for pruned work are timed too.
+        direct: with ours without Winograd too, where the rule would use it.
         dense: with ONNX Runtime and OpenVINO (float32 only).
         threads: for these two; None for torch's number.
 
@@ -149,8 +168,11 @@ def convolution(
         "eager": Side(eager(layer, x, w)),
         "full": Side(ours(layer, x, w)),
     }
+    direct = direct and winograd_tile(layer, dtype) > 0
+    if direct:
+        case.sides["direct full"] = Side(ours(layer, x, w, direct=True))
     truth = case.sides[BASELINE].run()
-    for name in ("eager", "full"):
+    for name in list(case.sides)[1:]:
         require_close(f"{case.name}, {name}", case.sides[name].run(), truth)
     if dense and dtype is torch.float32:
         conv = nn.Conv2d(layer.c_in, layer.c_out, layer.kernel, layer.stride, layer.padding, 1, layer.groups, False)
@@ -162,22 +184,24 @@ def convolution(
             case.sides[name] = Side(lambda run=run: run(plain))
     available = layer.widths(batch)
     for width in (width for width in widths if width in available):
-        _add_width(case, layer, x, w, width, available[width], width in rival_widths)
+        _add_width(case, layer, x, w, width, available[width], width in rival_widths, direct)
     return case
 
 
 def _add_width(
-    case: Case, layer: Layer, x: Tensor, w: Tensor, width: str, prefixes: tuple[Tensor, Tensor], rivals: bool
-) -> None:
+    case: Case, layer: Layer, x: Tensor, w: Tensor, width: str, prefixes: tuple[Tensor, Tensor], rivals: bool,
+    direct: bool,
+) -> None:  # fmt: skip
     i, o = prefixes
     live_in, live_out = live(i, layer.c_in), live(o, layer.c_out)
     clean = torch.where(live_in, x, 0).contiguous(memory_format=torch.channels_last)
     expected = torch.where(live_out, prepacked(layer, clean, w)(), 0)
     poisoned = torch.where(live_in, x, torch.nan).contiguous(memory_format=torch.channels_last)
-    got = torch.where(live_out, ours(layer, poisoned, w, i, o)(), 0)
-    require_close(f"{case.name}, {width}", got, expected)
     theory = layer.theory(i, o)
-    case.sides[width] = Side(ours(layer, x, w, i, o), theory)
+    for side, only_direct in [(width, False)] + [(f"direct {width}", True)] * direct:
+        got = torch.where(live_out, ours(layer, poisoned, w, i, o, only_direct)(), 0)
+        require_close(f"{case.name}, {side}", got, expected)
+        case.sides[side] = Side(ours(layer, x, w, i, o, only_direct), theory)
     if not rivals:
         return
     makers = {"masked": masked}
