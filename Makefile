@@ -1,11 +1,12 @@
 # The newcomer's door. It needs a Linux machine with Python >= 3.10 (with venv) and a C++ compiler; the rest comes from pip.
 #
 #   make demo       .venv with the package, then `rnp demo`        make test       C++ tests (ctest), then pytest
+#   make bench      .venv with the rivals too, then `rnp bench`: build/bench/index.html (about ten minutes)
 #   make lint       ruff and clang-format, changing nothing        make sanitize   the C++ tests under ASan and UBSan
 #   make proof      no clock involved: multiply-adds counted, and instructions under valgrind against the committed budget
 #   make wheel      build/wheel/*.whl, built in isolation          make clean      removes .venv and everything built
 #
-# Variables: PYTHON (which Python makes .venv), VENV, MAX_JOBS, RNP_CUDA, RNP_CUDA_ARCHS, ARGS (for rnp demo or pytest).
+# Variables: PYTHON (which Python makes .venv), VENV, MAX_JOBS, RNP_CUDA, RNP_CUDA_ARCHS, ARGS (for rnp demo, rnp bench or pytest).
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -29,15 +30,19 @@ SOURCES := $(shell find csrc cmake rnp_kernels python -type f ! -name '*.so' ! -
            pyproject.toml setup.py CMakeLists.txt MANIFEST.in README.md LICENSE constraints.txt
 CPP_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test ctest pytest lint sanitize proof count-tests instructions record-instructions wheel clean
+.PHONY: help demo test bench ctest pytest lint sanitize proof count-tests instructions record-instructions wheel clean
 help:
-	@sed -n '3,10s/^#//p' Makefile
+	@sed -n '3,11s/^#//p' Makefile
 
 demo: $(STAMPS)/demo
 	@echo "== rnp demo $(ARGS)"
 	$(VENV)/bin/rnp demo $(ARGS)
 
 test: ctest pytest
+
+bench: $(STAMPS)/bench
+	@echo "== rnp bench $(ARGS)"
+	$(VENV)/bin/rnp bench --out $(BUILD)/bench $(ARGS)
 
 # ---- .venv --------------------
 
@@ -67,6 +72,12 @@ $(STAMPS)/test: $(STAMPS)/wheel
 	$(PIP) install "$$(ls $(BUILD)/wheel/*.whl)[test]"
 	$(PIP) install --force-reinstall --no-deps $(BUILD)/wheel/*.whl
 	@touch $@ $(STAMPS)/demo
+
+$(STAMPS)/bench: $(STAMPS)/wheel
+	@echo "== installing rnp-kernels[bench] into $(VENV)"
+	$(PIP) install "$$(ls $(BUILD)/wheel/*.whl)[bench]"
+	$(PIP) install --force-reinstall --no-deps $(BUILD)/wheel/*.whl
+	@touch $@
 
 # All that the C++ tests need; the packaging tests configure with it too.
 $(STAMPS)/cmake: $(STAMPS)/venv
