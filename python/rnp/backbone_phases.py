@@ -121,7 +121,11 @@ class Pretrain(BackbonePhase):
         self.action = context.network.groups // 2 if grows else context.network.groups
 
     def paths(self, number: int, extra: Any) -> list[tuple[Path, float]]:
-        return [([self.action] * len(self.context.network.layers), 1.0)]
+        network, generator = self.context.network, self.context.generator
+        layers, share = len(network.layers), self.context.config.pretrain_narrow
+        if share > 0 and self.action == network.groups and torch.rand((), generator=generator).item() < share:
+            return [(sandwich_path(1 + number % 2, layers, network.groups, generator), 1.0)]
+        return [([self.action] * layers, 1.0)]
 
     def step(self, number: int, progress: float, images: Tensor, labels: Tensor, extra: Any) -> Tensor:
         network = self.context.network
@@ -141,7 +145,11 @@ class Pretrain(BackbonePhase):
         return super().arrange(batches)
 
     def finish(self, batches: Iterable[Batch]) -> None:
-        """Every in-prefix starts the next phase with what full width has learnt about BatchNorm."""
+        """Every in-prefix starts the next phase with what full width has learnt about BatchNorm, if it learnt nothing
+        itself; else statistics are measured anew for every width."""
+        if self.context.config.pretrain_narrow > 0:
+            self.recalibrate(batches)
+            return
         with torch.no_grad():
             for module in self.context.network.modules():
                 if isinstance(module, PrefixBatchNorm2d):

@@ -5,10 +5,10 @@ split **by source image** into train and test before any scene is composed, so n
 training. A scene shows two digits side by side; its class is the number they form, 00…99.
 
 One number in 0…1, the scene's *difficulty*, drives everything that makes it harder (:func:`strengths`): shift,
-rotation, shear, aspect, size, contrast, clutter of digit fragments, thin lines across the scene, inversion of the whole
-scene or of one side of an edge. Most scenes are easy (0…0.3), the others hard (0.7…1): as in real
-collections, where a network sized for the hard minority is wasted on the rest. Clutter, lines and inversion show in the
-statistics of low-level features, so a policy can see early that a scene is hard.
+rotation, shear, aspect, size, contrast, clutter of digit fragments, thin lines across the scene, inversion. Most
+scenes are easy (0…0.3), the others hard (0.7…1): as in real collections, where a network sized for the hard minority
+is wasted on the rest. Clutter, lines and inversion show in the statistics of low-level features, so a policy can see
+early that a scene is hard.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 CLASSES = 100
 EASY, HARD = (0.0, 0.3), (0.7, 1.0)
-HARD_SHARE = 0.3
+HARD_SHARE = 0.25
 FRAGMENTS = 6
 _CHUNK = 2000  # scenes composed at once: what one chunk needs stays below about 100 MB
 _GLYPH = 16  # digits are enlarged to this many pixels before they are placed
@@ -227,12 +227,8 @@ class _Composer:
         return self.x * torch.cos(angle) + self.y * torch.sin(angle)
 
     def invert(self, canvas: Tensor, strength: dict[str, Tensor]) -> Tensor:
-        """Turn the whole scene, or one side of a soft edge, into its negative."""
-        count = len(canvas)
-        edge = ((self.direction(count) + self.uniform(count, -0.4, 0.4)[:, None, None]) * 12).sigmoid()
-        whole = self.uniform(count) < 0.5
-        mask = torch.where(whole[:, None, None], 1.0, edge)
-        mask = mask * (self.uniform(count) < strength["inversion"])[:, None, None]
+        """Turn some of the scenes into their negatives: dark ink on a light ground."""
+        mask = (self.uniform(len(canvas)) < strength["inversion"]).float()[:, None, None]
         return (canvas - mask).abs()
 
     def cross(self, canvas: Tensor, strength: dict[str, Tensor], difficulty: Tensor) -> Tensor:

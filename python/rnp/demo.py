@@ -29,9 +29,9 @@ from rnp.network import PrunedNetwork
 from rnp.scene_net import scene_net
 
 GROUPS = 4
-PHASES = ("pretrain", "sandwich", "agent", "finetune", "agent")
+PHASES = ("pretrain", "agent", "finetune", "agent")
 # Shares of the training time; the thin network gets the whole of it again.
-SHARES = {"pretrain": 0.60, "sandwich": 0.14, "agent": 0.04, "finetune": 0.18}  # the agent twice
+SHARES = {"pretrain": 0.84, "agent": 0.05, "finetune": 0.06}  # the agent twice
 OTHER_SECONDS = 60.0  # scenes, measurements and the report, about, on two cores
 MAIN_TARGET = 3.0
 
@@ -51,11 +51,11 @@ class Plan:
     batch_size: int = 32
 
     def with_steps(self, text: str) -> Plan:
-        """The same with phase lengths in steps: six numbers, PHASES and the thin network, separated by commas."""
+        """The same with phase lengths in steps: five numbers, PHASES and the thin network, separated by commas."""
         try:
             steps = [Length(steps=int(part)) for part in text.split(",")]
         except ValueError as error:
-            raise SystemExit(f"rnp demo: --steps takes six numbers of steps, got {text!r} ({error})") from None
+            raise SystemExit(f"rnp demo: --steps takes five numbers of steps, got {text!r} ({error})") from None
         if len(steps) != len(PHASES) + 1:
             raise SystemExit(f"rnp demo: --steps takes {len(PHASES) + 1} numbers, got {len(steps)}: {text!r}")
         return replace(self, lengths=tuple(steps[:-1]), thin=steps[-1])
@@ -68,9 +68,9 @@ def full_plan(minutes: float) -> Plan:
     if training < 5:
         raise SystemExit(f"rnp demo: --minutes must leave time to train, at least 1.2, got {minutes:g}")
     return Plan(
-        train_scenes=60_000,
-        validation_scenes=2_000,
-        test_scenes=6_000,
+        train_scenes=16_000,
+        validation_scenes=4_000,
+        test_scenes=10_000,
         lengths=tuple(Length(seconds=round(SHARES[phase] * training, 1)) for phase in PHASES),
         thin=Length(seconds=training),
         targets=(1.5, 2.0, MAIN_TARGET, 4.0, 5.0),
@@ -81,7 +81,7 @@ def full_plan(minutes: float) -> Plan:
 
 def quick_plan() -> Plan:
     """Every part of the demo in seconds, in steps and so the same twice; the figures mean nothing."""
-    lengths = tuple(Length(steps=steps) for steps in (32, 24, 16, 16, 16))
+    lengths = tuple(Length(steps=steps) for steps in (48, 16, 16, 16))
     targets = (1.5, 2.0, MAIN_TARGET, 4.0, 5.0)
     return Plan(1500, 250, 300, lengths, Length(steps=32), targets, timing_batches=2, rounds=3)
 
@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="under a minute: shows that all of it works, no more")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=None, help="processor threads (default: all cores)")
-    parser.add_argument("--steps", default=None, metavar="A,B,C,D,E,F", help="lengths of the phases in steps, not time")
+    parser.add_argument("--steps", default=None, metavar="A,B,C,D,E", help="lengths of the phases in steps, not time")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted in --out")
 
 
@@ -148,10 +148,12 @@ def make_scenes(plan: Plan, seed: int) -> dict[str, data.Scenes]:
 def settings(arguments: argparse.Namespace, folder: Path, **lengths: Any) -> TrainConfig:
     """What both networks are trained with."""
     return TrainConfig(
-        sandwich_lr=1.5e-3,
-        finetune_lr=1.5e-3,
+        lr=8e-3,
+        pretrain_narrow=0.3,
+        sandwich=Length(steps=0),
+        finetune_lr=4e-4,
         finetune_sandwich=0.2,
-        penalty=-0.03,
+        penalty=-0.015,
         bfloat16=fast_bfloat16(),
         epoch_steps=500,
         validation_batches=4,
@@ -170,8 +172,8 @@ def train_network(
     pruned = rnp.convert(scene_net(), scenes["train"].batch(slice(0, 1))[0], groups=GROUPS)
     size = f"{pruned.dense_macs / 1e6:.1f} million MACs an image"
     say(f"training the network ({size}) and its agent: {total(plan.lengths)}")
-    pretrain, sandwich, agent, finetune, _ = plan.lengths
-    lengths = {"pretrain": pretrain, "sandwich": sandwich, "agent": agent, "finetune": finetune}
+    pretrain, agent, finetune, _ = plan.lengths
+    lengths = {"pretrain": pretrain, "agent": agent, "finetune": finetune}
     config = settings(arguments, out / "checkpoint", rounds=1, **lengths)
     result = rnp.train(pruned, *loaders(plan, scenes), config)
     return pruned, result.history
@@ -195,7 +197,7 @@ def train_thin(
     thin = thinner(low)
     say(f"training the thin rival from scratch ({thin.dense_macs / 1e6:.1f} million MACs): {plan.thin}")
     nothing = Length(steps=0)
-    lengths = {"pretrain": plan.thin, "sandwich": nothing, "agent": nothing, "finetune": nothing}
+    lengths = {"pretrain": plan.thin, "agent": nothing, "finetune": nothing}
     config = settings(arguments, out / "checkpoint-thin", rounds=0, **lengths)
     result = rnp.train(thin, *loaders(plan, scenes), config)
     return thin, [row | {"phase": "thin network"} for row in result.history]

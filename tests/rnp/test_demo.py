@@ -148,7 +148,7 @@ def test_the_phases_share_the_time_asked_for() -> None:
     assert len(plan.targets) + 1 >= 5 and max(plan.targets) == 5.0
 
 
-@pytest.mark.parametrize("text", ["1,2,3", "1,2,3,4,5,x", "1,2,3,4,5,-6"])
+@pytest.mark.parametrize("text", ["1,2,3", "1,2,3,4,x", "1,2,3,4,-5"])
 def test_wrong_steps_are_refused_before_anything_runs(text: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--steps takes"):
         cli.main(["demo", "--quick", "--steps", text, "--out", str(tmp_path / "out")])
@@ -162,8 +162,8 @@ def test_too_few_minutes_are_refused() -> None:
 
 def test_the_command_of_a_timed_run_gives_its_lengths_in_steps() -> None:
     arguments = argparse.Namespace(seed=4, quick=False, minutes=6.0)
-    history = [{"steps": steps} for steps in (10, 20, 30, 40, 50, 60)]
+    history = [{"steps": steps} for steps in (10, 20, 30, 40, 50)]
     words = demo.command(arguments, history).split()
-    assert words[-2:] == ["--steps", "10,20,30,40,50,60"]
+    assert words[-2:] == ["--steps", "10,20,30,40,50"]
     plan = demo.full_plan(6.0).with_steps(words[-1])
-    assert plan.lengths[3] == Length(steps=40) and plan.thin == Length(steps=60)
+    assert plan.lengths[3] == Length(steps=40) and plan.thin == Length(steps=50)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,7 +146,7 @@ def test_every_width_works_after_sandwich() -> None:
     images, labels = toy.scenes(256, 7)
     lengths = {"agent": rnp.Length(steps=0), "finetune": rnp.Length(steps=0), "recalibration_batches": 16}
 
-    def accuracies(**changes: rnp.Length) -> dict[str, float]:
+    def accuracies(**changes: Any) -> dict[str, float]:
         pruned = toy.network()
         rnp.train(pruned, toy.Loader(512, 32), None, toy.config(**lengths, **changes))
         found = {}
@@ -158,9 +159,12 @@ def test_every_width_works_after_sandwich() -> None:
 
     with_sandwich = accuracies(pretrain=rnp.Length(steps=40), sandwich=rnp.Length(steps=600))
     assert min(with_sandwich.values()) >= 0.95, with_sandwich
-    full_width_only = accuracies(pretrain=rnp.Length(steps=640), sandwich=rnp.Length(steps=0))
+    nothing = rnp.Length(steps=0)
+    full_width_only = accuracies(pretrain=rnp.Length(steps=640), sandwich=nothing)
     assert full_width_only["uniform 1.0"] >= 0.95
     assert full_width_only["uniform 0.25"] < 0.7
+    narrow_in_between = accuracies(pretrain=rnp.Length(steps=640), sandwich=nothing, pretrain_narrow=0.5)
+    assert min(narrow_in_between.values()) >= 0.95, narrow_in_between
 
 
 def test_lengths_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,6 +293,20 @@ def test_sandwich_runs_full_narrowest_and_random_paths_in_turn() -> None:
     assert taken[0] == taken[4] == [4] * 6
     assert taken[1] == taken[5] == [1] * 6
     assert len({tuple(taken[step]) for step in (2, 3, 6, 7)}) == 4
+
+
+def test_the_narrow_share_of_pretrain() -> None:
+    pruned = toy.network()
+    agent = rnp.Agent(pruned.feature_sizes, pruned.groups)
+    generator = torch.Generator().manual_seed(0)
+    context = phases.Context(pruned, agent, toy.config(pretrain_narrow=0.25), generator, -0.05)
+    phase = phases.Pretrain(context, rnp.Length(steps=2000))
+    taken = [tuple(phase.paths(number, None)[0][0]) for number in range(2000)]
+    others = sum(path != (4, 4) for path in taken)
+    # Half of the narrow steps take the narrowest path, half a random one, and 1 of 16 of those is full width.
+    assert abs(others / 2000 - 0.25 * (1 - 0.5 / 16)) < 5 * (0.25 * 0.75 / 2000) ** 0.5
+    assert abs(taken.count((1, 1)) / 2000 - 0.25 * (0.5 + 0.5 / 16)) < 5 * (0.133 * 0.867 / 2000) ** 0.5
+    assert len(set(taken)) == 16
 
 
 def test_finetune_batches_are_alike_images_on_a_path_of_their_own() -> None:
