@@ -11,6 +11,7 @@ _FOLDER = Path(__file__).resolve().parent
 
 #: Why the CUDA library is not loaded: None where it is.
 cuda_reason: str | None = None
+_cuda_operators: frozenset[str] | None = None
 
 
 def cuda_library() -> Path:
@@ -42,3 +43,12 @@ def load() -> None:
         raise ImportError(f"rnp_kernels: {library} is missing; install the package with `pip install .`")
     torch.ops.load_library(str(library))
     cuda_reason = _load_cuda()
+
+
+def cuda_operators(names: tuple[str, ...]) -> frozenset[str]:
+    """Which of the operators the CUDA library has kernels for; asked before anything else attaches to that key."""
+    global _cuda_operators
+    if _cuda_operators is None:
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        _cuda_operators = frozenset(name for name in names if has_kernel(f"rnp::{name}", "CUDA"))
+    return _cuda_operators

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import _C, _libraries, backends, ops, reference, testing
+from . import _C, _libraries, backends, conformance, testing, triton
 from ._version import __version__
 
 _PACKAGES = ("torch", "numpy", "safetensors", "tqdm", "scikit-learn", "matplotlib", "triton")
@@ -76,7 +75,7 @@ def _compiled(name: str) -> bool:
     """Whether this installation holds the backend, whatever the machine can run."""
     if name == "cuda":
         return _C.build_info()["cuda_compiler"] is not None
-    return name in ("cpu", "reference") or importlib.util.find_spec(f"rnp_kernels.{name}") is not None
+    return name != "triton" or triton.installed() is None  # Triton compiles at the first call
 
 
 def _auto(device: str) -> str | None:
@@ -101,15 +100,7 @@ def _isa(name: str) -> Iterator[None]:
 def _check(case: testing.Case, device: str) -> None:
     """AssertionError where the backend in force is less accurate than native torch; errors of the call pass through."""
     arguments = testing.make(case, device=device)
-    result = ops.prefix_conv2d(**arguments)
-    output, means = result if case.pooled else (result, None)
-    if case.tail == "skip":  # what lies beyond the prefix is not defined
-        output = torch.where(reference.live(case.out, arguments["out_prefix"], output), output, 0)
-    native, native_means = testing.run_reference(case, arguments)
-    truth, true_means = testing.run_reference(case, testing.convert(arguments, torch.float64))
-    testing.assert_as_accurate_as_native("output", output, native, truth)
-    if means is not None:
-        testing.assert_as_accurate_as_native("means", means, native_means, true_means)
+    conformance.check_output(case, arguments, *conformance.call(case, arguments))
 
 
 def _failures(device: str) -> list[dict[str, str]]:
@@ -126,7 +117,7 @@ def _self_test(reasons: dict[str, str | None]) -> list[dict[str, Any]]:
     """One row for each backend that runs here; for `cpu` one for each instruction set."""
     rows = []
     for name in (n for n in reasons if reasons[n] is None and n != "reference"):
-        device = "cpu" if name == "cpu" else "cuda"
+        device = backends.device_of(name) or "cpu"
         for isa in _C.available_isas() if name == "cpu" else [None]:
             with backends.backend(name), _isa(isa) if isa else contextlib.nullcontext():
                 failures = _failures(device)
@@ -151,6 +142,7 @@ def report() -> dict[str, Any]:
                 "runs": reason is None,
                 "reason": reason,
                 "tested": any(row["backend"] == name for row in rows),
+                "tested_on": list(backends.TESTED_ON[name]) if name in backends.TESTED_ON else None,
             }
             for name, reason in reasons.items()
         },
@@ -184,7 +176,14 @@ def _text(found: dict[str, Any]) -> Iterator[str]:
     yield "backends"
     for name, state in found["backends"].items():
         compiled = "" if state["compiled"] or state["runs"] else "not compiled; "
-        yield f"  {name:10} " + ("runs" if state["runs"] else f"{compiled}does not run: {state['reason']}")
+        line = "runs" if state["runs"] else f"{compiled}does not run: {state['reason']}"
+        if state["tested_on"] is not None:
+            line += (
+                f"; conformance suite passed on {', '.join(state['tested_on'])}"
+                if state["tested_on"]
+                else "; UNTESTED on a GPU"
+            )
+        yield f"  {name:10} {line}"
     chosen = ", ".join(f"{name or 'none'} on {device}" for device, name in found["auto"].items())
     yield f"  auto picks {chosen}"
     yield "self-test against the reference"

@@ -93,11 +93,17 @@ def _weight_grad_fake(
     return grad_output.new_empty(weight_size)
 
 
+def _operator(ctx: Any, name: str) -> Any:
+    """The operator of the family that the forward belonged to: a backend that has names of its own sets `family`."""
+    return getattr(torch.ops.rnp, name + getattr(ctx, "family", ""))
+
+
 def _convolve(
-    input: Tensor, weight: Tensor, geometry: tuple[Any, ...], in_prefix: Tensor | None, out_prefix: Tensor | None
-) -> Tensor:
+    ctx: Any, input: Tensor, weight: Tensor, in_prefix: Tensor | None, out_prefix: Tensor | None
+) -> Tensor:  # fmt: skip
     """The bare operator: no scale, bias, residual or activation."""
-    return torch.ops.rnp.prefix_conv2d(
+    geometry = ctx.geometry
+    return _operator(ctx, "prefix_conv2d")(
         input, weight, None, *geometry, in_prefix, out_prefix, None, None, None, "none", "zero", False, None
     )[0]
 
@@ -153,7 +159,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_pooled: Tensor | None) -> tupl
     if needs[2]:
         grads[2] = _table_grad(_channel_sums(grad, out_prefix), *ctx.bias_like, row)
     if needs[9]:
-        plain = _convolve(input, weight, ctx.geometry, in_prefix, out_prefix)
+        plain = _convolve(ctx, input, weight, in_prefix, out_prefix)
         grads[9] = _table_grad(_channel_sums(grad * plain, out_prefix), scale.shape, scale.dtype, row)
     if not needs[0] and not needs[1]:
         return tuple(grads)
@@ -161,11 +167,11 @@ def _backward(ctx: Any, grad: Tensor | None, grad_pooled: Tensor | None) -> tupl
         grad = (grad * per_channel(scale, row)).to(grad.dtype)
     grad = grad.contiguous(memory_format=ctx.memory_format)  # expanded or in another layout, it would be slow to read
     if needs[0]:
-        grads[0] = torch.ops.rnp.prefix_conv2d_input_grad(
+        grads[0] = _operator(ctx, "prefix_conv2d_input_grad")(
             grad, weight, ctx.input_size, *ctx.geometry, in_prefix, out_prefix
         )
     if needs[1]:
-        grads[1] = torch.ops.rnp.prefix_conv2d_weight_grad(
+        grads[1] = _operator(ctx, "prefix_conv2d_weight_grad")(
             grad, input, ctx.weight_size, *ctx.geometry, in_prefix, out_prefix
         )
     return tuple(grads)
@@ -182,9 +188,9 @@ def _input_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_output, weight, *prefixes = ctx.saved_tensors
     first = second = None
     if ctx.needs_input_grad[0]:
-        first = _convolve(grad, weight, ctx.geometry, *prefixes)
+        first = _convolve(ctx, grad, weight, *prefixes)
     if ctx.needs_input_grad[1]:
-        second = torch.ops.rnp.prefix_conv2d_weight_grad(grad_output, grad, weight.shape, *ctx.geometry, *prefixes)
+        second = _operator(ctx, "prefix_conv2d_weight_grad")(grad_output, grad, weight.shape, *ctx.geometry, *prefixes)
     return first, second, *[None] * 7
 
 
@@ -192,9 +198,9 @@ def _weight_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_output, input, *prefixes = ctx.saved_tensors
     first = second = None
     if ctx.needs_input_grad[0]:
-        first = _convolve(input, grad, ctx.geometry, *prefixes)
+        first = _convolve(ctx, input, grad, *prefixes)
     if ctx.needs_input_grad[1]:
-        second = torch.ops.rnp.prefix_conv2d_input_grad(grad_output, grad, input.shape, *ctx.geometry, *prefixes)
+        second = _operator(ctx, "prefix_conv2d_input_grad")(grad_output, grad, input.shape, *ctx.geometry, *prefixes)
     return first, second, *[None] * 7
 
 

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import backends, checks, gradients, reference, registrations, stock, tf32  # noqa: F401 (two of them register on import)
+from .triton import operators as triton_operators
 
 _OPERATOR = torch.ops.rnp.prefix_conv2d.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -59,15 +60,17 @@ def _run(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     """
     input, weight, bias, *_, scale, _row, residual, _activation, _tail, _pooled, _packed, _winograd = arguments
     name = backends.resolve(input)
-    if backends.LOG and not torch.compiler.is_compiling():
+    if backends.LOG and name != "triton" and not torch.compiler.is_compiling():  # which logs kernel and tile itself
         backends.log(input, weight, arguments[3], arguments[4], arguments[6], _describe(name, arguments))
     if name == "reference":
         return _reference(arguments)
-    if input.is_cuda and not torch.compiler.is_compiling():
+    if name == "cuda" and not torch.compiler.is_compiling():
         tf32.follow()
+    operator = triton_operators.PREFIX_CONV2D if name == "triton" else _OPERATOR
     if torch.compiler.is_compiling() or needs_autograd(input, weight, bias, scale, residual):
-        return _OPERATOR(*arguments)
-    return run_below_autograd(*arguments)
+        return operator(*arguments)
+    with _below_autograd():
+        return operator(*arguments)
 
 
 def run_below_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:

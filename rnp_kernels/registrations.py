@@ -55,9 +55,13 @@ def _pack_winograd_fake(weight: Tensor, tile: int) -> Tensor:
     return weight.new_empty((16 + c_out + 15) // 16 * 16 + lanes * c_in * (tile + 2) ** 2, dtype=torch.float32)
 
 
-def _autocast(device: str) -> None:
-    """Under autocast the convolution runs in autocast's dtype; scale and bias keep the float32 they accumulate in."""
+def _autocast(device: str, family: str = "") -> None:
+    """Under autocast the convolution runs in autocast's dtype; scale and bias keep the float32 they accumulate in.
+
+    `family` ends the operator's name: a backend that has operators of its own registers the same rule for them.
+    """
     key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device]
+    name = "prefix_conv2d" + family
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def prefix_conv2d(
@@ -77,12 +81,12 @@ def _autocast(device: str) -> None:
                 residual = None if residual is None else residual.to(dtype)
                 if bias is not None and bias.dim() == 1 and scale is None:
                     bias = bias.to(dtype)  # as conv2d does; a table stays in float32
-            return torch.ops.rnp.prefix_conv2d(
+            return getattr(torch.ops.rnp, name)(
                 input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual,
                 activation, tail, pooled, packed, winograd,
             )  # fmt: skip
 
-    _LIBRARY.impl("prefix_conv2d", prefix_conv2d, key)
+    _LIBRARY.impl(name, prefix_conv2d, key)
 
 
 _autocast("cpu")

@@ -18,11 +18,12 @@ def direct_kernel(
     input, weight, output, residual, scale, bias, row, partial, in_prefix, out_prefix, order, size, start,
     in_n, in_c, in_h, in_w, weight_outer, weight_inner, weight_h, weight_w, out_n, out_c, out_h, out_w,
     res_n, res_c, res_h, res_w, batch, items, channels_in, channels_out, group_in, group_out, height, width, out_width,
-    positions, lines,
+    positions, lines, scale_step, bias_step,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     GROUPED: tl.constexpr, TRANSPOSED: tl.constexpr, SORTED: tl.constexpr, HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr,
-    SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr, SKIP: tl.constexpr,
+    TABLE: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+    SKIP: tl.constexpr,
     POOLED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -30,9 +31,10 @@ def direct_kernel(
     if SORTED:
         items = tl.load(start + batch)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        first, samples, live_in, live_out, local = locate(
-            item, order, start, size, in_prefix, out_prefix, batch, channels_in, channels_out, SORTED, HAS_IN, HAS_OUT
-        )
+        first, samples, live_in, live_out, line, local = locate(
+            item, order, start, size, in_prefix, out_prefix, row, batch, channels_in, channels_out, lines, SORTED,
+            HAS_IN, HAS_OUT, TABLE,
+        )  # fmt: skip
         column_tiles = tl.cdiv(live_out if SKIP else channels_out, COLUMNS)
         tile, begin = local // column_tiles, local % column_tiles * COLUMNS
         sample, position, valid = tile_rows(tile, first, samples, positions, order, SORTED, POOLED, ROWS, INDEX)
@@ -47,10 +49,7 @@ def direct_kernel(
         group = column // group_out
         # Channel i of a group is live in no group where it is dead in the first.
         channels = tl.where(begin < live_out, tl.minimum(group_in, live_in), 0)
-        if WIDE:
-            total = tl.zeros((ROWS, COLUMNS), tl.float64)
-        else:
-            total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        total = tl.zeros((ROWS, COLUMNS), tl.float64 if WIDE else tl.float32)
         TAPS: tl.constexpr = KERNEL_H * KERNEL_W
         for step in range(0, channels * TAPS):
             inner, tap = step // TAPS, step % TAPS
@@ -68,6 +67,7 @@ def direct_kernel(
             total += a.to(total.dtype) * b.to(total.dtype)[None, :]
         epilogue(
             total, sample, position, valid, column, live_out, channels_out, out_width, tile, output, out_n, out_c,
-            out_h, out_w, residual, res_n, res_c, res_h, res_w, scale, bias, row, lines, partial, channels_out,
+            out_h, out_w, residual, res_n, res_c, res_h, res_w, scale, bias, scale_step, bias_step, line, partial,
+            channels_out,
             SCALE, BIAS, RESIDUAL, RELU, SKIP, POOLED, ALIGNED, ROWS, INDEX, positions,
         )  # fmt: skip

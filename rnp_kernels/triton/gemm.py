@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .kernels import epilogue, locate, multiply, tile_rows
 
+
 @triton.jit
 def taps_at(y0, x0, r, s, height, width, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr,
             DILATION_W: tl.constexpr, TRANSPOSED: tl.constexpr):  # fmt: skip
@@ -75,7 +76,8 @@ def _sums(input, weight, base, y0, x0, valid, column, group_end, limit, height, 
 @triton.jit
 def _tile(input, weight, base, y0, x0, limit, height, width, in_c, in_h, in_w, weight_outer, weight_inner, weight_h,
           weight_w, sample, position, valid, begin, live_end, group_end, out_width, tile, output, out_n, out_c, out_h,
-          out_w, residual, res_n, res_c, res_h, res_w, scale, bias, row, lines, partial, channels_out, positions,
+          out_w, residual, res_n, res_c, res_h, res_w, scale, bias, scale_step, bias_step, line, partial,
+          channels_out, positions,
           ROWS: tl.constexpr, COLUMNS: tl.constexpr, WRITTEN: tl.constexpr, DEPTH: tl.constexpr, KERNEL_H: tl.constexpr,
           KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr,
           DILATION_W: tl.constexpr, TRANSPOSED: tl.constexpr, REMAINDER: tl.constexpr, PRECISION: tl.constexpr,
@@ -90,15 +92,17 @@ def _tile(input, weight, base, y0, x0, limit, height, width, in_c, in_h, in_w, w
     )  # fmt: skip
     epilogue(
         total, sample, position, valid, column, live_end, group_end, out_width, tile, output, out_n, out_c, out_h,
-        out_w, residual, res_n, res_c, res_h, res_w, scale, bias, row, lines, partial, channels_out, SCALE, BIAS,
+        out_w, residual, res_n, res_c, res_h, res_w, scale, bias, scale_step, bias_step, line, partial, channels_out,
+        SCALE, BIAS,
         RESIDUAL, RELU, SKIP, POOLED, ALIGNED, ROWS, INDEX, positions,
     )  # fmt: skip
     if COLUMNS < WRITTEN and not SKIP:
         epilogue(
             tl.zeros((ROWS, WRITTEN - COLUMNS), tl.float32), sample, position, valid,
             begin + COLUMNS + tl.arange(0, WRITTEN - COLUMNS), live_end, group_end, out_width, tile, output, out_n,
-            out_c, out_h, out_w, residual, res_n, res_c, res_h, res_w, scale, bias, row, lines, partial, channels_out,
-            0, 0, RESIDUAL, RELU, SKIP, POOLED, ALIGNED, ROWS, INDEX, positions,
+            out_c, out_h, out_w, residual, res_n, res_c, res_h, res_w, scale, bias, scale_step, bias_step, line,
+            partial, channels_out,
+            False, False, RESIDUAL, RELU, SKIP, POOLED, ALIGNED, ROWS, INDEX, positions,
         )  # fmt: skip
 
 
@@ -107,26 +111,28 @@ def gemm_kernel(
     input, weight, output, residual, scale, bias, row, partial, in_prefix, out_prefix, order, size, start,
     in_n, in_c, in_h, in_w, weight_outer, weight_inner, weight_h, weight_w, out_n, out_c, out_h, out_w,
     res_n, res_c, res_h, res_w, batch, items, channels_in, channels_out, group_in, group_out, height, width, out_width,
-    positions, lines,
+    positions, lines, scale_step, bias_step,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     GROUPED: tl.constexpr, TRANSPOSED: tl.constexpr, SORTED: tl.constexpr, HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr,
-    REMAINDER: tl.constexpr, NARROW: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    TABLE: tl.constexpr, REMAINDER: tl.constexpr, NARROW: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     RELU: tl.constexpr, SKIP: tl.constexpr, POOLED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """A persistent program takes every num_programs-th item of the work list until none is left.
 
-    `input` is what is summed over (with TRANSPOSED the gradient of the output), `output` what is written. `weight_outer`
-    is the weight's step from one written channel to the next, `weight_inner` the step of the summed ones.
+    `input` is what is summed over (with TRANSPOSED the gradient of the output), `output` what is written.
+    `weight_outer` is the weight's step from one written channel to the next, `weight_inner` that of the summed ones.
     """
     if SORTED:
         items = tl.load(start + batch)
     tiles_of_group = tl.cdiv(group_out, COLUMNS)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        first, samples, live_in, live_out, local = locate(
-            item, order, start, size, in_prefix, out_prefix, batch, channels_in, channels_out, SORTED, HAS_IN, HAS_OUT
-        )
+        first, samples, live_in, live_out, line, local = locate(
+            item, order, start, size, in_prefix, out_prefix, row, batch, channels_in, channels_out, lines, SORTED,
+            HAS_IN, HAS_OUT, TABLE,
+        )  # fmt: skip
         if GROUPED:
             full_groups = (live_out if SKIP else channels_out) // group_out
             column_tiles = full_groups * tiles_of_group
@@ -166,8 +172,10 @@ def gemm_kernel(
                 _tile(
                     input, weight + shift, base, y0, x0, limit, height, width, in_c, in_h, in_w, weight_outer,
                     weight_inner, weight_h, weight_w, sample, position, valid, begin, live_end, group_end, out_width,
-                    tile, output, out_n, out_c, out_h, out_w, residual, res_n, res_c, res_h, res_w, scale, bias, row,
-                    lines, partial, channels_out, positions, ROWS, COLUMNS // 2, COLUMNS, DEPTH, KERNEL_H, KERNEL_W,
+                    tile, output, out_n, out_c, out_h, out_w, residual, res_n, res_c, res_h, res_w, scale, bias,
+                    scale_step,
+                    bias_step, line, partial, channels_out, positions, ROWS, COLUMNS // 2, COLUMNS, DEPTH, KERNEL_H,
+                    KERNEL_W,
                     STRIDE_H, STRIDE_W, DILATION_H, DILATION_W, TRANSPOSED, REMAINDER, PRECISION, STAGES, INDEX, SCALE,
                     BIAS, RESIDUAL, RELU, SKIP, POOLED, ALIGNED,
                 )  # fmt: skip
@@ -175,8 +183,10 @@ def gemm_kernel(
                 _tile(
                     input, weight + shift, base, y0, x0, limit, height, width, in_c, in_h, in_w, weight_outer,
                     weight_inner, weight_h, weight_w, sample, position, valid, begin, live_end, group_end, out_width,
-                    tile, output, out_n, out_c, out_h, out_w, residual, res_n, res_c, res_h, res_w, scale, bias, row,
-                    lines, partial, channels_out, positions, ROWS, COLUMNS, COLUMNS, DEPTH, KERNEL_H, KERNEL_W,
+                    tile, output, out_n, out_c, out_h, out_w, residual, res_n, res_c, res_h, res_w, scale, bias,
+                    scale_step,
+                    bias_step, line, partial, channels_out, positions, ROWS, COLUMNS, COLUMNS, DEPTH, KERNEL_H,
+                    KERNEL_W,
                     STRIDE_H, STRIDE_W, DILATION_H, DILATION_W, TRANSPOSED, REMAINDER, PRECISION, STAGES, INDEX, SCALE,
                     BIAS, RESIDUAL, RELU, SKIP, POOLED, ALIGNED,
                 )  # fmt: skip
@@ -184,7 +194,8 @@ def gemm_kernel(
             _tile(
                 input, weight + shift, base, y0, x0, limit, height, width, in_c, in_h, in_w, weight_outer, weight_inner,
                 weight_h, weight_w, sample, position, valid, begin, live_end, group_end, out_width, tile, output, out_n,
-                out_c, out_h, out_w, residual, res_n, res_c, res_h, res_w, scale, bias, row, lines, partial,
+                out_c, out_h, out_w, residual, res_n, res_c, res_h, res_w, scale, bias, scale_step, bias_step, line,
+                partial,
                 channels_out, positions, ROWS, COLUMNS, COLUMNS, DEPTH, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W,
                 DILATION_H, DILATION_W, TRANSPOSED, REMAINDER, PRECISION, STAGES, INDEX, SCALE, BIAS, RESIDUAL, RELU,
                 SKIP, POOLED, ALIGNED,

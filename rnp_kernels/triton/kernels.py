@@ -1,8 +1,9 @@
 """Device code that the kernels share: finding an item of the work list, the rows of a tile, the epilogue.
 
 An *item* is one tile of the output: rows are (sample, position) pairs of samples of one class (the same live input and
-output channels), columns are output channels of one group. A class is a run of the sorted batch (schedule.py), so an
-item has one in-prefix and one out-prefix, and what a sample's sums look like depends on nothing else.
+output channels, the same line of the tables), columns are output channels of one group. A class is a run of the sorted
+batch (schedule.py), so an item has one in-prefix, one out-prefix and one scale and bias for each column, and what a
+sample's sums look like depends on nothing else.
 """
 
 from __future__ import annotations
@@ -29,11 +30,10 @@ def multiply(a, b, total, PRECISION: tl.constexpr):
 @triton.jit
 def rounded(value, DTYPE: tl.constexpr):
     """`value` in another floating dtype, to nearest even."""
-    if INTERPRETED:
-        if DTYPE == tl.bfloat16:
-            bits = value.to(tl.int32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-            value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)  # NaN stays
+    if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
+        bits = value.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)  # NaN stays
     return value.to(DTYPE)
 
 
@@ -47,9 +47,19 @@ def clamped(pointer, index, limit, PRESENT: tl.constexpr):
 
 
 @triton.jit
-def locate(item, order, start, size, in_prefix, out_prefix, batch, channels_in, channels_out,
-           SORTED: tl.constexpr, HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr):  # fmt: skip
-    """(first sorted position of the item's class, samples in it, live inputs, live outputs, the item's index in it)."""
+def line_of(row, sample, lines, TABLE: tl.constexpr):
+    """The sample's line of the tables, 0 where there are none."""
+    if TABLE:
+        return tl.minimum(tl.maximum(tl.load(row + sample), 0), lines - 1)
+    else:
+        return sample * 0
+
+
+@triton.jit
+def locate(item, order, start, size, in_prefix, out_prefix, row, batch, channels_in, channels_out, lines,
+           SORTED: tl.constexpr, HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, TABLE: tl.constexpr):  # fmt: skip
+    """(first sorted position of the item's class, samples in it, live inputs, live outputs, line of the tables, the
+    item's index in the class)."""
     if SORTED:
         low = item * 0  # the last position whose first item is not beyond ours
         high = batch + low
@@ -61,9 +71,10 @@ def locate(item, order, start, size, in_prefix, out_prefix, batch, channels_in, 
         sample = tl.load(order + low)
         live_in = clamped(in_prefix, sample, channels_in, HAS_IN)
         live_out = clamped(out_prefix, sample, channels_out, HAS_OUT)
-        return low, tl.load(size + sample), live_in, live_out, item - tl.load(start + low)
+        line = line_of(row, sample, lines, TABLE)
+        return low, tl.load(size + sample), live_in, live_out, line, item - tl.load(start + low)
     else:
-        return item * 0, batch + item * 0, channels_in + item * 0, channels_out + item * 0, item
+        return item * 0, batch + item * 0, channels_in + item * 0, channels_out + item * 0, item * 0, item
 
 
 @triton.jit
@@ -81,33 +92,24 @@ def tile_rows(tile, first, samples, positions, order, SORTED: tl.constexpr, PER_
         local = (row // positions).to(tl.int32)
         position = (row - local.to(INDEX) * positions).to(tl.int32)
         valid = local < samples
-    if SORTED:
-        sample = tl.load(order + first + local, mask=valid, other=0)
-    else:
-        sample = local
+    sample = tl.load(order + first + local, mask=valid, other=0) if SORTED else local
     return sample, position, valid
 
 
 @triton.jit
 def epilogue(total, sample, position, valid, column, live_end, group_end, width, tile,
-             output, out_n, out_c, out_h, out_w, residual, res_n, res_c, res_h, res_w, scale, bias, row, lines, partial,
-             channels, SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+             output, out_n, out_c, out_h, out_w, residual, res_n, res_c, res_h, res_w, scale, bias, scale_step,
+             bias_step, line,
+             partial, channels, SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
              SKIP: tl.constexpr, POOLED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
              INDEX: tl.constexpr, positions):  # fmt: skip
-    """scale, bias, prefix, residual, activation, store; SCALE and BIAS: 0 none, 1 (C,), 2 a table by `row`."""
+    """scale, bias, prefix, residual, activation, store. `scale_step` is 0 for a vector,
+    for a table the line's length."""
     inside = column < group_end
-    if SCALE == 2 or BIAS == 2:
-        line = tl.minimum(tl.maximum(tl.load(row + sample, mask=valid, other=0), 0), lines - 1)
-        entry = line[:, None] * channels + column[None, :]
-        both = valid[:, None] & inside[None, :]
-    if SCALE == 1:
-        total = total * tl.load(scale + column, mask=inside, other=0).to(total.dtype)[None, :]
-    if SCALE == 2:
-        total = total * tl.load(scale + entry, mask=both, other=0).to(total.dtype)
-    if BIAS == 1:
-        total = total + tl.load(bias + column, mask=inside, other=0).to(total.dtype)[None, :]
-    if BIAS == 2:
-        total = total + tl.load(bias + entry, mask=both, other=0).to(total.dtype)
+    if SCALE:
+        total = total * tl.load(scale + line * scale_step + column, mask=inside, other=0).to(total.dtype)[None, :]
+    if BIAS:
+        total = total + tl.load(bias + line * bias_step + column, mask=inside, other=0).to(total.dtype)[None, :]
     total = tl.where((column < live_end)[None, :], total, 0.0)
     y, x = position // width, position % width
     # The end is written as a multiple of 8 where it is one: stores are then known to be whole 16-byte pieces. With SKIP

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backends, checks
+from ..errors import message
 from ..registrations import output_memory_format
 from . import schedule, tiles
 from .agent_step import agent_step_kernel
@@ -38,7 +39,7 @@ def _device(tensor: Tensor) -> Any:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How float32 products are taken: torch's setting for convolutions, "tf32" or "ieee". ROCm has no TF32 to rely on."""
+    """How float32 products are taken, "tf32" or "ieee": torch's setting for convolutions. ROCm may have no TF32."""
     if dtype is not torch.float32 or torch.version.hip is not None:
         return "ieee" if dtype is torch.float32 else "tf32"  # other dtypes are multiplied as they are
     for setting in (torch.backends.cudnn.conv, torch.backends.cudnn, torch.backends):
@@ -77,15 +78,18 @@ def _suited_weight(weight: Tensor) -> Tensor:
     return weight.contiguous(memory_format=torch.channels_last)
 
 
-def _schedule(source: Tensor, batch: int, positions: int, tile: tiles.Tile, channels: tuple[int, int, int],
-              in_prefix: Tensor | None, out_prefix: Tensor | None, skip: bool, per_sample: bool) -> dict[str, Tensor]:  # fmt: skip
+def _schedule(
+    source: Tensor, batch: int, positions: int, tile: tiles.Tile, channels: tuple[int, int, int],
+    in_prefix: Tensor | None, out_prefix: Tensor | None, row: Tensor | None, lines: int, skip: bool, per_sample: bool,
+) -> dict[str, Tensor]:  # fmt: skip
     """Launches the schedule; `channels` is (read, written, written a group)."""
     lists = torch.empty(4 * batch + 1, dtype=torch.int32, device=source.device)
-    order, size, member, start = lists[:batch], lists[batch : 2 * batch], lists[2 * batch : 3 * batch], lists[3 * batch :]
+    order, size, member, start = lists.split((batch, batch, batch, batch + 1))
     arguments = {
-        "in_prefix": in_prefix, "out_prefix": out_prefix, "order": order, "size": size, "member": member,
+        "in_prefix": in_prefix, "out_prefix": out_prefix, "row": row, "order": order, "size": size, "member": member,
         "start": start, "batch": batch, "channels_in": channels[0], "channels_out": channels[1],
-        "group_out": channels[2], "positions": positions, "ROWS": tile.rows, "COLUMNS": tile.columns, "SKIP": skip,
+        "group_out": channels[2], "positions": positions, "lines": lines, "TABLE": row is not None, "ROWS": tile.rows,
+        "COLUMNS": tile.columns, "SKIP": skip,
         "PER_SAMPLE": per_sample, "HAS_IN": in_prefix is not None, "HAS_OUT": out_prefix is not None,
         "BLOCK": schedule.BLOCK,
     }  # fmt: skip
@@ -103,18 +107,23 @@ def _strides(tensor: Tensor | None, prefix: str) -> dict[str, int]:
     return {f"{prefix}_{axis}": step for axis, step in zip("nchw", steps, strict=True)}
 
 
-def _geometry(weight_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> dict:
+def _geometry(
+    weight_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> dict[str, int]:
     return {
         "KERNEL_H": weight_size[2], "KERNEL_W": weight_size[3], "STRIDE_H": stride[0], "STRIDE_W": stride[1],
         "PAD_H": padding[0], "PAD_W": padding[2], "DILATION_H": dilation[0], "DILATION_W": dilation[1],
     }  # fmt: skip
 
 
-def _mode(table: Tensor | None) -> int:
-    return 0 if table is None else table.dim()
+def _step(table: Tensor | None) -> int:
+    """Elements from a line of a table to the next; 0 for a vector."""
+    return table.shape[1] if table is not None and table.dim() == 2 else 0
 
 
-def _log(output: Tensor, weight: Tensor, geometry: dict, groups: int, transposed: bool, kernel: str, chosen: str) -> None:
+def _log(
+    output: Tensor, weight: Tensor, geometry: dict[str, int], groups: int, transposed: bool, kernel: str, chosen: str
+) -> None:
     if backends.LOG:
         name = "prefix_conv2d_input_grad" if transposed else "prefix_conv2d"
         stride, padding = (geometry["STRIDE_H"], geometry["STRIDE_W"]), (geometry["PAD_H"], geometry["PAD_W"])
@@ -144,15 +153,19 @@ def _convolve(source: Tensor, weight: Tensor, output: Tensor, geometry: dict[str
     each = triton.cdiv(positions, tile.rows)
     column_tiles = channels_out // whole * triton.cdiv(whole, tile.columns)
     per_sample = pooled is not None
-    uniform = in_prefix is None and out_prefix is None
+    tables = [table for table in (scale, bias) if table is not None and table.dim() == 2]
+    lines, row = (tables[0].shape[0], row) if tables else (1, None)
+    uniform = in_prefix is None and out_prefix is None and row is None
     items = (batch * each if per_sample or not uniform else triton.cdiv(batch * positions, tile.rows)) * column_tiles
     lists: dict[str, Any] = {"order": None, "size": None, "start": None}
-    partial = torch.empty((batch * each, channels_out), dtype=torch.float32, device=source.device) if per_sample else None
-    lines = max((t.shape[0] for t in (scale, bias) if t is not None and t.dim() == 2), default=1)
+    sums = (batch * each, channels_out)
+    partial = torch.empty(sums, dtype=torch.float32, device=source.device) if per_sample else None
     with _device(source):
         if not uniform:
             channels = (channels_in, channels_out, whole)
-            lists = _schedule(source, batch, positions, tile, channels, in_prefix, out_prefix, skip, per_sample)
+            lists = _schedule(
+                source, batch, positions, tile, channels, in_prefix, out_prefix, row, lines, skip, per_sample
+            )
         arguments = {
             "input": source, "weight": weight, "output": output, "residual": residual,
             "scale": None if scale is None else scale.contiguous(),
@@ -162,9 +175,11 @@ def _convolve(source: Tensor, weight: Tensor, output: Tensor, geometry: dict[str
             "weight_w": weight.stride(3), **_strides(output, "out"), **_strides(residual, "res"), "batch": batch,
             "items": items, "channels_in": channels_in, "channels_out": channels_out, "group_in": group_in,
             "group_out": group_out, "height": source.shape[2], "width": source.shape[3], "out_width": out_width,
-            "positions": positions, "lines": lines, **geometry, "GROUPED": groups > 1, "TRANSPOSED": transposed,
+            "positions": positions, "lines": lines, "scale_step": _step(scale), "bias_step": _step(bias), **geometry,
+            "GROUPED": groups > 1, "TRANSPOSED": transposed,
             "SORTED": not uniform, "HAS_IN": in_prefix is not None, "HAS_OUT": out_prefix is not None,
-            "SCALE": _mode(scale), "BIAS": _mode(bias), "RESIDUAL": residual is not None, "RELU": relu, "SKIP": skip,
+            "TABLE": row is not None, "SCALE": scale is not None, "BIAS": bias is not None,
+            "RESIDUAL": residual is not None, "RELU": relu, "SKIP": skip,
             "POOLED": per_sample, "ALIGNED": whole % 8 == 0, "ROWS": tile.rows, "COLUMNS": tile.columns,
             "INDEX": _index_type(source, output, residual, weight, partial),
         }  # fmt: skip
@@ -173,10 +188,10 @@ def _convolve(source: Tensor, weight: Tensor, output: Tensor, geometry: dict[str
             arguments["WIDE"] = source.dtype is torch.float64
         else:
             kernel = gemm_kernel
+            some_narrow = out_prefix is not None or 0 < whole % tile.columns <= tile.columns // 2
             arguments |= {
-                "REMAINDER": in_prefix is not None or group_in % 8 != 0,
-                "NARROW": tile.columns >= 32 and (out_prefix is not None or 0 < whole % tile.columns <= tile.columns // 2),
-                "PRECISION": precision, "DEPTH": tile.depth, "STAGES": _stages(tile),
+                "REMAINDER": in_prefix is not None or group_in % 8 != 0, "PRECISION": precision,
+                "NARROW": tile.columns >= 32 and some_narrow, "DEPTH": tile.depth, "STAGES": _stages(tile),
             }  # fmt: skip
         _log(output, weight, geometry, groups, transposed, "direct" if direct else "gemm", f"{key!r} {tile}")
         launch(kernel, (_programs(source, items),), arguments, tile.warps, _stages(tile))
@@ -191,9 +206,9 @@ def _convolve(source: Tensor, weight: Tensor, output: Tensor, geometry: dict[str
 def prefix_conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, in_prefix: Tensor | None, out_prefix: Tensor | None, scale: Tensor | None,
-    row: Tensor | None, residual: Tensor | None, activation: str, tail: str, pooled: bool, packed: Tensor | None,
+    row: Tensor | None, residual: Tensor | None, activation: str, tail: str, pooled: bool, *_packs: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The forward. `packed` is what other kernels read; these read the weight itself."""
+    """The forward. Packs of the weight are for other kernels; these read the weight itself."""
     checks.check_call(
         input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual, activation,
         tail,
@@ -305,7 +320,8 @@ def agent_step(
     }  # fmt: skip
     for name, tensor in weights.items():
         if tensor.dtype is not torch.float32 or tensor.device != pooled.device:
-            raise RuntimeError(f"agent_step: {name} must be float32 on {pooled.device}, got {tensor.dtype} {tensor.device}")
+            rule = f"{name} must be float32 on {pooled.device}"
+            raise RuntimeError(message("agent_step", rule, f"{tensor.dtype} on {tensor.device}"))
     pooled = pooled.contiguous()
     hidden = None if hidden is None else hidden.contiguous()
     arguments = {

@@ -81,8 +81,8 @@ def _register() -> None:
         torch.library.register_fake(f"rnp::{operator}{SUFFIX}", fake)
     for operator, backward, setup in (
         ("prefix_conv2d", gradients._backward, gradients._setup),
-        ("prefix_conv2d_input_grad", gradients._input_grad_backward, gradients._input_grad_setup),
-        ("prefix_conv2d_weight_grad", gradients._weight_grad_backward, gradients._weight_grad_setup),
+        ("prefix_conv2d_input_grad", gradients._input_grad_backward, gradients._part_setup),
+        ("prefix_conv2d_weight_grad", gradients._weight_grad_backward, gradients._part_setup),
     ):
         torch.library.register_autograd(f"rnp::{operator}{SUFFIX}", backward, setup_context=_in_family(setup))
     for device in ("cpu", "cuda"):

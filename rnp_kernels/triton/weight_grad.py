@@ -1,4 +1,4 @@
-"""Gradient of the weights. Samples are split into runs; each run's sum is written apart, and the runs are added in order.
+"""Gradient of the weights. Samples are split into runs; each run's sum is written apart, then the runs are added.
 
 So the result is the same bits at every call: no atomic operation, and the number of runs depends on shapes alone.
 partial is (runs, taps, C_out, C_in / groups) in the type of the sums.
@@ -85,10 +85,7 @@ def weight_grad_direct_kernel(
     r, s = tap // KERNEL_W, tap % KERNEL_W
     inside = column < channels_out
     channel = column // group_out * group_in + inner
-    if WIDE:
-        total = tl.zeros((ROWS, COLUMNS), tl.float64)
-    else:
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float64 if WIDE else tl.float32)
     begin = tl.program_id(2) * each
     for sample in range(begin, tl.minimum(begin + each, batch)):
         live_out = clamped(out_prefix, sample, channels_out, HAS_OUT)

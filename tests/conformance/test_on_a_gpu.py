@@ -1,0 +1,160 @@
+"""What only a GPU can show: streams, devices, graphs, no synchronisation, 64-bit offsets, torch.compile around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import rnp_kernels
+from rnp_kernels import backends, conformance, reference, testing
+
+
+@pytest.fixture(params=["cuda", "triton", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend that runs on CUDA tensors, in force; skipped with the reason where it cannot."""
+    name: str = request.param
+    why_not = rnp_kernels.available_backends()[name]
+    if not torch.cuda.is_available():
+        why_not = why_not or "no CUDA device is visible"
+    elif backends.device_of(name) == "cpu":
+        why_not = "its kernels are interpreted in this process"
+    if why_not is not None:
+        pytest.skip(f"{name}: {why_not}")
+    with rnp_kernels.backend(name):
+        yield name
+
+
+def arguments_of(name: str, dtype: torch.dtype = torch.float16, device: str = "cuda") -> testing.Tensors:
+    return testing.make(testing.case(name), dtype, device)
+
+
+def outputs(case: str, arguments: testing.Tensors) -> list[Tensor]:
+    output, means = conformance.call(testing.case(case), arguments)
+    return [conformance.defined(testing.case(case), output)] + ([] if means is None else [means])
+
+
+@pytest.mark.parametrize("case", ["everything", "prefix, depthwise", "skipped tail, pooled"])
+def test_a_side_stream(backend: str, case: str) -> None:
+    """The kernels wait for what the current stream does before, and are seen by what it does after."""
+    arguments = arguments_of(case)
+    expected = outputs(case, arguments)
+    clean = arguments["input"].clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        arguments["input"] = torch.full_like(clean, torch.nan)
+        torch.cuda._sleep(20_000_000)  # about ten milliseconds
+        arguments["input"].copy_(clean)
+        found = outputs(case, arguments)
+        copies = [tensor.clone() for tensor in found]
+    stream.synchronize()
+    for tensor, right in zip(copies, expected, strict=True):
+        assert torch.equal(tensor, right)
+
+
+def test_a_second_device(backend: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one device")
+    expected = outputs("everything", arguments_of("everything"))
+    found = outputs("everything", arguments_of("everything", device="cuda:1"))  # the current device stays cuda:0
+    for tensor, right in zip(found, expected, strict=True):
+        assert tensor.device == torch.device("cuda:1") and torch.equal(tensor.cpu(), right.cpu())
+
+
+@pytest.mark.parametrize("name", ["everything", "mixed prefixes", "prefix across groups", "skipped tail, pooled"])
+def test_a_graph_replays_with_other_images_and_prefixes(backend: str, name: str) -> None:
+    case = testing.case(name)
+    arguments = arguments_of(name)
+    conformance.call(case, arguments)  # kernels compile before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = conformance.call(case, arguments)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        arguments["input"].copy_(torch.randn(case.input, generator=generator))
+        for prefix, limit in (("in_prefix", case.input[1]), ("out_prefix", case.out)):
+            arguments[prefix].copy_(torch.randint(0, limit + 1, (case.input[0],), generator=generator))
+        graph.replay()
+        expected = conformance.call(case, arguments)
+        live = reference.live(case.out, arguments["out_prefix"], expected[0])
+        for tensor, right in zip(captured, expected, strict=True):
+            if right is not None and right.dim() == 4 and case.tail == "skip":
+                tensor, right = torch.where(live, tensor, 0), torch.where(live, right, 0)
+            assert right is None or torch.equal(tensor, right)
+
+
+def test_nothing_waits_for_the_device(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("plain torch")
+    arguments = arguments_of("everything")
+    outputs("everything", arguments)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rnp_kernels.prefix_conv2d(**arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_same_bits_at_every_call(backend: str) -> None:
+    arguments = arguments_of("everything", torch.bfloat16)
+    first = outputs("everything", arguments)
+    for _ in range(20):
+        for tensor, again in zip(first, outputs("everything", arguments), strict=True):
+            assert torch.equal(tensor, again)
+
+
+def test_a_large_batch_of_arbitrary_prefixes(backend: str) -> None:
+    """More samples than one program sorts, and nearly as many classes as samples."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(700, 40, 5, 5, generator=generator).cuda().contiguous(memory_format=torch.channels_last)
+    w = torch.randn(72, 40, 3, 3, generator=generator).cuda()
+    prefixes = {
+        "in_prefix": torch.randint(0, 41, (700,), generator=generator).int().cuda(),
+        "out_prefix": torch.randint(0, 73, (700,), generator=generator).int().cuda(),
+    }
+    whole = rnp_kernels.prefix_conv2d(x, w, padding=1, **prefixes)
+    truth, _ = reference.prefix_conv2d(x.double(), w.double(), padding=(1, 1, 1, 1), **prefixes)
+    native, _ = reference.prefix_conv2d(x, w, padding=(1, 1, 1, 1), **prefixes)
+    testing.assert_as_accurate_as_native("output", whole, native, truth)
+    if backend != "reference":
+        for n in (0, 350, 699):
+            one = {name: value[n : n + 1] for name, value in prefixes.items()}
+            assert torch.equal(rnp_kernels.prefix_conv2d(x[n : n + 1], w, padding=1, **one), whole[n : n + 1])
+
+
+@pytest.mark.large
+def test_offsets_beyond_32_bits(backend: str) -> None:
+    """Input and output each have more than 2^31 elements, and the last sample alone is not zero."""
+    free, _ = torch.cuda.mem_get_info()
+    batch, side = 5, 4096
+    need = 3 * 2 * batch * 32 * side * side
+    if free < need:
+        pytest.skip(f"needs {need / 2**30:.0f} GiB of device memory, {free / 2**30:.0f} are free")
+    size = (batch, 32, side, side)
+    x = torch.empty(size, dtype=torch.float16, device="cuda", memory_format=torch.channels_last).zero_()
+    assert x.numel() > 2**31
+    x[-1, :, -3:, -3:] = 1
+    w = torch.ones(32, 32, 1, 1, dtype=torch.float16, device="cuda")
+    out = torch.tensor([32, 32, 32, 32, 17], dtype=torch.int32, device="cuda")
+    y = rnp_kernels.prefix_conv2d(x, w, out_prefix=out)
+    assert (y[-1, :17, -3:, -3:] == 32).all() and (y[-1, 17:, -3:, -3:] == 0).all()
+    assert (y[-1, :, -4, :] == 0).all() and (y[0, :, -8:, -8:] == 0).all()
+
+
+def test_inside_torch_compile(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("plain torch")
+    case = testing.case("everything")
+    arguments = arguments_of("everything")
+
+    def step(x: Tensor) -> Tensor:
+        output, _ = rnp_kernels.prefix_conv2d(**(arguments | {"input": x}))
+        return output * 2
+
+    expected = outputs("everything", arguments)[0] * 2
+    assert case.pooled
+    assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(arguments["input"]), expected)
