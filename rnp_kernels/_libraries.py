@@ -45,10 +45,13 @@ def load() -> None:
     cuda_reason = _load_cuda()
 
 
-def cuda_operators(names: tuple[str, ...]) -> frozenset[str]:
-    """Which of the operators the CUDA library has kernels for; asked before anything else attaches to that key."""
+_OPERATORS = ("prefix_conv2d", "prefix_conv2d_input_grad", "prefix_conv2d_weight_grad", "agent_step")
+
+
+def has_cuda(operator: str) -> bool:
+    """Whether the CUDA library has a kernel for one of `_OPERATORS`; asked before anything else attaches there."""
     global _cuda_operators
     if _cuda_operators is None:
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        _cuda_operators = frozenset(name for name in names if has_kernel(f"rnp::{name}", "CUDA"))
-    return _cuda_operators
+        _cuda_operators = frozenset(name for name in _OPERATORS if has_kernel(f"rnp::{name}", "CUDA"))
+    return operator in _cuda_operators

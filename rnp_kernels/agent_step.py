@@ -5,8 +5,12 @@ The operator has no gradient: an agent learns through `rnp.Agent.q_values`, in p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from . import _libraries, backends
 
 
 @torch.library.register_fake("rnp::agent_step")
@@ -22,3 +26,15 @@ def _agent_step_fake(
         pooled.new_empty(samples, dtype=torch.int32),
         pooled.new_empty(samples, dtype=torch.int32),
     )
+
+
+def operator_on(device: torch.device) -> Any:
+    """The operator of the agent's step on a device; None where plain torch has to take its place."""
+    if device.type == "cpu":
+        return torch.ops.rnp.agent_step.default
+    if device.type != "cuda":
+        return None
+    name = backends.resolve_on(device)
+    if name == "triton":
+        return torch.ops.rnp.agent_step_triton.default
+    return torch.ops.rnp.agent_step.default if name == "cuda" and _libraries.has_cuda("agent_step") else None

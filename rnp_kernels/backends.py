@@ -21,7 +21,6 @@ from . import _libraries, triton
 from .errors import message
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
-_OPERATORS = ("prefix_conv2d", "prefix_conv2d_input_grad", "prefix_conv2d_weight_grad", "agent_step")
 
 # GPUs on which the whole conformance suite passed (bench/gpu_suite.sh; its record lies in bench/results). A backend
 # with none is "untested" in `rnp doctor`.
@@ -47,8 +46,7 @@ def _reason(name: str) -> str | None:
     if name == "cuda":
         if _libraries.cuda_reason is not None:
             return _libraries.cuda_reason
-        known = _libraries.cuda_operators(_OPERATORS)
-        return None if "prefix_conv2d" in known else "this version's CUDA library has no prefix_conv2d kernel"
+        return None if _libraries.has_cuda("prefix_conv2d") else "the CUDA library has no prefix_conv2d kernel"
     if name == "triton":
         return triton.reason()
     return None
@@ -122,9 +120,16 @@ def _auto_for(kind: str) -> str:
 
 def resolve(input: Tensor) -> str:
     """The backend that runs for `input` under the current setting; RuntimeError where there is none."""
+    if _current == "auto" and input.is_cpu:
+        return "cpu"
+    return resolve_on(input.device)
+
+
+def resolve_on(device: torch.device) -> str:
+    """`resolve` for a tensor of this device."""
     if _current == "auto":
-        return "cpu" if input.is_cpu else _auto_for(input.device.type)
-    device = device_of(_current)
-    if device is not None and input.device.type not in (device, "meta"):
-        raise RuntimeError(message("prefix_conv2d", f"backend {_current!r} runs on {device} tensors", input.device))
+        return _auto_for(device.type)
+    kind = device_of(_current)
+    if kind is not None and device.type not in (kind, "meta"):
+        raise RuntimeError(message("prefix_conv2d", f"backend {_current!r} runs on {kind} tensors", device))
     return _current

@@ -197,7 +197,7 @@ def agent_operator(backend: str) -> Any:
     """The operator of the agent's step of a backend; None where plain torch takes its place."""
     if backend == "triton":
         return torch.ops.rnp.agent_step_triton
-    if backend == "cuda" and "agent_step" not in _libraries.cuda_operators(backends._OPERATORS):
+    if backend == "cuda" and not _libraries.has_cuda("agent_step"):
         return None
     return None if backend == "reference" else torch.ops.rnp.agent_step
 

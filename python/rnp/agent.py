@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import rnp_kernels.agent_step  # noqa: F401 (registers the operator's fake kernel)
+from rnp_kernels.agent_step import operator_on
 
 AGENT_STEP = torch.ops.rnp.agent_step.default
 CELLS = ("gru", "lstm", "none")
@@ -160,7 +160,8 @@ class Agent(nn.Module):
         if state.fused is not None:
             previous = state.previous if self.previous_action else None
             channels = state.channels[layer] if state.channels is not None else 0
-            state.hidden, _, actions, state.out_prefix = AGENT_STEP(
+            step = AGENT_STEP if features.is_cpu else operator_on(features.device)
+            state.hidden, _, actions, state.out_prefix = step(
                 features, state.hidden, previous, *state.fused[layer], state.shift, channels
             )
         else:
@@ -179,7 +180,7 @@ class Agent(nn.Module):
 
         The list is kept and made again when a parameter or buffer has been replaced by another tensor.
         """
-        if self.training or self.cell != "gru" or not self.shared_decoder or device.type != "cpu":
+        if self.training or self.cell != "gru" or not self.shared_decoder or operator_on(device) is None:
             return None
         if torch.compiler.is_compiling():
             return self._collect_arguments()[1]
@@ -204,7 +205,7 @@ class Agent(nn.Module):
             sources.append((registry, name, registry[name]))
         arguments = [tuple(getattr(m, name) for m, name in [*layer, *shared]) for layer in named]
         tensors = [t for layer in arguments for t in layer]
-        usable = all(t.dtype is torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+        usable = all(t.dtype is torch.float32 and t.device == tensors[0].device and t.is_contiguous() for t in tensors)
         return sources, arguments if usable else None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch.overrides import has_torch_function_unary
 import rnp_kernels
 from rnp_kernels import backends, reference
 from rnp_kernels.packing import LayerTransforms, PackedWeight
+from rnp_kernels.triton.operators import PREFIX_CONV2D as TRITON
 
 from . import graph as g
 from .agent import Agent
@@ -347,8 +348,8 @@ class PrunedNetwork(nn.Module):
 
 
 def operator_for(images: Tensor) -> Any:
-    """torch.ops.rnp.prefix_conv2d, or the reference where that backend is in force; same arguments."""
-    return reference_operator if backends.resolve(images) == "reference" else OPERATOR
+    """torch.ops.rnp.prefix_conv2d, Triton's or the reference, as the backend in force says; same arguments."""
+    return {"reference": reference_operator, "triton": TRITON}.get(backends.resolve(images), OPERATOR)
 
 
 def takes_segments(images: Tensor) -> bool:

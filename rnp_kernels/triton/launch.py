@@ -7,6 +7,7 @@ tensors under TRITON_INTERPRET=1.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backends, checks
+from .. import backends, checks, tf32
 from ..errors import message
 from ..registrations import output_memory_format
 from . import schedule, tiles
@@ -40,13 +41,9 @@ def _device(tensor: Tensor) -> Any:
 
 def precision_of(dtype: torch.dtype) -> str:
     """How float32 products are taken, "tf32" or "ieee": torch's setting for convolutions. ROCm may have no TF32."""
-    if dtype is not torch.float32 or torch.version.hip is not None:
-        return "ieee" if dtype is torch.float32 else "tf32"  # other dtypes are multiplied as they are
-    for setting in (torch.backends.cudnn.conv, torch.backends.cudnn, torch.backends):
-        value = getattr(setting, "fp32_precision", "none")
-        if value != "none":
-            return "tf32" if value == "tf32" else "ieee"
-    return "ieee"
+    if dtype is not torch.float32:
+        return "tf32"  # of no meaning: other dtypes are multiplied as they are
+    return "tf32" if torch.version.hip is None and tf32.allowed() else "ieee"
 
 
 def _stages(tile: tiles.Tile) -> int:
@@ -64,11 +61,15 @@ def _index_type(*tensors: Tensor | None) -> Any:
     return tl.int64 if any(t is not None and _extent(t) >= 2**31 for t in tensors) else tl.int32
 
 
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _programs(tensor: Tensor, items: int) -> int:
     if not tensor.is_cuda:
         return min(items, 2)  # interpreted one after the other; two, so that each takes several items
-    count = torch.cuda.get_device_properties(tensor.device).multi_processor_count
-    return min(items, _PROGRAMS_PER_MULTIPROCESSOR * count)
+    return min(items, _PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(tensor.device))
 
 
 def _suited_weight(weight: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def _register() -> None:
         _LIBRARY.define(schema.replace(operator, operator + SUFFIX, 1))
         for key in ("CPU", "CUDA"):  # CPU: interpreted
             _LIBRARY.impl(operator + SUFFIX, _implementation(operator), key)
-        if operator not in _libraries.cuda_operators(tuple(_FUNCTIONS)):
+        if not _libraries.has_cuda(operator):
             _LIBRARY.impl(operator, _on_cuda(operator), "CUDA")
     for operator, fake in (
         ("prefix_conv2d", registrations._prefix_conv2d_fake),
