@@ -18,10 +18,24 @@ constexpr std::array<Setting, 4> kSettings = {{{"auto", Algorithm::kDirect},
                                                {"winograd4", Algorithm::kWinograd4}}};
 std::atomic<int> setting{0};
 
+constexpr int64_t kFewestChannels = 16;  // of the layer: below, the transforms outweigh the products they save (3 -> 64
+                                         // at 224x224: 0.75 of direct)
+constexpr int64_t kFewestLive = 8;       // of a sample: below, likewise (8 -> 8 of 64 at 56x56: as fast as direct)
+constexpr int64_t kFewestOutputs4 = 64;  // 7x7 and below: samples rarely share their prefixes in a mixed batch, and one
+                                         // alone waits for the weights, 4 times as many (512 channels at 7x7, half
+                                         // width, batch 1: F(4x4) 0.86 of direct, F(2x2) 1.02; batch 8: 1.49 and 1.10)
+constexpr int64_t kFewestOutputs2 = 16;  // 4x4, 128 channels: 1.2 to 1.3 of direct; smaller ones were not measured
+
 Algorithm by_shape(const ConvShape& s) {
-  if (std::min(s.c_in, s.c_out) < 16) return Algorithm::kDirect;
-  if (s.out_h * s.out_w < 49) return Algorithm::kDirect;
-  return Algorithm::kWinograd4;
+  if (std::min(s.c_in, s.c_out) < kFewestChannels) return Algorithm::kDirect;
+  // Products for each pair of channels. Tiles that hang over the edge waste some: long and thin maps gain nothing.
+  const int64_t outputs = s.out_h * s.out_w, direct = 9 * outputs;
+  const auto products = [&](int64_t m) {
+    return (m + 2) * (m + 2) * ((s.out_h + m - 1) / m) * ((s.out_w + m - 1) / m);
+  };
+  if (outputs >= kFewestOutputs4 && products(4) * 10 <= direct * 6) return Algorithm::kWinograd4;
+  if (outputs >= kFewestOutputs2 && products(2) * 10 <= direct * 7) return Algorithm::kWinograd2;
+  return Algorithm::kDirect;
 }
 
 }  // namespace
@@ -35,7 +49,7 @@ Algorithm choose_algorithm(const ConvShape& s, DType dtype, int64_t in_live, int
   if (!winograd_can(s, dtype) || in_live == 0 || out_live == 0) return Algorithm::kDirect;
   const int now = setting.load(std::memory_order_relaxed);
   if (now != 0) return kSettings[static_cast<size_t>(now)].forced;
-  if (std::min(in_live, out_live) < 16) return Algorithm::kDirect;
+  if (std::min(in_live, out_live) < kFewestLive) return Algorithm::kDirect;
   return by_shape(s);
 }
 

@@ -22,6 +22,8 @@ namespace rnp::cpu {
 namespace {
 
 constexpr int64_t kLanes = PackedLayout::kLanes;
+// Most tiles of a block, in register tiles: each weight read from L3 or memory serves that many, and M stays in L2.
+constexpr int64_t kRegisterTiles = 2;
 constexpr int64_t kTailRows = 16;      // output rows of a tail item
 constexpr double kCostOfThread = 5e4;  // as in prefix_conv2d.cpp: about cycles
 constexpr int kItemsPerThread = 3;
@@ -33,7 +35,6 @@ int64_t odd_lines(int64_t floats) { return (ceil_div(floats, 16) | 1) * 16; }  /
 struct Group {  // samples of one (in, out) prefix
   int64_t in_live, out_live;
   std::vector<int64_t> samples;
-  int64_t block_tiles;  // most tiles of a block
 };
 
 struct Item {
@@ -269,18 +270,11 @@ void run_item(const Call& call, const Item& item, float* memory) {
   }
 }
 
-// Most tiles of a block: enough to use each weight read from L3 or memory many times; more only while V stays in L2.
-int64_t block_tiles(const Call& call, int64_t in_live) {
-  (void)in_live;
-  return 2 * call.kernels.max_cols;
-}
-
 std::vector<Group> group_samples(const Call& call, const std::vector<int64_t>& samples) {
   std::map<std::pair<int64_t, int64_t>, std::vector<int64_t>> by_prefix;
   for (int64_t n : samples) by_prefix[{call.p.in_live(n), call.p.out_live(n)}].push_back(n);
   std::vector<Group> groups;
-  for (auto& [prefix, list] : by_prefix)
-    groups.push_back({prefix.first, prefix.second, std::move(list), block_tiles(call, prefix.first)});
+  for (auto& [prefix, list] : by_prefix) groups.push_back({prefix.first, prefix.second, std::move(list)});
   return groups;
 }
 
@@ -291,7 +285,7 @@ std::vector<Item> list_items(const Call& call, const std::vector<Group>& groups,
   const int64_t wanted = threads > 1 ? static_cast<int64_t>(threads) * kItemsPerThread : 1;
   for (const Group& g : groups) {
     const int64_t tiles = static_cast<int64_t>(g.samples.size()) * call.tiles(), blocks = ceil_div(g.out_live, kLanes);
-    const int64_t parts = ceil_div(tiles, g.block_tiles);
+    const int64_t parts = ceil_div(tiles, kRegisterTiles * call.kernels.max_cols);
     const int64_t needed = ceil_div(wanted, static_cast<int64_t>(groups.size()));
     const int64_t ranges = std::clamp<int64_t>(ceil_div(needed, parts), 1, blocks);
     for (int64_t i = 0; i < parts; ++i)

@@ -12,7 +12,8 @@
 
 namespace rnp::cpu {
 
-// `packed` has layout.total_floats() floats. The transform is computed in double precision and rounded once.
+// weight: (c_out, c_in, 3, 3) float32. `packed` has layout.total_floats() floats. The transform is computed in double
+// precision and rounded once.
 void pack_winograd(const WeightView& weight, const WinogradLayout& layout, float* packed, const Threads& threads);
 
 // Null if `packed` (of `floats` floats) was written by pack_winograd for a weight (c_out, c_in, 3, 3); otherwise what

@@ -1,7 +1,7 @@
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 
-#include "core/half.h"
 #include "cpu/winograd.h"
 
 namespace rnp::cpu {
@@ -36,9 +36,8 @@ void filter_matrix(int64_t tile, double (&g)[6][3]) {
   row(5, 0, 0, 1);
 }
 
-template <typename T>
-void transform_block(const T* w, const Strides4& st, const WinogradLayout& l, const double (&g)[6][3], int64_t block,
-                     float* packed) {
+void transform_block(const float* w, const Strides4& st, const WinogradLayout& l, const double (&g)[6][3],
+                     int64_t block, float* packed) {
   const int64_t lanes = l.lanes(block), first = block * PackedLayout::kLanes;
   const int64_t live = std::min(lanes, l.c_out - first), edge = l.edge(),
                 panel = l.panel_at(block, 1) - l.panel_at(block, 0);
@@ -46,13 +45,12 @@ void transform_block(const T* w, const Strides4& st, const WinogradLayout& l, co
   std::memset(base, 0, sizeof(float) * static_cast<size_t>(panel * l.points()));
   for (int64_t ic = 0; ic < l.c_in; ++ic)
     for (int64_t oc = 0; oc < live; ++oc) {
-      const T* from = w + (first + oc) * st.n + ic * st.c;
+      const float* from = w + (first + oc) * st.n + ic * st.c;
       double half[6][3];
       for (int64_t i = 0; i < edge; ++i)
         for (int64_t j = 0; j < 3; ++j) {
           half[i][j] = 0;
-          for (int64_t k = 0; k < 3; ++k)
-            half[i][j] += g[i][k] * static_cast<double>(to_float(from[k * st.h + j * st.w]));
+          for (int64_t k = 0; k < 3; ++k) half[i][j] += g[i][k] * static_cast<double>(from[k * st.h + j * st.w]);
         }
       float* to = base + ic * lanes + oc;
       for (int64_t i = 0; i < edge; ++i)
