@@ -51,6 +51,18 @@ def choose_algorithm(
     in_prefix: int,
     out_prefix: int,
 ) -> int: ...
+def describe_cuda_kernel(
+    input: Sequence[int],
+    weight: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    dtype: str,
+    channels_last: bool,
+    tf32: bool,
+    multiprocessors: int,
+) -> str: ...
 def macs(
     in_prefix: Sequence[int],
     out_prefix: Sequence[int],

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import backends, checks, gradients, reference, registrations, stock, tf32  # noqa: F401 (two of them register on import)
+from . import backends, checks, cuda_library, gradients, reference, registrations, stock  # noqa: F401 (two of them register on import)
 from .triton import operators as triton_operators
 
 _OPERATOR = torch.ops.rnp.prefix_conv2d.default
@@ -44,12 +44,14 @@ def _reference(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
 
 def _describe(name: str, arguments: tuple[Any, ...]) -> str:
     """For RNP_LOG=1. Arguments that the operator is about to refuse have no kernel."""
-    if name != "cpu":
+    if name not in ("cpu", "cuda"):
         return f"backend {name}"
     try:
         checks.check_call(*arguments[:14])
     except (ValueError, TypeError):
         return "refused"
+    if name == "cuda":
+        return f"backend cuda, {cuda_library.describe_kernel(arguments)}"
     return f"backend cpu, {stock.describe_operator(arguments)}"
 
 
@@ -65,7 +67,7 @@ def _run(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     if name == "reference":
         return _reference(arguments)
     if name == "cuda" and not torch.compiler.is_compiling():
-        tf32.follow()
+        cuda_library.follow_tf32()
     operator = triton_operators.PREFIX_CONV2D if name == "triton" else _OPERATOR
     if torch.compiler.is_compiling() or needs_autograd(input, weight, bias, scale, residual):
         return operator(*arguments)

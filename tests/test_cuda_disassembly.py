@@ -121,7 +121,10 @@ def one(table: dict, arch: str, tile: Tile):
 def test_the_table_is_read_and_keeps_its_budget():
     text = (ROOT / "csrc/cuda/tiles.h").read_text()
     assert len(tiles()) == text.count("  X(") >= 14
-    assert len(tiles()) + 4 <= MOST_TILES
+    others = [
+        s for a, s in instructions() if a == architectures()[0] and re.search(r"plain_conv|weight_grad_kernel", s)
+    ]
+    assert len(others) == 8 and len(tiles()) + len(others) <= MOST_TILES
     assert len({t.symbol() for t in tiles()}) == len(tiles())
 
 
@@ -143,6 +146,15 @@ def test_matrix_instructions_and_asynchronous_copies_are_where_they_are_promised
             # Two blocks of 16 rows by every run of 16 channels, in halves of 8.
             least = 2 * (tile.bn // 16 // (4 // (tile.bm // 32))) * 2
             assert tile.math == "kFfma" or seen["HMMA"] >= least, f"{where}: {seen['HMMA']}"
+
+
+def test_the_weight_gradient_of_halves_uses_matrix_instructions():
+    for (arch, symbol), seen in instructions().items():
+        if "weight_grad_kernel" not in symbol:
+            continue
+        halves = "Float16" in symbol  # BFloat16 too
+        assert (seen["HMMA"] >= 16) == halves and (seen["LDSM"] >= 8) == halves, (arch, symbol)
+        assert seen["LDGSTS"] > 0, (arch, symbol)
 
 
 def test_nothing_spills_to_local_memory():

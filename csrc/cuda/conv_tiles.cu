@@ -11,7 +11,7 @@ namespace {
 
 template <typename Tile, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks) conv_tile_kernel(const __grid_constant__ ConvArgs p) {
-  extern __shared__ char shared[];
+  extern __shared__ __align__(128) char shared[];
   conv_block<Tile>(p, shared);
 }
 

@@ -178,4 +178,22 @@ WeightGradArgs weight_grad_args(const ConvShape& s, int multiprocessors) {
   return a;
 }
 
+std::string describe_kernel(const ConvShape& s, DType dtype, bool channels_last, bool tf32, int multiprocessors) {
+  static const char* const names[] = {
+#define RNP_TEXT(name, ...) #name,
+      RNP_CUDA_TILES(RNP_TEXT)
+#undef RNP_TEXT
+  };
+  if (!has_tile(s, dtype, Role::kForward)) return "plain kernel, one output element a thread";
+  PrefixConv2dParams p;
+  p.shape = s, p.dtype = dtype;
+  const int64_t map = s.h * s.w;
+  p.input_stride =
+      channels_last ? Strides4{s.c_in * map, 1, s.w * s.c_in, s.c_in} : Strides4{s.c_in * map, map, s.w, 1};
+  const TileLaunch launch = tile_launches(p, Role::kForward, 1, tf32, multiprocessors).front();
+  const gpu::Cut& cut = launch.args.cut;
+  return std::string("tile ") + names[static_cast<int>(launch.tile)] + ", " + std::to_string(cut.bm) + " rows x " +
+         std::to_string(cut.bn) + " channels" + (launch.args.flat ? ", taps and channels in one K" : "");
+}
+
 }  // namespace rnp::cuda

@@ -1,6 +1,7 @@
 // From a call of the operator to the launches that compute it: no CUDA, no torch, so C++ tests run it on the CPU.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "core/prefix_conv2d.h"
@@ -39,5 +40,8 @@ WeightGradArgs weight_grad_args(const ConvShape& shape, int multiprocessors);
 
 // Blocks of one run of samples.
 int64_t weight_grad_tiles(const WeightGradArgs& args);
+
+// For people: which kernel computes the layer's output, and its tile. The input is dense, channels_last or contiguous.
+std::string describe_kernel(const ConvShape& shape, DType dtype, bool channels_last, bool tf32, int multiprocessors);
 
 }  // namespace rnp::cuda

@@ -128,6 +128,8 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cuda(const Tensor& input, const Tensor&
                           packed->numel() == floats,
                       kOp, ": packed must be pack_weight(weight, groups) of ", floats, " floats; got shape ",
                       text(*packed));
+      STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(packed->const_data_ptr()) % 16 == 0, kOp,
+                      ": packed must be aligned to 16 bytes, as pack_weight returns it");
       weights = packed;
     } else {
       weights = pack(s, p.dtype, Role::kForward, weight);

@@ -82,7 +82,8 @@ enum class TileName : int {
 #undef RNP_NAME
       kCount
 };
-static_assert(static_cast<int>(TileName::kCount) + 4 <= 24, "with the four plain kernels, at most 24 instantiations");
+static_assert(static_cast<int>(TileName::kCount) + 4 + 4 <= 24,
+              "with the plain kernel and the weight gradient in four dtypes, at most 24 instantiations");
 
 struct TileSize {
   int bm, bn;

@@ -11,7 +11,7 @@ namespace {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 3) weight_grad_kernel(const __grid_constant__ WeightGradArgs p) {
-  extern __shared__ char shared[];
+  extern __shared__ __align__(128) char shared[];
   WeightGradBlock<T>(p, shared).run();
 }
 
