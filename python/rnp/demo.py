@@ -31,7 +31,7 @@ from rnp.scene_net import scene_net
 GROUPS = 4
 PHASES = ("pretrain", "agent", "finetune", "agent")
 # Shares of the training time; the thin network gets the whole of it again.
-SHARES = {"pretrain": 0.84, "agent": 0.05, "finetune": 0.06}  # the agent twice
+SHARES = {"pretrain": 0.76, "agent": 0.095, "finetune": 0.05}  # the agent twice
 OTHER_SECONDS = 60.0  # scenes, measurements and the report, about, on two cores
 MAIN_TARGET = 3.0
 
@@ -153,7 +153,7 @@ def settings(arguments: argparse.Namespace, folder: Path, **lengths: Any) -> Tra
         sandwich=Length(steps=0),
         finetune_lr=4e-4,
         finetune_sandwich=0.2,
-        penalty=-0.015,
+        penalty=-0.03,
         bfloat16=fast_bfloat16(),
         epoch_steps=500,
         validation_batches=4,
