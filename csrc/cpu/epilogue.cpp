@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "core/half.h"
+#include "cpu/sum_pixels.h"
 
 namespace rnp::cpu {
 namespace {
@@ -101,6 +102,9 @@ void fill_row(const PrefixConv2dParams& p, const T* residual, int64_t count, T* 
 template <typename T>
 void sum_row(const PrefixConv2dParams& p, const T* out, int64_t count, float* sums) {
   const int64_t oc = p.output_stride.c, ow = p.output_stride.w, cols = p.shape.out_w;
+  if constexpr (std::is_same_v<T, float>) {
+    if (oc == 1) return sum_pixels(out, ow, cols, count, sums);
+  }
   if (oc == 1) {
     for (int64_t x = 0; x < cols; ++x)
       for (int64_t c = 0; c < count; ++c) sums[c] += to_float(out[x * ow + c]);
