@@ -23,13 +23,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import models
 import torch
 from torch import Tensor, nn
 
 import rnp
 import rnp_kernels
-from rnp.bench import timing
+from rnp.bench import models, timing
 from rnp.bench.environment import environment
 from rnp.bench.gate import require_close
 from rnp.bench.runtimes import runtimes
