@@ -3,27 +3,52 @@
 #include <atomic>
 #include <bit>
 #include <cstring>
+#include <vector>
 
 #include "core/half.h"
 
 namespace rnp::cpu {
 namespace {
 
+// One filter's input channels [first, first + count), all taps, as [ic][tap] floats.
 template <typename T>
-void pack_block(const T* w, const Strides4& st, const PackedLayout& l, int64_t g, int64_t ob, float* packed) {
-  const int64_t lanes = l.lanes(ob), first = g * l.ocg + ob * PackedLayout::kLanes;
+void read_filter(const T* w, const Strides4& st, const PackedLayout& l, int64_t first, int64_t count, float* to) {
+  const int64_t area = l.area();
+  w += first * st.c;
+  if (st.w == 1 && st.h == l.kw && st.c == area) {
+    for (int64_t i = 0; i < count * area; ++i) to[i] = static_cast<float>(to_float(w[i]));
+    return;
+  }
+  for (int64_t i = 0; i < l.kh; ++i)
+    for (int64_t j = 0; j < l.kw; ++j)
+      for (int64_t ic = 0; ic < count; ++ic)
+        to[ic * area + i * l.kw + j] = static_cast<float>(to_float(w[ic * st.c + i * st.h + j * st.w]));
+}
+
+// The first `in_live` input channels of a block of lanes. A few channels of all its filters are staged side by side:
+// read where they lie, they would share a few sets of L1, and so would the panel's taps if they were written in turn.
+template <typename T>
+void pack_block(const T* w, const Strides4& st, const PackedLayout& l, int64_t g, int64_t ob, int64_t in_live,
+                float* packed) {
+  constexpr int64_t kStaged = 144;  // values of a filter
+  const int64_t lanes = l.lanes(ob), first = g * l.ocg + ob * PackedLayout::kLanes, area = l.area();
   const int64_t live = std::min(lanes, l.ocg - ob * PackedLayout::kLanes);
-  for (int64_t ib = 0; ib < l.ic_blocks(); ++ib) {
+  const int64_t chunk = std::max<int64_t>(1, kStaged / area), pitch = chunk * area + 4;
+  std::vector<float> staged(static_cast<size_t>(PackedLayout::kLanes * pitch));  // lanes without a filter stay 0
+  for (int64_t ib = 0; ib * l.ic_block < in_live; ++ib) {
     float* panel = packed + l.panel_at(g, ob, ib);
-    const int64_t count = l.ic_count(ib);
-    std::memset(panel, 0, sizeof(float) * static_cast<size_t>(count * l.area() * lanes));
-    for (int64_t ic = 0; ic < count; ++ic)
+    const int64_t panel_channels = l.ic_count(ib), used = std::min(panel_channels, in_live - ib * l.ic_block);
+    for (int64_t ic0 = 0; ic0 < used; ic0 += chunk) {
+      const int64_t count = std::min(chunk, used - ic0);
       for (int64_t oc = 0; oc < live; ++oc)
-        for (int64_t i = 0; i < l.kh; ++i)
-          for (int64_t j = 0; j < l.kw; ++j) {
-            const int64_t from = (first + oc) * st.n + (ib * l.ic_block + ic) * st.c + i * st.h + j * st.w;
-            panel[((i * l.kw + j) * count + ic) * lanes + oc] = static_cast<float>(to_float(w[from]));
-          }
+        read_filter(w + (first + oc) * st.n, st, l, ib * l.ic_block + ic0, count, staged.data() + oc * pitch);
+      for (int64_t t = 0; t < area; ++t)
+        for (int64_t ic = 0; ic < count; ++ic) {
+          const float* from = staged.data() + ic * area + t;
+          float* to = panel + (t * panel_channels + ic0 + ic) * lanes;
+          for (int64_t oc = 0; oc < lanes; ++oc) to[oc] = from[oc * pitch];
+        }
+    }
   }
 }
 
@@ -43,7 +68,8 @@ void for_samples(const T* w, const Strides4& st, const PackedLayout& l, F&& f) {
 }
 
 template <typename T>
-void pack_typed(const T* w, const Strides4& st, const PackedLayout& l, float* packed, const Threads& threads) {
+void pack_typed(const T* w, const Strides4& st, const PackedLayout& l, float* packed, const Threads& threads,
+                int64_t in_live, int64_t out_live) {
   const int64_t c_out = l.groups * l.ocg;
   float* samples = packed + l.fingerprint_at();
   for_samples(w, st, l, [&](int64_t oc, float value) { samples[oc] = value; });
@@ -57,7 +83,11 @@ void pack_typed(const T* w, const Strides4& st, const PackedLayout& l, float* pa
   const int64_t blocks = l.groups * l.oc_blocks();
   std::atomic<int64_t> next{0};
   threads(static_cast<int>(std::min<int64_t>(blocks, threads.count)), [&](int) {
-    for (int64_t b = next++; b < blocks; b = next++) pack_block(w, st, l, b / l.oc_blocks(), b % l.oc_blocks(), packed);
+    for (int64_t b = next++; b < blocks; b = next++) {
+      const int64_t g = b / l.oc_blocks(), ob = b % l.oc_blocks();
+      if (live_in_group(out_live, g, l.ocg) > ob * PackedLayout::kLanes)
+        pack_block(w, st, l, g, ob, live_in_group(in_live, g, l.icg), packed);
+    }
   });
 }
 
@@ -99,13 +129,14 @@ auto with_type(const WeightView& weight, F&& f) {
 
 }  // namespace
 
-void pack_weight(const WeightView& weight, const PackedLayout& layout, float* packed, const Threads& threads) {
+void pack_weight(const WeightView& weight, const PackedLayout& layout, float* packed, const Threads& threads,
+                 int64_t in_live, int64_t out_live) {
   const Header header(layout);
   std::memcpy(packed, &header, sizeof(header));
   // Equal weights give equal packs: no word stays undefined.
   std::fill(packed + layout.fingerprint_at() + layout.groups * layout.ocg, packed + layout.data_at(), 0.0f);
   if (layout.icg == 0 || layout.ocg == 0) return;
-  with_type(weight, [&](const auto* w) { pack_typed(w, weight.stride, layout, packed, threads); });
+  with_type(weight, [&](const auto* w) { pack_typed(w, weight.stride, layout, packed, threads, in_live, out_live); });
 }
 
 void write_fingerprint(const WeightView& weight, const PackedLayout& l, float* packed) {

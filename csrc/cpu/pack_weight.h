@@ -12,7 +12,9 @@ struct WeightView {  // (c_out, c_in / groups, kh, kw)
   Strides4 stride;
 };
 
-void pack_weight(const WeightView& weight, const PackedLayout& layout, float* packed, const Threads& threads);
+// No more than the first `in_live` input and `out_live` output channels are needed; what stands beyond is undefined.
+void pack_weight(const WeightView& weight, const PackedLayout& layout, float* packed, const Threads& threads,
+                 int64_t in_live = INT64_MAX, int64_t out_live = INT64_MAX);
 
 // Writes what packed_is_fresh compares: the part of a pack behind its header.
 void write_fingerprint(const WeightView& weight, const PackedLayout& layout, float* packed);

@@ -1,4 +1,5 @@
 // Binding of prefix_conv2d and pack_weight on the CPU: check every argument, allocate, fill the plain structs, run.
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -151,8 +152,13 @@ void read_table(const char* name, const OptionalTensor& t, DType dtype, int64_t 
   }
 }
 
+int64_t largest(const int32_t* prefix, int64_t n, int64_t all) {
+  return prefix && n > 0 ? *std::max_element(prefix, prefix + n) : all;
+}
+
 // The packed weights to use: the caller's if they belong to the weight and are fresh, else a copy made for this call.
-Tensor usable_packed(const Tensor& weight, const PackedLayout& layout, const OptionalTensor& packed) {
+Tensor usable_packed(const Tensor& weight, const PackedLayout& layout, const OptionalTensor& packed, int64_t in_live,
+                     int64_t out_live) {
   const WeightView view = view_of(kOp, weight);
   if (packed) {
     check_cpu(kOp, "packed", *packed);
@@ -166,7 +172,7 @@ Tensor usable_packed(const Tensor& weight, const PackedLayout& layout, const Opt
     mark_stale(data);
   }
   Tensor fresh = torch::stable::empty({layout.total_floats()}, ScalarType::Float);
-  pack_weight(view, layout, static_cast<float*>(fresh.mutable_data_ptr()), torch_threads());
+  pack_weight(view, layout, static_cast<float*>(fresh.mutable_data_ptr()), torch_threads(), in_live, out_live);
   return fresh;
 }
 
@@ -254,7 +260,8 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
   p.out_prefix = out_values.empty() ? nullptr : out_values.data();
   std::optional<Tensor> weights;
   if (p.dtype != DType::kFloat64 && (!p.winograd || !WinogradSamples(p).all())) {
-    weights = usable_packed(weight, PackedLayout(s), packed);
+    weights = usable_packed(weight, PackedLayout(s), packed, largest(p.in_prefix, s.n, s.c_in),
+                            largest(p.out_prefix, s.n, s.c_out));
     p.packed = static_cast<const float*>(weights->const_data_ptr());
   }
 
