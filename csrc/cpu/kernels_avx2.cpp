@@ -12,6 +12,7 @@ struct V256 {
   using T = __m256;
   using Mask = __m256i;
   static constexpr int kWidth = 8;
+  static constexpr bool kFusedBroadcast = false;
 
   static RNP_INLINE T zero() { return _mm256_setzero_ps(); }
   static RNP_INLINE T load(const float* p) { return _mm256_loadu_ps(p); }
@@ -42,18 +43,23 @@ struct V256 {
   }
 };
 
+template <int NV>
+void add_tiles(TileWidth& width) {
+  add_columns<V256, NV, 6>(width);
+  add_shape<V256, NV, 2, 3>(width);
+  add_shape<V256, NV, 3, 2>(width);
+  add_shape<V256, NV, 2, 2>(width);
+}
+
 }  // namespace
 
 const Kernels& avx2_kernels() {
   static const Kernels kernels = [] {
     Kernels k = {};
-    k.lanes = 16;
-    k.half_lanes = 8;
+    k.widths = 2;
     k.max_cols = 6;
-    add_columns<V256, 6>(k);
-    add_shape<V256, 2, 3>(k);
-    add_shape<V256, 3, 2>(k);
-    add_shape<V256, 2, 2>(k);
+    add_tiles<1>(k.width[0]);
+    add_tiles<2>(k.width[1]);
     k.depthwise_row = &depthwise_row<V256>;
     k.copy_pixels = &copy_pixels<V256>;
     k.winograd = winograd_kernels<V256>();

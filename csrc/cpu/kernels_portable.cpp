@@ -11,6 +11,7 @@ struct V128 {
   typedef float Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
   using Mask = int;  // live lanes, 0…4
   static constexpr int kWidth = 4;
+  static constexpr bool kFusedBroadcast = false;
 
   static RNP_INLINE T zero() { return T{}; }
   static RNP_INLINE T load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
@@ -44,11 +45,11 @@ struct V128 {
 const Kernels& portable_kernels() {
   static const Kernels kernels = [] {
     Kernels k = {};
-    k.lanes = 8;
-    k.half_lanes = 4;
+    k.widths = 2;
     k.max_cols = 5;
     k.sum_kernel_rows = true;
-    add_columns<V128, 5>(k);
+    add_columns<V128, 1, 5>(k.width[0]);
+    add_columns<V128, 2, 5>(k.width[1]);
     k.depthwise_row = &depthwise_row<V128>;
     k.copy_pixels = &copy_pixels<V128>;
     k.winograd = winograd_kernels<V128>();

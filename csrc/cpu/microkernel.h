@@ -74,17 +74,32 @@ using CopyPixels = void (*)(const float* from, int64_t pixel_stride, int64_t col
 
 constexpr int kMaxRows = 4, kMaxCols = 14;
 
+// Tiles of one number of output channels.
+struct TileWidth {
+  int lanes;
+  // tile[rows - 1][cols - 1]; null where the shape is not instantiated. One-row tiles of 1…max_cols always are.
+  TileKernel tile[kMaxRows][kMaxCols];
+};
+
 struct Kernels {
-  int lanes;       // output channels of a tile
-  int half_lanes;  // output channels of the narrow variant
-  int max_cols;    // of a one-row tile
+  int widths;          // 1…3, narrowest first
+  TileWidth width[3];  // each a multiple of the first
+  int max_cols;        // of a one-row tile
   // Without fused multiply-add every product rounds too: each kernel row is then summed by itself, for shorter chains.
   bool sum_kernel_rows;
-  // tile[wide][rows - 1][cols - 1]; null where the shape is not instantiated. One-row tiles of 1…max_cols always are.
-  TileKernel tile[2][kMaxRows][kMaxCols];
   void (*depthwise_row)(const DepthwiseArgs&);
   CopyPixels copy_pixels;
   WinogradKernels winograd;
+
+  const TileWidth& widest() const { return width[widths - 1]; }
+  // The width to take next where `left` output channels are left: the one that covers them, or the largest below it
+  // where narrower ones together leave fewer lanes empty (20 channels: 16 and then 8, not 32).
+  const TileWidth& width_for(int64_t left) const {
+    const int64_t needed = (left + width[0].lanes - 1) / width[0].lanes * width[0].lanes;
+    int i = widths - 1;
+    while (i > 0 && width[i].lanes > needed) --i;
+    return width[i];
+  }
 };
 
 const Kernels& portable_kernels();

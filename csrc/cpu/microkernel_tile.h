@@ -45,9 +45,13 @@ struct Tile {
   static RNP_INLINE void columns(T (&row)[C][NV], const char* x, const T (&w)[NV], const ColSteps& s) {
     if constexpr (c < c1) {
       RNP_COUNT_FMA(NV * kWidth);
-      const T b = V::template broadcast<c>(x, s);
-      RNP_UNROLL
-      for (int v = 0; v < NV; ++v) row[c][v] = V::fma(b, w[v], row[c][v]);
+      if constexpr (NV == 1 && V::kFusedBroadcast) {
+        row[c][0] = V::template fma_broadcast<c>(x, s, w[0], row[c][0]);
+      } else {
+        const T b = V::template broadcast<c>(x, s);
+        RNP_UNROLL
+        for (int v = 0; v < NV; ++v) row[c][v] = V::fma(b, w[v], row[c][v]);
+      }
       columns<c + 1, c1>(row, x, w, s);
     }
   }
@@ -264,16 +268,17 @@ void copy_pixels(const float* from, int64_t pixel_stride, int64_t cols, int64_t 
   if (vectors == 1) copy_vectors<V, 1>(from, pixel_stride, cols, count, channels, to);
 }
 
-template <class V, int R, int C>
-RNP_INLINE void add_shape(Kernels& k) {
-  k.tile[0][R - 1][C - 1] = &Tile<V, R, C, 1>::compute;
-  k.tile[1][R - 1][C - 1] = &Tile<V, R, C, 2>::compute;
+template <class V, int NV, int R, int C>
+RNP_INLINE void add_shape(TileWidth& width) {
+  width.tile[R - 1][C - 1] = &Tile<V, R, C, NV>::compute;
 }
 
-template <class V, int C>
-RNP_INLINE void add_columns(Kernels& k) {
-  add_shape<V, 1, C>(k);
-  if constexpr (C > 1) add_columns<V, C - 1>(k);
+// One-row tiles of 1…C pixels.
+template <class V, int NV, int C>
+RNP_INLINE void add_columns(TileWidth& width) {
+  width.lanes = NV * V::kWidth;
+  add_shape<V, NV, 1, C>(width);
+  if constexpr (C > 1) add_columns<V, NV, C - 1>(width);
 }
 
 }  // namespace

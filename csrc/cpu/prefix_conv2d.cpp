@@ -134,9 +134,9 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
       residual = static_cast<const float*>(p.residual) + item.n * p.residual_stride.n +
                  item.row0 * p.residual_stride.h + channel0;
   }
-  for (int64_t sub = 0; sub < block_live; sub += call.kernels.lanes) {
-    const int live = static_cast<int>(std::min<int64_t>(call.kernels.lanes, block_live - sub));
-    const int wide = live > call.kernels.half_lanes ? 1 : 0;
+  for (int64_t sub = 0, live = 0; sub < block_live; sub += live) {
+    const TileWidth& width = call.kernels.width_for(block_live - sub);
+    live = std::min<int64_t>(width.lanes, block_live - sub);
     for (int64_t ib = 0; ib < ic_blocks; ++ib) {
       const int64_t count = std::clamp<int64_t>(in_live - ib * l.ic_block, 0, l.ic_block);
       const int64_t pixel = call.direct_input ? p.input_stride.w : count;
@@ -144,7 +144,7 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
       TileArgs args = {};
       args.w = p.packed + l.panel_at(item.g, block, ib) + sub;
       args.w_step = w_step;
-      args.live = live;
+      args.live = static_cast<int32_t>(live);
       args.partial_col_step = PackedLayout::kLanes;
       args.partial_row_step = plan.cols * PackedLayout::kLanes;
       args.out_row_step = p.output_stride.h;
@@ -168,8 +168,8 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
                          : nullptr;
           }
           prefetcher.step();
-          run_tile(call.kernels.sum_kernel_rows || p.sum_kernel_rows,
-                   call.kernels.tile[wide][row.count - 1][col.count - 1], plan.runs(row, col), ib == 0,
+          run_tile(call.kernels.sum_kernel_rows || p.sum_kernel_rows, width.tile[row.count - 1][col.count - 1],
+                   plan.runs(row, col), ib == 0,
                    ib == ic_blocks - 1 && call.direct_output, args);
         }
       }
@@ -275,7 +275,7 @@ std::string describe_kernel(const ConvShape& s, DType dtype) {
   const Kernels& kernels = kernels_of(current_isa());
   const int64_t rows = std::min(s.out_h, band_rows(s, s.group_in()));
   const TilePlan plan(s, BandGeometry(s, 0, rows), kernels, 0, rows, s.kh == 1 && s.kw == 1);
-  const int64_t lanes = s.group_out() > kernels.half_lanes ? kernels.lanes : kernels.half_lanes;
+  const int64_t lanes = kernels.width_for(s.group_out()).lanes;
   return name + "tile " + std::to_string(plan.row_tiles[0].count) + "x" + std::to_string(plan.col_tiles[0].count) +
          " pixels x " + std::to_string(lanes) + " channels";
 }

@@ -45,7 +45,7 @@ int64_t number_kinds(std::vector<AxisTile>& tiles) {
 int64_t tile_rows(const Kernels& kernels, int64_t cols, int64_t rows) {
   int64_t best = 1;
   for (int64_t r = 2; r <= std::min<int64_t>(rows, kMaxRows); ++r)
-    if (cols <= kMaxCols && kernels.tile[1][r - 1][cols - 1]) best = r;
+    if (cols <= kMaxCols && kernels.widest().tile[r - 1][cols - 1]) best = r;
   return best;
 }
 

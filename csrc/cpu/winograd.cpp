@@ -164,16 +164,16 @@ void multiply(const Call& call, const Item& item, int64_t block, int64_t live, c
   args.partial_col_step = kLanes;
   for (int64_t point = 0; point < call.layout.points(); ++point) {
     const float* u = call.p.winograd + call.layout.panel_at(block, point);
-    for (int64_t sub = 0; sub < live; sub += call.kernels.lanes) {
-      const int64_t lanes = std::min<int64_t>(call.kernels.lanes, live - sub);
-      const auto& kernels = call.kernels.tile[lanes > call.kernels.half_lanes ? 1 : 0][0];
+    for (int64_t sub = 0, lanes = 0; sub < live; sub += lanes) {
+      const TileWidth& width = call.kernels.width_for(live - sub);
+      lanes = std::min<int64_t>(width.lanes, live - sub);
       args.w = u + sub;
       args.live = static_cast<int32_t>(lanes);
       for (int64_t i = 0; i < parts; ++i) {
         const int64_t t0 = count * i / parts, t1 = count * (i + 1) / parts;
         args.x = memory + at.v + point * at.v_step + t0 * at.tile_step;
         args.partial = memory + at.m + point * at.m_step + t0 * kLanes + sub;
-        kernels[t1 - t0 - 1](args);
+        width.tile[0][t1 - t0 - 1](args);
       }
     }
   }
