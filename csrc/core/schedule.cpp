@@ -5,9 +5,10 @@
 namespace rnp {
 namespace {
 
-constexpr int64_t kInputBytes = 384 * 1024;  // of a 1 MB L2: the rest is for a weight panel, sums and output
-constexpr int64_t kMaxPixels = 1024;         // sums of 32 channels: 128 KB
-constexpr int kItemsPerThread = 4;           // enough for "longest first" to balance mixed prefixes
+constexpr int64_t kInputBytes = 384 * 1024;     // of a 1 MB L2: the rest is for a weight panel, sums and output
+constexpr int64_t kPointwiseBytes = 64 * 1024;  // 1x1: the next item's input is fetched into L2 while one computes
+constexpr int64_t kMaxPixels = 1024;            // sums of 32 channels: 128 KB
+constexpr int kItemsPerThread = 4;              // enough for "longest first" to balance mixed prefixes
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -18,7 +19,8 @@ int64_t band_rows(const ConvShape& s, int64_t in_live) {
   const int64_t row_bytes = std::max<int64_t>(1, cols * in_live * static_cast<int64_t>(sizeof(float)));
   const int64_t step = s.kh == 1 ? 1 : s.stride_h;
   const int64_t span = (s.kh - 1) * s.dilation_h + 1;
-  int64_t rows = std::max<int64_t>(1, (kInputBytes / row_bytes - span) / step + 1);
+  const int64_t bytes = s.kh * s.kw == 1 && s.c_in * s.c_out <= 128 * 1024 ? kPointwiseBytes : kInputBytes;
+  int64_t rows = std::max<int64_t>(1, (bytes / row_bytes - span) / step + 1);
   rows = std::min({rows, std::max<int64_t>(1, kMaxPixels / s.out_w), s.out_h});
   return ceil_div(s.out_h, ceil_div(s.out_h, rows));  // equal bands
 }

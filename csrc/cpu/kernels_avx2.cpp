@@ -12,11 +12,12 @@ struct V256 {
   using T = __m256;
   using Mask = __m256i;
   static constexpr int kWidth = 8;
-  static constexpr bool kFusedBroadcast = false;
+  static constexpr bool kFusedBroadcast = false, kStreams = true;
 
   static RNP_INLINE T zero() { return _mm256_setzero_ps(); }
   static RNP_INLINE T load(const float* p) { return _mm256_loadu_ps(p); }
   static RNP_INLINE void store(float* p, T v) { _mm256_storeu_ps(p, v); }
+  static RNP_INLINE void stream(float* p, T v) { _mm256_stream_ps(p, v); }
   static RNP_INLINE T fma(T a, T b, T c) { return _mm256_fmadd_ps(a, b, c); }
   static RNP_INLINE T add(T a, T b) { return _mm256_add_ps(a, b); }
   static RNP_INLINE T mul(T a, T b) { return _mm256_mul_ps(a, b); }
@@ -57,7 +58,9 @@ const Kernels& avx2_kernels() {
   static const Kernels kernels = [] {
     Kernels k = {};
     k.widths = 2;
+    k.pointwise = 1;
     k.max_cols = 6;
+    k.streams = true;
     add_tiles<1>(k.width[0]);
     add_tiles<2>(k.width[1]);
     k.depthwise_row = &depthwise_row<V256>;

@@ -11,7 +11,7 @@ struct V128 {
   typedef float Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
   using Mask = int;  // live lanes, 0…4
   static constexpr int kWidth = 4;
-  static constexpr bool kFusedBroadcast = false;
+  static constexpr bool kFusedBroadcast = false, kStreams = false;
 
   static RNP_INLINE T zero() { return T{}; }
   static RNP_INLINE T load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
@@ -46,6 +46,7 @@ const Kernels& portable_kernels() {
   static const Kernels kernels = [] {
     Kernels k = {};
     k.widths = 2;
+    k.pointwise = 1;
     k.max_cols = 5;
     k.sum_kernel_rows = true;
     add_columns<V128, 1, 5>(k.width[0]);

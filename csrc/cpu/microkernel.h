@@ -44,6 +44,7 @@ struct TileArgs {
   const float* residual;
   int64_t residual_row_step, residual_col_step;
   bool relu;
+  bool stream;  // store past the caches; only whole, aligned cache lines (kernels whose `streams` says so)
 };
 
 using TileKernel = void (*)(const TileArgs&);
@@ -85,8 +86,10 @@ struct Kernels {
   int widths;          // 1…3, narrowest first
   TileWidth width[3];  // each a multiple of the first
   int max_cols;        // of a one-row tile
+  int pointwise;       // which of them is the widest to use where a tile ends after one tap
   // Without fused multiply-add every product rounds too: each kernel row is then summed by itself, for shorter chains.
   bool sum_kernel_rows;
+  bool streams;  // knows TileArgs::stream, for tiles of 16 channels or more
   void (*depthwise_row)(const DepthwiseArgs&);
   CopyPixels copy_pixels;
   WinogradKernels winograd;
@@ -94,9 +97,10 @@ struct Kernels {
   const TileWidth& widest() const { return width[widths - 1]; }
   // The width to take next where `left` output channels are left: the one that covers them, or the largest below it
   // where narrower ones together leave fewer lanes empty (20 channels: 16 and then 8, not 32).
-  const TileWidth& width_for(int64_t left) const {
+  const TileWidth& width_for(int64_t left) const { return width_for(left, widths - 1); }
+  const TileWidth& pointwise_width_for(int64_t left) const { return width_for(left, pointwise); }
+  const TileWidth& width_for(int64_t left, int i) const {
     const int64_t needed = (left + width[0].lanes - 1) / width[0].lanes * width[0].lanes;
-    int i = widths - 1;
     while (i > 0 && width[i].lanes > needed) --i;
     return width[i];
   }

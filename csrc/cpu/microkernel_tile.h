@@ -10,6 +10,7 @@
 #include "cpu/microkernel.h"
 
 #define RNP_INLINE inline __attribute__((always_inline))
+#define RNP_LAMBDA __attribute__((always_inline))
 #define RNP_UNROLL _Pragma("GCC unroll 16")
 
 namespace rnp::cpu {
@@ -95,22 +96,54 @@ struct Tile {
     }
   }
 
+  // f(r, c, pixel) for every pixel of the tile: r and c are compile-time constants, `pixel` its byte offset. Offsets
+  // are computed when they are needed and forgotten: kept, they would take the registers of the hot loop.
+  template <class F>
+  static RNP_INLINE void each_pixel(int64_t row_step, int64_t col_step, F&& f) {
+    const ColSteps s(col_step * static_cast<int64_t>(sizeof(float)));
+    each_row<0>(row_step * static_cast<int64_t>(sizeof(float)), s, f);
+  }
+  template <int r, class F>
+  static RNP_INLINE void each_row(int64_t row_bytes, const ColSteps& s, F&& f) {
+    if constexpr (r < R) {
+      each_col<r, 0>(r * row_bytes, s, f);
+      each_row<r + 1>(row_bytes, s, f);
+    }
+  }
+  template <int r, int c, class F>
+  static RNP_INLINE void each_col(int64_t row_bytes, const ColSteps& s, F&& f) {
+    if constexpr (c < C) {
+      constexpr int scale = c == 0 ? 1 : c & -c;
+      f(r, c, row_bytes + (c == 0 ? 0 : s.odd<c / scale>() * scale));
+      each_col<r, c + 1>(row_bytes, s, f);
+    }
+  }
+  static RNP_INLINE float* at(float* base, int64_t bytes, int v) {
+    return reinterpret_cast<float*>(reinterpret_cast<char*>(base) + bytes) + v * kWidth;
+  }
+  static RNP_INLINE const float* at(const float* base, int64_t bytes, int v) {
+    return reinterpret_cast<const float*>(reinterpret_cast<const char*>(base) + bytes) + v * kWidth;
+  }
+
   static void compute(const TileArgs& a) {
     T acc[R][C][NV];
     RNP_UNROLL
     for (int r = 0; r < R; ++r)
       RNP_UNROLL for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NV; ++v) acc[r][c][v] = V::zero();
-    if (a.last) {  // the lines to be written arrive while the sums are computed
-      RNP_UNROLL
-      for (int r = 0; r < R; ++r)
-        RNP_UNROLL for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NV; ++v)
-            __builtin_prefetch(a.out + r * a.out_row_step + c * a.out_col_step + v * kWidth, 1);
+    if (a.last && !a.stream) {  // the lines to be written arrive while the sums are computed
+      each_pixel(a.out_row_step, a.out_col_step, [&](int, int, int64_t pixel) RNP_LAMBDA {
+        RNP_UNROLL
+        for (int v = 0; v < NV; ++v) __builtin_prefetch(at(a.out, pixel, v), 1);
+      });
     }
-    const ColSteps s(a.x_col_step * static_cast<int64_t>(sizeof(float)));
     for (int64_t i = 0; i < a.run_count; ++i) {
+      // Read the arguments again for every run: kept, they spill into vector registers, and the way back from there
+      // waits behind the multiply-adds of a whole tile, so that the loads of the next tile start late.
+      asm volatile("" ::: "memory");
       const Run& run_ = a.runs[i];
       const float* x = a.x + run_.x;
       const float* w = a.w + run_.w;
+      const ColSteps s(a.x_col_step * static_cast<int64_t>(sizeof(float)));
       if constexpr (R == 1) {
         by_columns<0, 1>(acc, run_.skip, x, w, run_, a, s);
       } else if (run_.skip < kSkipFirstRow) {
@@ -126,16 +159,16 @@ struct Tile {
 
   static RNP_INLINE void finish(T (&acc)[R][C][NV], const TileArgs& a) {
     if (!a.first) {
-      RNP_UNROLL
-      for (int r = 0; r < R; ++r)
-        RNP_UNROLL for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NV; ++v) acc[r][c][v] =
-            V::add(V::load(a.partial + r * a.partial_row_step + c * a.partial_col_step + v * kWidth), acc[r][c][v]);
+      each_pixel(a.partial_row_step, a.partial_col_step, [&](int r, int c, int64_t pixel) RNP_LAMBDA {
+        RNP_UNROLL
+        for (int v = 0; v < NV; ++v) acc[r][c][v] = V::add(V::load(at(a.partial, pixel, v)), acc[r][c][v]);
+      });
     }
     if (!a.last) {
-      RNP_UNROLL
-      for (int r = 0; r < R; ++r)
-        RNP_UNROLL for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NV; ++v)
-            V::store(a.partial + r * a.partial_row_step + c * a.partial_col_step + v * kWidth, acc[r][c][v]);
+      each_pixel(a.partial_row_step, a.partial_col_step, [&](int r, int c, int64_t pixel) RNP_LAMBDA {
+        RNP_UNROLL
+        for (int v = 0; v < NV; ++v) V::store(at(a.partial, pixel, v), acc[r][c][v]);
+      });
       return;
     }
     typename V::Mask mask[NV];
@@ -158,11 +191,11 @@ struct Tile {
       }
     }
     if (a.residual) {
-      RNP_UNROLL
-      for (int r = 0; r < R; ++r) RNP_UNROLL for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NV; ++v) {
-          const float* from = a.residual + r * a.residual_row_step + c * a.residual_col_step + v * kWidth;
-          acc[r][c][v] = V::add(acc[r][c][v], V::masked_load(from, mask[v]));
-        }
+      each_pixel(a.residual_row_step, a.residual_col_step, [&](int r, int c, int64_t pixel) RNP_LAMBDA {
+        RNP_UNROLL
+        for (int v = 0; v < NV; ++v)
+          acc[r][c][v] = V::add(acc[r][c][v], V::masked_load(at(a.residual, pixel, v), mask[v]));
+      });
     }
     if (a.relu) {
       RNP_UNROLL
@@ -170,10 +203,19 @@ struct Tile {
         RNP_UNROLL for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NV; ++v) acc[r][c][v] =
             V::relu(acc[r][c][v]);
     }
-    RNP_UNROLL
-    for (int r = 0; r < R; ++r)
-      RNP_UNROLL for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NV; ++v)
-          V::masked_store(a.out + r * a.out_row_step + c * a.out_col_step + v * kWidth, mask[v], acc[r][c][v]);
+    if constexpr (V::kStreams && NV * V::kWidth >= 16) {
+      if (a.stream) {
+        each_pixel(a.out_row_step, a.out_col_step, [&](int r, int c, int64_t pixel) RNP_LAMBDA {
+          RNP_UNROLL
+          for (int v = 0; v < NV; ++v) V::stream(at(a.out, pixel, v), acc[r][c][v]);
+        });
+        return;
+      }
+    }
+    each_pixel(a.out_row_step, a.out_col_step, [&](int r, int c, int64_t pixel) RNP_LAMBDA {
+      RNP_UNROLL
+      for (int v = 0; v < NV; ++v) V::masked_store(at(a.out, pixel, v), mask[v], acc[r][c][v]);
+    });
   }
 };
 

@@ -10,10 +10,12 @@
 #include <vector>
 
 #include "cpu/band.h"
+#include "cpu/call.h"
 #include "cpu/depthwise.h"
 #include "cpu/epilogue.h"
 #include "cpu/isa.h"
 #include "cpu/microkernel.h"
+#include "cpu/pointwise.h"
 #include "cpu/prefetch.h"
 #include "cpu/tiles.h"
 #include "cpu/winograd.h"
@@ -50,45 +52,9 @@ class Scratch {
   size_t size_ = 0;
 };
 
-int64_t round_up(int64_t v) { return (v + 15) / 16 * 16; }
-
 // Waking a thread and waiting for it costs some microseconds: each must have this much to do (WorkItem::cost, about
 // cycles).
 constexpr double kCostOfThread = 5e4;
-
-// Everything of a call that its items share.
-struct Call {
-  const PrefixConv2dParams& p;
-  PackedLayout layout;
-  const Kernels& kernels;
-  bool direct_output;  // tiles store their results; otherwise they leave sums, and finish_block does the rest
-  bool flat;           // 1x1: a band is one long row of pixels
-  bool direct_input;   // tiles read the input tensor itself
-
-  Call(const PrefixConv2dParams& params, const Kernels& k) : p(params), layout(params.shape), kernels(k) {
-    const ConvShape& s = p.shape;
-    const bool f32 = p.dtype == DType::kFloat32;
-    flat = s.kh == 1 && s.kw == 1;
-    const bool flat_output = p.output_stride.h == s.out_w * p.output_stride.w;
-    const bool flat_residual = !p.residual || p.residual_stride.h == s.out_w * p.residual_stride.w;
-    direct_output = f32 && p.output_stride.c == 1 && (!p.residual || p.residual_stride.c == 1) &&
-                    (!flat || (flat_output && flat_residual));
-    const bool padded = s.pad_top + s.pad_bottom + s.pad_left + s.pad_right > 0;
-    // Pixels 2 KB apart share a few sets of L1: then the live channels are copied side by side first.
-    const bool aliased = p.input_stride.w % 512 == 0;
-    direct_input = f32 && flat && !aliased && !padded && s.stride_h == 1 && s.stride_w == 1 && p.input_stride.c == 1 &&
-                   p.input_stride.h == s.w * p.input_stride.w;
-  }
-
-  int64_t band_floats(const WorkItem& item) const {
-    if (direct_input) return 0;
-    const int64_t live = live_in_group(p.in_live(item.n), item.g, layout.icg);
-    return round_up(BandGeometry(p.shape, item.row0, item.row1).pixels() * live);
-  }
-  int64_t sum_floats(const WorkItem& item) const {
-    return (item.row1 - item.row0) * p.shape.out_w * PackedLayout::kLanes;
-  }
-};
 
 // Sums the runs of a tile, in one chain or in one per kernel row. The cut must not depend on the tile, hence not on the
 // band.
@@ -188,7 +154,6 @@ void run_item(const Call& call, const WorkItem& item, const WorkItem* following,
   const int64_t group0 = item.g * l.ocg;
   if (item.block0 < item.block1) {
     const BandGeometry geometry(p.shape, item.row0, item.row1);
-    TilePlan plan(p.shape, geometry, call.kernels, item.row0, item.row1, call.flat);
     const float* band = scratch;
     if (call.direct_input) {
       band = static_cast<const float*>(p.input) + item.n * p.input_stride.n + item.g * l.icg +
@@ -197,16 +162,23 @@ void run_item(const Call& call, const WorkItem& item, const WorkItem* following,
       copy_band(p, geometry, item.n, item.g * l.icg, in_live, in_live, l.ic_block, call.kernels.copy_pixels, scratch);
     }
     float* sums = scratch + call.band_floats(item);
-    Prefetcher prefetcher;
-    if (following && following->block0 < following->block1) {
-      const int64_t calls = static_cast<int64_t>(plan.row_tiles.size() * plan.col_tiles.size()) *
-                            (item.block1 - item.block0) * std::max<int64_t>(1, (in_live + l.ic_block - 1) / l.ic_block);
-      prefetcher =
-          Prefetcher(p, *following, following->g * l.icg, live_in_group(p.in_live(following->n), following->g, l.icg),
-                     p.dtype == DType::kFloat32 ? 4 : 2, calls);
+    const auto prefetcher = [&](int64_t steps) {
+      if (!following || following->block0 >= following->block1) return Prefetcher();
+      return Prefetcher(p, *following, following->g * l.icg,
+                        live_in_group(p.in_live(following->n), following->g, l.icg), p.dtype == DType::kFloat32 ? 4 : 2,
+                        steps);
+    };
+    if (call.flat && call.direct_output) {
+      Pointwise pointwise(call, item, in_live, out_live, band, sums);
+      pointwise.run(prefetcher(pointwise.steps()));
+    } else {
+      TilePlan plan(p.shape, geometry, call.kernels, item.row0, item.row1, call.flat);
+      const int64_t ic_blocks = std::max<int64_t>(1, (in_live + l.ic_block - 1) / l.ic_block);
+      Prefetcher next = prefetcher(static_cast<int64_t>(plan.row_tiles.size() * plan.col_tiles.size()) *
+                                   (item.block1 - item.block0) * ic_blocks);
+      for (int64_t b = item.block0; b < item.block1; ++b)
+        convolve_block(call, item, in_live, b, out_live, plan, geometry, band, sums, next);
     }
-    for (int64_t b = item.block0; b < item.block1; ++b)
-      convolve_block(call, item, in_live, b, out_live, plan, geometry, band, sums, prefetcher);
   }
   if (item.tail) fill_tail(p, item.n, item.row0, item.row1, group0 + out_live, group0 + l.ocg);
   if (row_sums) {
@@ -261,6 +233,9 @@ void prefix_conv2d(const PrefixConv2dParams& p, const Threads& threads) {
         run_item(call, items[i], following < items.size() ? &items[following] : nullptr, memory + worker * need, sums);
         i = claim ? following : next++;
       }
+#if defined(__x86_64__)
+      if (call.stream) __builtin_ia32_sfence();  // before anyone reads what this thread has stored
+#endif
     });
   }
   if (p.pooled)

@@ -1,0 +1,56 @@
+// What the items of one call share.
+#pragma once
+
+#include "core/schedule.h"
+#include "cpu/band.h"
+#include "cpu/microkernel.h"
+
+namespace rnp::cpu {
+
+// Outputs that span more bytes than this are stored past the caches: they would be gone before anyone reads them, and a
+// store through the caches reads its line first. Half of what eight cores of a server share; what the system reports is
+// not asked, since under a hypervisor it can be ten times too large.
+constexpr int64_t kStreamAbove = int64_t{16} << 20;
+
+struct Call {
+  const PrefixConv2dParams& p;
+  PackedLayout layout;
+  const Kernels& kernels;
+  bool direct_output;  // tiles store their results; otherwise they leave sums, and finish_block does the rest
+  bool flat;           // 1x1: a band is one long row of pixels
+  bool direct_input;   // tiles read the input tensor itself
+  bool stream;         // tiles may store past the caches
+
+  Call(const PrefixConv2dParams& params, const Kernels& k) : p(params), layout(params.shape), kernels(k) {
+    const ConvShape& s = p.shape;
+    const bool f32 = p.dtype == DType::kFloat32;
+    flat = s.kh == 1 && s.kw == 1;
+    const bool flat_output = p.output_stride.h == s.out_w * p.output_stride.w;
+    const bool flat_residual = !p.residual || p.residual_stride.h == s.out_w * p.residual_stride.w;
+    direct_output = f32 && p.output_stride.c == 1 && (!p.residual || p.residual_stride.c == 1) &&
+                    (!flat || (flat_output && flat_residual));
+    const bool padded = s.pad_top + s.pad_bottom + s.pad_left + s.pad_right > 0;
+    // Pixels 2 KB apart share a few sets of L1: then the live channels are copied side by side first.
+    const bool aliased = p.input_stride.w % 512 == 0;
+    direct_input = f32 && flat && !aliased && !padded && s.stride_h == 1 && s.stride_w == 1 && p.input_stride.c == 1 &&
+                   p.input_stride.h == s.w * p.input_stride.w;
+    // Every pixel of a group begins a cache line. The means read the output again.
+    const bool aligned = reinterpret_cast<uintptr_t>(p.output) % 64 == 0 && p.output_stride.w % 16 == 0 &&
+                         p.output_stride.h % 16 == 0 && p.output_stride.n % 16 == 0 && layout.ocg % 16 == 0;
+    stream = kernels.streams && direct_output && aligned && !p.pooled &&
+             s.n * s.c_out * s.out_h * s.out_w * static_cast<int64_t>(sizeof(float)) > kStreamAbove;
+  }
+
+  int64_t band_floats(const WorkItem& item) const {
+    if (direct_input) return 0;
+    const int64_t live = live_in_group(p.in_live(item.n), item.g, layout.icg);
+    return (BandGeometry(p.shape, item.row0, item.row1).pixels() * live + 15) / 16 * 16;
+  }
+  // Whether a pass of a tile may: it must fill whole lines.
+  bool streams(int64_t live) const { return stream && live >= 16 && live % 16 == 0; }
+  int64_t sum_floats(const WorkItem& item) const {
+    return (item.row1 - item.row0) * p.shape.out_w * PackedLayout::kLanes;
+  }
+};
+
+}  // namespace rnp::cpu
