@@ -19,7 +19,7 @@ int64_t band_rows(const ConvShape& s, int64_t in_live) {
   const int64_t row_bytes = std::max<int64_t>(1, cols * in_live * static_cast<int64_t>(sizeof(float)));
   const int64_t step = s.kh == 1 ? 1 : s.stride_h;
   const int64_t span = (s.kh - 1) * s.dilation_h + 1;
-  const int64_t bytes = s.kh * s.kw == 1 && s.c_in * s.c_out <= 128 * 1024 ? kPointwiseBytes : kInputBytes;
+  const int64_t bytes = s.kh * s.kw == 1 && in_live * s.group_out() <= 128 * 1024 ? kPointwiseBytes : kInputBytes;
   int64_t rows = std::max<int64_t>(1, (bytes / row_bytes - span) / step + 1);
   rows = std::min({rows, std::max<int64_t>(1, kMaxPixels / s.out_w), s.out_h});
   return ceil_div(s.out_h, ceil_div(s.out_h, rows));  // equal bands

@@ -8,16 +8,17 @@
 
 namespace rnp::cpu {
 
-// `count` output rows (or columns) from `first`, counted within the band. skip[tap] is kSkipNone, the flag of the first
-// or last of them if only that one finds the tap in the padding, or kSkipAll if all do.
+// `count` output rows (or columns) from `first`, counted within the band. Tiles of one kind lack the same taps.
 struct AxisTile {
-  static constexpr int32_t kSkipAll = -1;
-  int64_t first, count;
-  int64_t kind;  // tiles of one kind have equal `skip`
-  std::vector<int32_t> skip;
+  int64_t first, count, kind;
 };
 using RowTile = AxisTile;
 using ColTile = AxisTile;
+
+// By tap: kSkipNone, the flag of the first or last row (or column) of a tile if only that one finds the tap in the
+// padding, or kSkipAll if all do.
+using TapSkips = std::vector<int32_t>;
+constexpr int32_t kSkipAll = -1;
 
 struct TilePlan {
   int64_t kh, kw, dilation_h, dilation_w;
@@ -35,14 +36,14 @@ struct TilePlan {
   // the block, `packed`: channels it has in the packed weights.
   void list_runs(int64_t pixel, int64_t count, int64_t packed, int64_t w_step);
   const std::vector<Run>& runs(const RowTile& row, const ColTile& col) const {
-    return lists_[static_cast<size_t>(row.kind * col_kinds_ + col.kind)];
+    return lists_[static_cast<size_t>(row.kind) * col_kinds_.size() + static_cast<size_t>(col.kind)];
   }
 
  private:
-  void list_tile(const RowTile& row, const ColTile& col, int64_t pixel, int64_t count, int64_t packed, int64_t w_step,
+  void list_tile(const TapSkips& row, const TapSkips& col, int64_t pixel, int64_t count, int64_t packed, int64_t w_step,
                  std::vector<Run>& runs) const;
 
-  int64_t row_kinds_ = 0, col_kinds_ = 0;
+  std::vector<TapSkips> row_kinds_, col_kinds_;
   int64_t listed_[4] = {-1, -1, -1, -1};  // arguments of the last list_runs
   std::vector<std::vector<Run>> lists_;   // [row kind][column kind]
 };

@@ -1,7 +1,7 @@
 // The work is counted: kernels execute the multiply-adds of the prefixes and of nothing else, up to this rounding.
 //
-//   output channels   up to a narrow tile: the multiples of 16 (AVX-512), 8 (AVX2) or 4 (portable) are exact, and no
-//                     width costs more than the next of them; depthwise: whole vectors of channels
+//   output channels   up to a narrow tile: the multiples of 8 (AVX-512, AVX2) or 4 (portable) are exact, and no width
+//                     costs more than the next of them; depthwise: whole vectors of channels
 //   Winograd          (m + 2)^2 products for each tile of m x m outputs, instead of 9 m^2; the last tile of a row or
 //                     column is computed whole
 //   padding           taps in the padding are left out; in blocks of fewer than 16 live input channels, and depthwise,
@@ -24,8 +24,7 @@ namespace rnp::tests {
 namespace {
 
 int64_t narrow_lanes() {
-  const std::string name = cpu::isa_name(cpu::current_isa());
-  return name == "avx512" ? 16 : name == "avx2" ? 8 : 4;
+  return std::string(cpu::isa_name(cpu::current_isa())) == "portable" ? 4 : 8;
 }
 
 // Multiply-adds of one call with these prefixes. `winograd`: 0, or the tile to compute with.
