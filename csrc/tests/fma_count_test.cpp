@@ -23,9 +23,7 @@
 namespace rnp::tests {
 namespace {
 
-int64_t narrow_lanes() {
-  return std::string(cpu::isa_name(cpu::current_isa())) == "portable" ? 4 : 8;
-}
+int64_t narrow_lanes() { return std::string(cpu::isa_name(cpu::current_isa())) == "portable" ? 4 : 8; }
 
 // Multiply-adds of one call with these prefixes. `winograd`: 0, or the tile to compute with.
 int64_t counted(const ConvShape& s, const std::vector<int32_t>& in_prefix, const std::vector<int32_t>& out_prefix,
