@@ -39,8 +39,9 @@ Pointwise::Pointwise(const Call& call, const WorkItem& item, int64_t in_live, in
   const int64_t residual0 = item.n * p.residual_stride.n + item.row0 * p.residual_stride.h + group0;
   for (int64_t channel = first; channel < end;) {
     const int64_t block = channel / PackedLayout::kLanes, sub = channel % PackedLayout::kLanes;
-    const TileWidth& width =
-        call.kernels.pointwise_width_for(std::min(end, (block + 1) * PackedLayout::kLanes) - channel);
+    const int64_t left = std::min(end, (block + 1) * PackedLayout::kLanes) - channel;
+    // Weights that come from afar are read once, in whole.
+    const TileWidth& width = weights_stay_ ? call.kernels.pointwise_width_for(left) : call.kernels.width_for(left);
     const int64_t live = std::min<int64_t>(width.lanes, end - channel);
     a.live = static_cast<int32_t>(live);
     a.w_step = l.lanes(block);
