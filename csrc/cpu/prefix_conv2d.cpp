@@ -135,8 +135,7 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
           }
           prefetcher.step();
           run_tile(call.kernels.sum_kernel_rows || p.sum_kernel_rows, width.tile[row.count - 1][col.count - 1],
-                   plan.runs(row, col), ib == 0,
-                   ib == ic_blocks - 1 && call.direct_output, args);
+                   plan.runs(row, col), ib == 0, ib == ic_blocks - 1 && call.direct_output, args);
         }
       }
     }
