@@ -95,6 +95,8 @@ class PackCache:
         if transformed is not None:
             if transformed.tile == tile and transformed.belongs_to(weight, 1):
                 return transformed.data
+            if transformed._stale.value:
+                self._packed = None  # of the same old values; the operator looks at one of the two only
             self._transformed = None
         if type(weight) is not nn.Parameter or weight.is_inference():
             return None

@@ -13,8 +13,9 @@ _LIBRARY = torch.library.Library("rnp", "FRAGMENT")
 
 
 def output_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
-    """The layout that conv2d would give: channels_last if the input or the weight has it, but never for float64."""
-    if input.dtype is torch.float64:
+    """The layout that conv2d would give: channels_last if the input or the weight has it, but on CUDA never for float64
+    (cuDNN has no such kernel)."""
+    if input.dtype is torch.float64 and input.device.type == "cuda":
         return torch.contiguous_format
     suggest = torch._prims_common.suggest_memory_format
     if suggest(input) is torch.channels_last or suggest(weight) is torch.channels_last:

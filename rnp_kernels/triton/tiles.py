@@ -34,7 +34,8 @@ class Tile:
 
 # Shared memory: stages x (rows + columns) x depth x size of an element; sm_80 has 163 KB a multiprocessor, sm_86 and
 # sm_89 have 99 KB. Registers: rows x columns / (32 x warps) accumulators a thread. "half" is float16 and bfloat16,
-# "tf32" and "fp32" are float32 with and without TF32. tests/triton/test_compile.py holds each to the budget below.
+# "tf32" and "fp32" are float32 with and without TF32. tests/triton_backend/test_compile.py holds each to the budget
+# below.
 TILES = {
     # large maps                                   shared memory    accumulators a thread
     "128x128 half": Tile(128, 128, 64, 8, 3),  #        96 KB        64

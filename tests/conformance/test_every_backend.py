@@ -1,7 +1,7 @@
 """One suite for every backend: the same cases for reference, cpu, triton and cuda, whichever can run here.
 
-Without a GPU the Triton kernels run interpreted (tests/triton/test_interpreted.py starts this file so). What needs a
-GPU is in test_on_a_gpu.py.
+Without a GPU the Triton kernels run interpreted (tests/triton_backend/test_interpreted.py starts this file so). What
+needs a GPU is in test_on_a_gpu.py.
 """
 
 from __future__ import annotations

@@ -115,6 +115,8 @@ def test_every_side_of_a_case_is_checked_and_runs(layer: layers.Layer):
     expected = {"prepacked", "eager", "full", "3/4", "1/2", "1/4", "mixed", "masked 1/2", "masked mixed"}
     if layer.groups == 1:
         expected |= {"slices 1/2", "slices mixed", "per width 1/2", "per width mixed"}
+        # Winograd is the rule there, so direct is timed too.
+        expected |= {"direct full", "direct 3/4", "direct 1/2", "direct 1/4", "direct mixed"}
     assert set(case.sides) == expected
     for side in case.sides.values():
         side.run()
@@ -123,7 +125,7 @@ def test_every_side_of_a_case_is_checked_and_runs(layer: layers.Layer):
 
 def test_a_wrong_side_stops_the_case(monkeypatch: pytest.MonkeyPatch):
     right = rivals.ours
-    monkeypatch.setattr(rivals, "ours", lambda *a: lambda: right(*a)() * 1.001)
+    monkeypatch.setattr(rivals, "ours", lambda *a, **k: lambda: right(*a, **k)() * 1.001)
     with pytest.raises(gate.WrongResult, match="dense b1, full"):
         rivals.convolution(layers.Layer("dense", 16, 6, 32, 3), 1, dense=False)
 
