@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backends, checks, tf32
+from .. import backends, checks, cuda_library
 from ..errors import message
 from ..registrations import output_memory_format
 from . import schedule, tiles
@@ -43,7 +43,7 @@ def precision_of(dtype: torch.dtype) -> str:
     """How float32 products are taken, "tf32" or "ieee": torch's setting for convolutions. ROCm may have no TF32."""
     if dtype is not torch.float32:
         return "tf32"  # of no meaning: other dtypes are multiplied as they are
-    return "tf32" if torch.version.hip is None and tf32.allowed() else "ieee"
+    return "tf32" if torch.version.hip is None and cuda_library.tf32_allowed() else "ieee"
 
 
 def _stages(tile: tiles.Tile) -> int:

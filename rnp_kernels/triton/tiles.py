@@ -38,16 +38,16 @@ class Tile:
 # below.
 TILES = {
     # large maps                                   shared memory    accumulators a thread
-    "128x128 half": Tile(128, 128, 64, 8, 3),  #        96 KB        64
+    "128x128 half": Tile(128, 128, 32, 8, 4),  #        64 KB        64  (a depth of 64 spills with a residual)
     "128x64 half": Tile(128, 64, 32, 4, 4),  #          48 KB        64
     "128x32 half": Tile(128, 32, 32, 8, 4),  #          40 KB        16  (4 warps spill on sm_80)
     "128x16 half": Tile(128, 16, 32, 4, 4),  #          36 KB        16
     "128x128 tf32": Tile(128, 128, 32, 8, 3),  #        96 KB        64
-    "128x64 tf32": Tile(128, 64, 32, 4, 3),  #          72 KB        64
+    "128x64 tf32": Tile(128, 64, 32, 8, 3),  #          72 KB        32  (4 warps spill on sm_80)
     "128x32 tf32": Tile(128, 32, 32, 8, 3),  #          60 KB        16  (4 warps spill on sm_80)
     "128x16 tf32": Tile(128, 16, 32, 4, 3),  #          54 KB        16
     # maps of at most 100 positions: a class of samples seldom fills 128 rows
-    "64x128 half": Tile(64, 128, 64, 4, 3),  #          72 KB        64
+    "64x128 half": Tile(64, 128, 64, 8, 3),  #          72 KB        32  (4 warps spill on sm_80)
     "64x64 half": Tile(64, 64, 32, 4, 4),  #            32 KB        32
     "64x32 half": Tile(64, 32, 32, 4, 4),  #            24 KB        16
     "64x16 half": Tile(64, 16, 32, 4, 4),  #            20 KB         8
@@ -56,8 +56,8 @@ TILES = {
     "64x32 tf32": Tile(64, 32, 32, 4, 3),  #            36 KB        16
     "64x16 tf32": Tile(64, 16, 32, 4, 3),  #            30 KB         8
     # without TF32 the products run on the ordinary units, operands in registers
-    "64x64 fp32": Tile(64, 64, 16, 4, 2),
-    "64x32 fp32": Tile(64, 32, 16, 8, 2),  # 4 warps spill on sm_80
+    "64x64 fp32": Tile(64, 64, 16, 8, 2),  # 4 warps spill on sm_80
+    "64x32 fp32": Tile(64, 32, 16, 8, 1),  # 4 warps spill on sm_80, and so do 2 stages
     "64x16 fp32": Tile(64, 16, 16, 4, 2),
     # kernels without the matrix unit: depthwise, small groups, float64
     "direct": Tile(32, 64, 1, 4, 1),
