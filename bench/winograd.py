@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -22,9 +20,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from layers import LAYERS, Layer, environment, keep_freed_memory
 from torch import Tensor
 
+from rnp.bench.environment import environment
+from rnp.bench.layers import LAYERS, Layer
+from rnp.bench.timing import CLOCKS, keep_freed_memory, measure, median
 from rnp_kernels import _C
 
 OPERATOR = torch.ops.rnp.prefix_conv2d.default
@@ -66,7 +66,7 @@ def rule(layer: Layer, width: Fraction) -> str:
 
 
 def calls(layer: Layer, batch: int, widths: list[Fraction]) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name: "onednn", "again", and "width algorithm" for each of both; all of them checked."""
+    """What is timed, by name: "onednn", and "width algorithm" for each of both; all of them checked."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, layer.c_in, layer.size, layer.size, generator=generator)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -84,7 +84,7 @@ def calls(layer: Layer, batch: int, widths: list[Fraction]) -> dict[str, Callabl
         return OPERATOR(x, w, None, strides, pads * 2, ones, 1, i, o, None, None, None, "relu", "skip", False, packed,
                         transformed)[0]  # fmt: skip
 
-    runs: dict[str, Callable[[], Any]] = {"onednn": onednn, "again": onednn}
+    runs: dict[str, Callable[[], Any]] = {"onednn": onednn}
     transformed: dict[int, Tensor | None] = {0: None}
     for width in widths:
         c_in, c_out = live(layer, width)
@@ -101,17 +101,6 @@ def calls(layer: Layer, batch: int, widths: list[Fraction]) -> dict[str, Callabl
                 raise SystemExit(f"{layer.name}, {algorithm}, width {width}: relative error {error:.3g}")
             runs[f"{width} {algorithm}"] = run
     return runs
-
-
-def measure(runs: dict[str, Callable[[], Any]], seconds: float, clock: Callable[[], float]) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds or len(times["onednn"]) < 5:
-        for name, run in runs.items():
-            before = clock()
-            run()
-            times[name].append(clock() - before)
-    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def stacks(rows: list[dict[str, Any]], widths: list[Fraction]) -> list[dict[str, Any]]:
@@ -138,7 +127,7 @@ def main() -> None:
     parser.add_argument("--widths", type=Fraction, nargs="*", default=[Fraction(1), Fraction(1, 2)])
     parser.add_argument("--threads", type=int, nargs="*", default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each row")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: this thread's, one thread")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: this thread's, one thread")
     parser.add_argument("--json", type=Path, help="write environment, rows and stacks there")
     options = parser.parse_args()
     unknown = [name for name in options.layers if name not in ALL]
@@ -146,7 +135,6 @@ def main() -> None:
         parser.error(f"no layer {unknown[0]!r}; there are {', '.join(ALL)}")
     if options.clock == "cpu" and options.threads != [1]:
         parser.error("--clock cpu needs --threads 1")
-    clock = time.thread_time if options.clock == "cpu" else time.perf_counter
     keep_freed_memory()
     env = environment() | {"clock": options.clock}
     print(" ".join(f"{k}={v}" for k, v in env.items()))
@@ -155,8 +143,9 @@ def main() -> None:
         torch.set_num_threads(threads)
         for batch in options.batch:
             for name in options.layers:
-                times = measure(calls(ALL[name], batch, options.widths), options.seconds, clock)
-                ms = {k: 1e3 * t for k, t in times.items()}
+                runs = calls(ALL[name], batch, options.widths)
+                times = measure(runs, "onednn", seconds=options.seconds, clock=options.clock)
+                ms = {k: 1e3 * median(t) for k, t in times.items()}
                 ms |= {f"{width} auto": ms[f"{width} {rule(ALL[name], width)}"] for width in options.widths}
                 rows.append({"name": name, "threads": threads, "batch": batch, "ms": ms})
                 line = "".join(

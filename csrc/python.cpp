@@ -15,7 +15,6 @@
 #include "cpu/isa.h"
 #include "cpu/prefix_conv2d.h"
 #include "cuda/plan.h"
-#include "cuda/tested.h"
 
 namespace py = pybind11;
 
@@ -176,9 +175,6 @@ PYBIND11_MODULE(_C, m) {
         "What this build is: version, compiler, build_type, system, torch_headers, torch_abi, cuda_compiler, "
         "cuda_archs,\n"
         "cuda_reason (why the CUDA library was not built). The last three are None where they do not apply.");
-  m.def(
-      "cuda_tested_on_device", [] { return rnp::cuda::kTestedOnDevice; },
-      "Whether the CUDA kernels of this version have passed the conformance suite on a GPU.");
   m.def("cpu_features", &cpu_features,
         "Instruction sets that this processor and its operating system offer: name to bool.");
   m.def("available_isas", &available_isas,

@@ -62,9 +62,9 @@ def targets() -> list[Target]:
     return found
 
 
-def call(case: Case, arguments: Tensors) -> tuple[Tensor, Tensor | None]:
+def call(case: Case, arguments: Tensors, **more: Any) -> tuple[Tensor, Tensor | None]:
     """The backend in force: output and means, or None where the case has no means."""
-    result = ops.prefix_conv2d(**arguments)
+    result = ops.prefix_conv2d(**arguments, **more)
     return result if case.pooled else (result, None)
 
 
@@ -102,7 +102,7 @@ def check_output(case: Case, arguments: Tensors, output: Tensor, means: Tensor |
         assert_as_accurate_as_native("means", means, native_means.float(), true_means)
 
 
-def _leaves(arguments: Tensors, dtype: torch.dtype) -> Tensors:
+def leaves(arguments: Tensors, dtype: torch.dtype) -> Tensors:
     """The arguments with every floating tensor a leaf that needs a gradient, its strides kept."""
     out = {}
     for name, value in arguments.items():
@@ -112,8 +112,8 @@ def _leaves(arguments: Tensors, dtype: torch.dtype) -> Tensors:
     return out
 
 
-def _gradients(run: Any, case: Case, arguments: Tensors, dtype: torch.dtype, upstream: Tensor) -> dict[str, Tensor]:
-    arguments = _leaves(arguments, dtype)
+def gradients(run: Any, case: Case, arguments: Tensors, dtype: torch.dtype, upstream: Tensor) -> dict[str, Tensor]:
+    arguments = leaves(arguments, dtype)
     output, means = run(case, arguments)
     loss = (torch.where(output.isnan(), 0, output) * upstream.to(dtype)).sum()
     if means is not None:
@@ -122,7 +122,7 @@ def _gradients(run: Any, case: Case, arguments: Tensors, dtype: torch.dtype, ups
     return {name: arguments[name].grad for name in PARAMETERS if arguments[name] is not None}
 
 
-def _reference_call(case: Case, arguments: Tensors) -> tuple[Tensor, Tensor | None]:
+def reference_call(case: Case, arguments: Tensors) -> tuple[Tensor, Tensor | None]:
     output, means = testing.run_reference(case, arguments)
     return output, None if means is None else means.float() if output.dtype != torch.float64 else means
 
@@ -136,9 +136,9 @@ def check_gradients(case: Case, dtype: torch.dtype, device: str) -> None:
     if case.tail == "skip":  # what no reader may use has no gradient
         prefix = torch.tensor(case.out_prefix, dtype=torch.int32, device=device)
         upstream = torch.where(reference.live(case.out, prefix, upstream), upstream, 0)
-    ours, again = (_gradients(call, case, arguments, dtype, upstream) for _ in range(2))
-    native = _gradients(_reference_call, case, arguments, dtype, upstream)
-    truth = _gradients(_reference_call, case, arguments, torch.float64, upstream)
+    ours, again = (gradients(call, case, arguments, dtype, upstream) for _ in range(2))
+    native = gradients(reference_call, case, arguments, dtype, upstream)
+    truth = gradients(reference_call, case, arguments, torch.float64, upstream)
     assert ours.keys() == truth.keys()
     for name, gradient in ours.items():
         assert gradient is not None, f"no gradient of {name}"

@@ -72,7 +72,3 @@ LAYER = {
 )
 def test_the_tile_depends_on_the_layer_the_dtype_and_the_layout(changed: dict, kernel: str):
     assert _C.describe_cuda_kernel(**{**LAYER, **changed}) == kernel
-
-
-def test_the_kernels_are_not_called_tested_before_they_were():
-    assert _C.cuda_tested_on_device() is False

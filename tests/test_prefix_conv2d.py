@@ -4,50 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 import rnp_kernels
 from rnp_kernels import reference, testing
-from rnp_kernels.testing import CASES, Case, assert_as_accurate_as_native
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-def call(case: Case, arguments: testing.Tensors, **extra: object) -> tuple[Tensor, Tensor | None]:
-    result = rnp_kernels.prefix_conv2d(**arguments, **extra)
-    return result if case.pooled else (result, None)
-
-
-def defined(case: Case, output: Tensor) -> Tensor:
-    """The output with what `tail="skip"` leaves undefined at zero."""
-    if case.tail == "zero":
-        return output
-    prefix = torch.tensor(case.out_prefix, dtype=torch.int32)
-    return torch.where(reference.live(case.out, prefix, output), output, 0)
-
-
-def check_float64(case: Case, arguments: testing.Tensors, output: Tensor, means: Tensor | None) -> None:
-    """No wider truth is at hand, so the bound is the theorem's: a sum of K products, in any order, is off by at most
-    K eps times the sum of their absolute values; ours and the reference each by that."""
-    truth, _ = testing.run_reference(case, arguments)
-    absolute = {k: v.abs() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
-    size, _ = testing.run_reference(case, absolute)
-    products = case.input[1] // case.groups * case.kernel[0] * case.kernel[1] + 3  # scale, bias, residual
-    assert output.dtype == torch.float64 and output.shape == truth.shape
-    assert ((defined(case, output) - truth).abs() <= 2 * products * torch.finfo(torch.float64).eps * size).all()
-    if case.pooled:
-        torch.testing.assert_close(means, defined(case, output).mean((2, 3)).float(), rtol=1e-6, atol=1e-7)
-
-
-def check(case: Case, arguments: testing.Tensors, output: Tensor, means: Tensor | None) -> None:
-    if output.dtype == torch.float64:
-        return check_float64(case, arguments, output, means)
-    native, native_means = testing.run_reference(case, arguments)
-    truth, true_means = testing.run_reference(case, testing.convert(arguments, torch.float64))
-    assert_as_accurate_as_native("output", defined(case, output), native, truth)
-    if case.pooled:
-        assert means.dtype == torch.float32
-        assert_as_accurate_as_native("means", means, native_means.float(), true_means)
+from rnp_kernels.conformance import DTYPES, call, check_output, defined
+from rnp_kernels.testing import CASES, Case
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -55,7 +16,7 @@ def check(case: Case, arguments: testing.Tensors, output: Tensor, means: Tensor 
 def test_every_case(case: Case, dtype: torch.dtype, isa: str, poisoned_memory: None) -> None:
     arguments = testing.make(case, dtype)
     output, means = call(case, arguments)
-    check(case, arguments, output, means)
+    check_output(case, arguments, output, means)
     dense = torch.nn.functional.conv2d(
         arguments["input"], arguments["weight"], None, case.stride,
         *((case.padding,) if isinstance(case.padding, (int, str)) else (0,)), case.dilation, case.groups,
@@ -79,7 +40,7 @@ def test_the_reference_backend_runs_every_case(case: Case) -> None:
     arguments = testing.make(case)
     with rnp_kernels.backend("reference"):
         output, means = call(case, arguments)
-    check(case, arguments, output, means)
+    check_output(case, arguments, output, means)
 
 
 def test_the_reference_is_conv2d_where_no_option_is_used() -> None:
@@ -118,7 +79,7 @@ def test_float32_tables_beside_half_precision(isa: str) -> None:
     half |= {"scale": wide["scale"], "bias": wide["bias"]}
     output, means = call(case, half)
     assert output.dtype == torch.bfloat16 and means.dtype == torch.float32
-    check(case, half, output, means)
+    check_output(case, half, output, means)
 
 
 def test_infinity_and_nan_pass_through(isa: str) -> None:
@@ -140,7 +101,7 @@ def test_subnormals_are_kept(isa: str) -> None:
 def test_other_random_values(seed: int, isa: str) -> None:
     case = testing.case("everything")
     arguments = testing.make(case, seed=seed)
-    check(case, arguments, *call(case, arguments))
+    check_output(case, arguments, *call(case, arguments))
 
 
 @pytest.mark.large

@@ -1,8 +1,9 @@
-"""Every gradient, by name, against autograd through the specification; gradcheck in float64; what must raise."""
+"""Gradients: gradcheck in float64, odd upstream gradients, what is asked for alone, what must raise.
+
+Every gradient of every case against the specification is in tests/conformance.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -10,64 +11,14 @@ from torch import Tensor
 
 import rnp_kernels
 from rnp_kernels import reference, testing
-from rnp_kernels.testing import CASES, Case, assert_as_accurate_as_native
+from rnp_kernels.conformance import PARAMETERS, gradients, leaves, reference_call
+from rnp_kernels.conformance import call as operator_call
+from rnp_kernels.testing import Case
 
-PARAMETERS = ("input", "weight", "bias", "scale", "residual")
-GRADIENT_CASES = [c for c in CASES if c.layout != "expanded"]
 MIXED = [
     testing.case(name)
     for name in ("everything", "mixed, dilated", "prefix across groups", "skipped tail", "prefix, depthwise")
 ]
-
-
-def leaves(arguments: testing.Tensors, dtype: torch.dtype) -> testing.Tensors:
-    """The arguments with every floating tensor a leaf that needs a gradient, its strides kept."""
-    out = {}
-    for name, value in arguments.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            value = value.detach().clone(memory_format=torch.preserve_format).to(dtype).requires_grad_()
-        out[name] = value
-    return out
-
-
-def reference_call(case: Case, arguments: testing.Tensors) -> tuple[Tensor, Tensor | None]:
-    output, means = testing.run_reference(case, arguments)
-    return output, None if means is None else means.float() if output.dtype != torch.float64 else means
-
-
-def operator_call(case: Case, arguments: testing.Tensors) -> tuple[Tensor, Tensor | None]:
-    result = rnp_kernels.prefix_conv2d(**arguments)
-    return result if case.pooled else (result, None)
-
-
-def gradients(
-    call: Any, case: Case, arguments: testing.Tensors, dtype: torch.dtype, upstream: Tensor
-) -> dict[str, Tensor]:
-    arguments = leaves(arguments, dtype)
-    output, means = call(case, arguments)
-    loss = (torch.where(output.isnan(), 0, output) * upstream.to(dtype)).sum()
-    if means is not None:
-        loss = loss + (means.to(dtype) * upstream.mean((2, 3)).to(dtype)).sum()
-    loss.backward()
-    return {name: arguments[name].grad for name in PARAMETERS if arguments[name] is not None}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
-def test_every_gradient_of_every_case(case: Case, dtype: torch.dtype) -> None:
-    arguments = testing.make(case, dtype)
-    shape = testing.run_reference(case, arguments)[0].shape
-    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-    if case.tail == "skip":  # a reader of a skipped tail that uses it gets what it deserves; ours must not
-        prefix = torch.tensor(case.out_prefix, dtype=torch.int32)
-        upstream = torch.where(reference.live(case.out, prefix, upstream), upstream, 0)
-    ours = gradients(operator_call, case, arguments, dtype, upstream)
-    native = gradients(reference_call, case, arguments, dtype, upstream)
-    truth = gradients(reference_call, case, arguments, torch.float64, upstream)
-    assert ours.keys() == truth.keys()
-    for name, gradient in ours.items():
-        assert gradient is not None, f"no gradient of {name}"
-        assert_as_accurate_as_native(f"gradient of {name}", gradient, native[name], truth[name])
 
 
 def grad_outputs(shape: tuple[int, ...]) -> dict[str, Tensor]:

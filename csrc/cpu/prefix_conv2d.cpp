@@ -17,6 +17,7 @@
 #include "cpu/microkernel.h"
 #include "cpu/pointwise.h"
 #include "cpu/prefetch.h"
+#include "cpu/scratch.h"
 #include "cpu/tiles.h"
 #include "cpu/winograd.h"
 
@@ -30,27 +31,6 @@ const Kernels& kernels_of(Isa isa) {
 #endif
   return portable_kernels();
 }
-
-// Memory that a calling thread keeps between calls: page faults and zeroing would cost more than small layers.
-class Scratch {
- public:
-  float* get(size_t floats) {
-    if (floats > size_) {
-      data_.reset();
-      size_ = 0;
-      data_.reset(static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t{64})));
-      size_ = floats;
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
-  };
-  std::unique_ptr<float, Free> data_;
-  size_t size_ = 0;
-};
 
 // Waking a thread and waiting for it costs some microseconds: each must have this much to do (WorkItem::cost, about
 // cycles).
@@ -195,7 +175,7 @@ void prefix_conv2d(const PrefixConv2dParams& p, const Threads& threads) {
   if (s.n == 0 || s.c_out == 0 || s.out_h == 0 || s.out_w == 0) return;
   if (p.dtype == DType::kFloat64) return prefix_conv2d_plain(p, threads);
   const Kernels& kernels = kernels_of(current_isa());
-  static thread_local Scratch scratch;
+  static thread_local ScratchMemory scratch;
   if (const WinogradSamples split(p); !split.samples.empty()) {
     winograd_conv2d(p, split.samples, kernels, threads, [](size_t floats) { return scratch.get(floats); });
     PrefixConv2dParams rest = p;

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "core/prefix_conv2d.h"
+#include "torch_views.h"
 
 namespace rnp::cuda {
 
@@ -23,47 +24,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+using rnp::text;
+
 inline std::string text(const std::vector<int64_t>& sizes) {
   std::string out = "(";
   for (size_t d = 0; d < sizes.size(); ++d) out += (d ? ", " : "") + std::to_string(sizes[d]);
   return out + ")";
-}
-
-inline std::string text(const Tensor& t) {
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
-  return text(sizes);
-}
-
-inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, float64, bfloat16 or float16; got ",
-                      torch::headeronly::toString(t.scalar_type()));
-  }
-  return DType::kFloat32;
-}
-
-inline Strides4 strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
-
-// torch's own rule (is_channels_last_strides_2d): ambiguous strides count as contiguous.
-inline bool is_channels_last(const Tensor& t) {
-  int64_t least = 0;
-  if (t.stride(1) == 0) return false;
-  for (int d : {1, 3, 2, 0}) {
-    if (t.size(d) == 0 || t.stride(d) < least) return false;
-    if (d == 0 && least == t.stride(1)) return false;
-    least = t.stride(d) * (t.size(d) > 1 ? t.size(d) : 1);
-  }
-  return true;
 }
 
 inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {

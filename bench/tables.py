@@ -1,0 +1,91 @@
+"""README's tables of whole networks and of layers, in Markdown, from what `rnp bench` wrote.
+
+python bench/tables.py bench/results/bench-zen4-2core.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+RUNTIMES = ("onnxruntime", "openvino")
+CLASSES = (
+    "3×3, at least 128 channels in", "3×3, 64 channels in", "1×1, at least 128 channels on both sides",
+    "1×1, 64 channels on one side",
+)  # fmt: skip
+WIDTHS = {"3/4": "¾", "1/2": "½", "1/4": "¼", "mixed": "mixed"}
+
+
+def line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def speedups(row: dict[str, Any]) -> dict[str, float]:
+    return {name: value["median"] for name, value in row["speedup"].items()}
+
+
+def networks(rows: list[dict[str, Any]]) -> list[str]:
+    """Full width over the faster runtime; full width and mixed actions over the stock network."""
+    out = [
+        line("network", "batch, threads", "over the faster runtime", "full", "mixed 3×", "5×", "10×"),
+        "|---" * 7 + "|",
+    ]
+    for row in rows:
+        if row["part"] != "network":
+            continue
+        speed = speedups(row)
+        name, batch = row["name"].split()
+        cells = [f"{speed[k]:.2f}×" if k in speed else "–" for k in ("full", "mixed 3x", "mixed 5x", "mixed 10x")]
+        over = speed["full"] / max(speed[k] for k in RUNTIMES if k in speed)
+        out.append(line(name, f"{batch[1:]}, {row['threads']}", f"{over:.2f}×", *cells))
+    return out
+
+
+def class_of(row: dict[str, Any]) -> str | None:
+    """Which line of the table a layer of VGG-16 or ResNet-18/50 belongs to; None for stems, groups and others."""
+    c_in, c_out, kernel, groups = map(int, re.match(r"(\d+)x\d+->(\d+) k(\d+)s\d+g(\d+)", row["shape"]).groups())
+    if groups > 1 or c_in == 3 or not re.match(r"vgg|r\d", row["name"]):
+        return None
+    if kernel == 3:
+        return CLASSES[0] if c_in >= 128 else CLASSES[1]
+    return CLASSES[2] if min(c_in, c_out) >= 128 else CLASSES[3]
+
+
+def layers(rows: list[dict[str, Any]], batch: int) -> list[str]:
+    """Median (lowest) over layers and threads; narrower widths as realised fractions, direct convolution alone."""
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in rows:
+        if row["part"] != "layer" or row["batch"] != batch or (kind := class_of(row)) is None:
+            continue
+        speed = speedups(row)
+        prefix = "direct " if "direct full" in speed else ""  # timed where the rule would take Winograd
+        found[kind, "full"].append(speed["full"])
+        found[kind, "full, direct"].append(speed[prefix + "full"])
+        for width in WIDTHS:
+            if prefix + width in speed:
+                found[kind, width].append(speed[prefix + width] / row["theory"][width])
+    columns = ["full", "full, direct", *(w for w in WIDTHS if found[CLASSES[0], w])]
+    out = [line("layers", *(WIDTHS.get(c, c) for c in columns)), "|---" * (len(columns) + 1) + "|"]
+    for kind in CLASSES:
+        if found[kind, "full"]:
+            cells = [f"{statistics.median(found[kind, c]):.2f} ({min(found[kind, c]):.2f})" for c in columns]
+            out.append(line(kind, *cells))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="results.json of rnp bench")
+    parser.add_argument("--batch", type=int, default=8, help="of the layers (8)")
+    options = parser.parse_args()
+    rows = json.loads(options.results.read_text(encoding="utf-8"))["rows"]
+    print("\n".join([*networks(rows), "", *layers(rows, options.batch)]))
+
+
+if __name__ == "__main__":
+    main()
