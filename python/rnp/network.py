@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
-import rnp_kernels
 from rnp_kernels import backends, reference
 from rnp_kernels.packing import LayerTransforms, PackedWeight
 from rnp_kernels.triton.operators import PREFIX_CONV2D as TRITON
 
 from . import graph as g
+from . import layerwise
 from .agent import Agent
 from .batchnorm import PrefixBatchNorm2d
 from .decider import Decider, trace_of
@@ -136,7 +135,7 @@ class PrunedNetwork(nn.Module):
             raise ValueError(f"PrunedNetwork: images must be (N, C, H, W), got {tuple(images.shape)}")
         if self.training or self._differentiates(images) or any(m.training for m in self._modal):
             decider = Decider(self, images, want_features)
-            result = self._differentiable(images.contiguous(memory_format=torch.channels_last), decider)
+            result = layerwise.run_mixed(self, images.contiguous(memory_format=torch.channels_last), decider)
             return (result, decider.trace()) if traced else result
         operator = operator_for(images)
         segmented = takes_segments(images) and operator is _OPERATOR
@@ -214,72 +213,6 @@ class PrunedNetwork(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plans": {}, "_packs": {}}
 
-    def _differentiable(self, images: Tensor, decider: Decider) -> Any:
-        env: dict[str, Any] = {self._input: images}
-        groups: dict[str, Tensor | None] = {self._input: None}
-        means: dict[str, Tensor] = {}
-        result = None
-        for step in self._steps:
-            if isinstance(step, g.ConvStep):
-                if step.decision is not None and step.decision == len(decider.taken):
-                    name = self._states[step.decision]
-                    if decider.needs_features and name not in means:
-                        means[name] = env[name].detach().mean((2, 3), dtype=torch.float32)
-                    decider(step.decision, means.get(name))
-                result = self._mixed_conv(step, env, groups, decider.taken)
-            elif isinstance(step, g.NormStep):
-                group = groups[step.inputs[0]]
-                assert group is not None
-                x = env[step.inputs[0]]
-                result = self.backbone.get_submodule(step.norm)(x, group - 1, self._live(group, x.shape[1]))
-                groups[step.output] = group
-            elif isinstance(step, g.AddStep):
-                result = env[step.inputs[0]] + env[step.inputs[1]]
-                groups[step.output] = larger(groups[step.inputs[0]], groups[step.inputs[1]])
-            else:
-                assert isinstance(step, (g.ChannelwiseStep, g.OpaqueStep))
-                result = step.call.run(self.backbone, [env[name] for name in step.inputs], self.training)
-                groups[step.output] = groups[step.inputs[0]] if isinstance(step, g.ChannelwiseStep) else None
-            env[step.output] = result
-        return result
-
-    def _prefix(self, group: Tensor, channels: int) -> Tensor:
-        k = self.groups
-        return torch.div(group * channels + (k - 1), k, rounding_mode="floor").to(torch.int32)
-
-    def _live(self, group: Tensor, channels: int) -> Tensor:
-        return torch.arange(channels, device=group.device) < self._prefix(group, channels)[:, None]
-
-    def _mixed_conv(
-        self, step: g.ConvStep, env: dict[str, Any], groups: dict[str, Tensor | None], taken: list[Tensor]
-    ) -> Tensor:
-        conv = self.backbone.get_submodule(step.conv)
-        norm = self.backbone.get_submodule(step.norm) if step.norm else None
-        group_in = groups[step.inputs[0]]
-        group_out = group_in if step.follows else (taken[step.decision] if step.decision is not None else None)
-        in_prefix = None if group_in is None else self._prefix(group_in, conv.in_channels)
-        out_prefix = None if group_out is None else self._prefix(group_out, conv.out_channels)
-        x, padding = env[step.inputs[0]], conv.padding
-        if conv.padding_mode != "zeros":
-            x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
-        x = rnp_kernels.prefix_conv2d(
-            x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups,
-            in_prefix=in_prefix, out_prefix=out_prefix,
-        )  # fmt: skip
-        if isinstance(norm, PrefixBatchNorm2d):
-            row = torch.full((x.shape[0],), norm.rows - 1, device=x.device) if group_in is None else group_in - 1
-            live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-            x = norm(x, row, live if group_out is None else self._live(group_out, x.shape[1]))
-        elif norm is not None:
-            x = norm(x)
-        if step.residual:
-            x = x + env[step.inputs[1]]
-            group_out = larger(group_out, groups[step.inputs[1]])
-        groups[step.output] = group_out
-        return F.relu(x) if step.relu else x
-
-    # -- one path for the whole batch ----------------------------------------------------------------------------
-
     def forward_path(self, images: Tensor, path: list[int] | tuple[int, ...]) -> Any:
         """Run every image under the same actions `path` (L ints in 1…k), on physically sliced tensors.
 
@@ -289,62 +222,7 @@ class PrunedNetwork(nn.Module):
         path = [int(a) for a in path]
         if len(path) != len(self.layers) or not all(1 <= a <= self.groups for a in path):
             raise ValueError(f"forward_path: path must be {len(self.layers)} actions in 1…{self.groups}, got {path}")
-        k = self.groups
-        env: dict[str, Any] = {self._input: images.contiguous(memory_format=torch.channels_last)}
-        group: dict[str, int] = {self._input: k}
-
-        def full(name: str) -> Any:
-            x = env[name]
-            if group.get(name, k) == k:
-                return x
-            return pad_channels(x, self._values[name].channels)
-
-        for step in self._steps:
-            if isinstance(step, g.ConvStep):
-                env[step.output], group[step.output] = self._path_conv(step, env, group, path)
-            elif isinstance(step, g.NormStep):
-                group[step.output] = group[step.inputs[0]]
-                norm = self.backbone.get_submodule(step.norm)
-                env[step.output] = norm.forward_slice(env[step.inputs[0]], group[step.inputs[0]] - 1)
-            elif isinstance(step, g.AddStep):
-                env[step.output] = add_prefix(env[step.inputs[0]], env[step.inputs[1]])
-                group[step.output] = max(group[step.inputs[0]], group[step.inputs[1]])
-            elif isinstance(step, g.ChannelwiseStep):
-                group[step.output] = group[step.inputs[0]]
-                env[step.output] = step.call.run(self.backbone, [env[step.inputs[0]]], self.training)
-            else:
-                assert isinstance(step, g.OpaqueStep)
-                inputs = [full(name) for name in step.inputs]
-                env[step.output], group[step.output] = step.call.run(self.backbone, inputs, self.training), k
-        return env[self._steps[-1].output]
-
-    def _path_conv(
-        self, step: g.ConvStep, env: dict[str, Any], group: dict[str, int], path: list[int]
-    ) -> tuple[Tensor, int]:
-        k = self.groups
-        conv = self.backbone.get_submodule(step.conv)
-        x, group_in = env[step.inputs[0]], group[step.inputs[0]]
-        group_out = group_in if step.follows else (path[step.decision] if step.decision is not None else k)
-        live_out = g.prefix_size(group_out, conv.out_channels, k)
-        weight, conv_groups = conv.weight, conv.groups
-        if step.follows:
-            weight, conv_groups = weight[:live_out], live_out
-        elif conv_groups > 1:
-            x = pad_channels(x, conv.in_channels)
-        else:
-            weight = weight[:live_out, : x.shape[1]]
-        bias = None if conv.bias is None else conv.bias[:live_out]
-        padding = conv.padding
-        if conv.padding_mode != "zeros":
-            x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
-        x = F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv_groups)
-        if step.norm is not None:
-            norm = self.backbone.get_submodule(step.norm)
-            x = norm.forward_slice(x, min(group_in, norm.rows) - 1) if isinstance(norm, PrefixBatchNorm2d) else norm(x)
-        if step.residual:
-            x = add_prefix(x, env[step.inputs[1]])
-            group_out = max(group_out, group[step.inputs[1]])
-        return (F.relu(x) if step.relu else x), group_out
+        return layerwise.run_path(self, images.contiguous(memory_format=torch.channels_last), path)
 
 
 def operator_for(images: Tensor) -> Any:
@@ -385,22 +263,3 @@ def reference_operator(
         input, weight, bias, stride, padding, dilation, groups, in_prefix=in_prefix, out_prefix=out_prefix, scale=scale,
         row=row, residual=residual, activation=activation, tail=tail, pooled=pooled,
     )  # fmt: skip
-
-
-def larger(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The larger of two groups (N,); None is full width."""
-    return None if a is None or b is None else torch.maximum(a, b)
-
-
-def pad_channels(x: Tensor, channels: int) -> Tensor:
-    """(N, r, …) → (N, channels, …) with a zero tail."""
-    missing = channels - x.shape[1]
-    return x if missing == 0 else F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
-
-
-def add_prefix(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of two prefixes (N, r, H, W), (N, s, H, W) of one map; the result has max(r, s) channels."""
-    if a.shape[1] < b.shape[1]:
-        a, b = b, a
-    r = b.shape[1]
-    return a + b if r == a.shape[1] else torch.cat([a[:, :r] + b, a[:, r:]], 1)
