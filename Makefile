@@ -1,4 +1,5 @@
-# The newcomer's door. It needs a Linux machine with Python >= 3.10 (with venv) and a C++ compiler; the rest comes from pip.
+# The newcomer's door. It needs a Linux machine with Python >= 3.10 and a C++20 compiler; the rest comes from pip. (Debian and
+# Ubuntu split Python: apt install python3-venv python3-dev g++ make.)
 #
 #   make demo       .venv with the package, then `rnp demo`        make test       C++ tests (ctest), then pytest
 #   make bench      .venv with the rivals too, then `rnp bench`: build/bench/index.html (about 17 minutes)
@@ -32,7 +33,7 @@ CPP_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help demo test bench ctest pytest lint sanitize proof count-tests instructions record-instructions wheel clean
 help:
-	@sed -n '3,11s/^#//p' Makefile
+	@sed -n '4,12s/^#//p' Makefile
 
 demo: $(STAMPS)/demo
 	@echo "== rnp demo $(ARGS)"
@@ -49,6 +50,8 @@ bench: $(STAMPS)/bench
 $(STAMPS)/venv:
 	@echo "== creating $(VENV)"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed; set PYTHON=")'
+	$(PYTHON) -c 'import os, sys, sysconfig as s; h = s.get_paths()["include"] + "/Python.h"; \
+	  sys.exit(not os.path.isfile(h) and h + " is missing; Debian and Ubuntu: python3-dev, Fedora: python3-devel")'
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $(STAMPS) && touch $@
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -51,11 +52,19 @@ def cuda_choice() -> str:
     return value
 
 
+def check_headers() -> None:
+    """Distributions keep Python.h in a package of its own; CMake's words for its absence name no remedy."""
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.is_file():
+        raise SystemExit(f"setup.py: {header} is missing; Debian and Ubuntu: python3-dev, Fedora: python3-devel")
+
+
 class CMakeBuild(build_ext):
     """Configures, builds and installs with CMake instead of compiling the extension's own (empty) list of sources."""
 
     def build_extension(self, ext: Extension) -> None:
         parallel = str(jobs())
+        check_headers()
         # CMake installs into <prefix>/rnp_kernels: beside build_lib's Python files.
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
