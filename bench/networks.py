@@ -1,6 +1,6 @@
 """Whole networks at 224 × 224: full width beside OpenVINO and ONNX Runtime, and what pruning really saves.
 
-    python bench/networks.py [--parts full,agent,pruned,memory] [--models vgg16,resnet18,resnet50] [--threads 1,2]
+    python bench/networks.py [--parts full,agent,pruned,breakdown,memory] [--models vgg16,resnet18,resnet50] [--threads 1,2]
                              [--rounds 7] [--clock wall|cpu] [--json FILE]
 
 Every side is checked before anything is timed; the sides of a row are timed in turn in one process. A rival that is not
@@ -10,6 +10,7 @@ installed is named as missing.
 * agent: an agent that decides against the same actions without it; its share of the network's time, batch 1.
 * pruned: mixed actions drawn so that the batch's theoretical speed-up is 3, 4, 5 and 10 (the paper's table), batch 8
   and 32. `realised` is (own full width ÷ time) ÷ theory, `over` the runtime's time ÷ ours.
+* breakdown: the same actions layer by layer, and the bound that the layers outside of the pruning set (breakdown.py).
 * memory: the most that a forward needs beyond what the process held before it (Linux), for the original and for ours.
 """
 
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import breakdown
 import rnp
 import rnp_kernels
 from rnp.bench import models, timing
@@ -155,6 +157,21 @@ def pruned_rows(name: str, batch: int, options: argparse.Namespace) -> list[dict
     return rows
 
 
+def breakdown_row(name: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    model, x = models.make(name), images(batch)
+    full = rnp.convert(model, x[:1], K)
+    sides = {}
+    for speedup in SPEEDUPS:
+        mixed = rnp.convert(model, x[:1], K)
+        actions = mixed_actions(mixed, batch, speedup)
+        mixed.policy = rnp.policies.Fixed(actions)
+        mixed._packs = full._packs  # one copy of the weights, as one network would have
+        theory = float(mixed.dense_macs / mixed.macs(actions).double().mean())
+        sides[f"{speedup}x"] = (breakdown.Side(mixed, x, options.clock), theory)
+    found = breakdown.breakdown(breakdown.Side(full, x, options.clock), sides, options.rounds)
+    return {"model": name, "batch": batch, **found}
+
+
 def status(field: str) -> int:
     """Bytes of a line of /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -191,6 +208,8 @@ def memory_row(name: str, batch: int) -> dict[str, Any]:
 def text(row: dict[str, Any]) -> str:
     """One line of the table on the terminal."""
     head = f"{row['model']:<9}" + (f" batch {row['batch']:<3}" if "batch" in row else "")
+    if "layers" in row:
+        return "\n".join(breakdown.lines(row))
     if "theory" in row:
         over = ", ".join(f"{v['median']:.2f}× {k}" for k, v in row["over"].items())
         return f"{head} theory {row['theory']:5.2f}×, realised {row['realised']['median']:.2f}; {over}"
@@ -225,7 +244,7 @@ def main() -> None:
         return
     timing.keep_freed_memory()
     names, parts = options.models.split(","), options.parts.split(",")
-    batches = {"full": [1, 8], "pruned": [8, 32], "memory": [1, 8]}
+    batches = {"full": [1, 8], "pruned": [8, 32], "breakdown": [8, 32], "memory": [1, 8]}
     if options.batches:
         batches = {part: [int(batch) for batch in options.batches.split(",")] for part in batches}
     runs = []
@@ -240,6 +259,8 @@ def main() -> None:
                     rows = [agent_row(name, options)]
                 elif part == "pruned":
                     rows = [row for b in batches[part] if name != "resnet18" for row in pruned_rows(name, b, options)]
+                elif part == "breakdown":
+                    rows = [breakdown_row(name, batch, options) for batch in batches[part] if name != "resnet18"]
                 else:
                     make = memory_row if part == "memory" else lambda n, b: full_row(n, b, options)
                     rows = [make(name, batch) for batch in batches[part]]
