@@ -213,7 +213,16 @@ class Runner {
     p.output = map_at(s.y, first);
     p.output_stride = maps_[slot(s.y)].stride;
     p.pooled = vector_at(s.mean, first);
+    // A sum written over its residual: the channels beyond the prefix hold already what they would receive.
+    if (p.residual == p.output && p.residual && !p.pooled && stays(s)) p.tail = Tail::kSkip;
     prefix_conv2d(p, threads_);
+  }
+
+  // Whether the activation leaves the residual as it is: there is none, or a ReLU has made it.
+  bool stays(const SegmentStep& s) const {
+    const int64_t maker = p_.first_use[slot(s.residual)];
+    return s.relu <= 0 ||
+           (maker >= 0 && p_.steps[slot(maker)].op == SegmentOp::kConv && p_.steps[slot(maker)].relu > 0);
   }
 
   void max_pool(const SegmentStep& s, int64_t first, int64_t count) {

@@ -1,6 +1,8 @@
 // Segments: where maps live, and that samples in groups give the bits of the whole batch.
 #include "cpu/segment.h"
 
+#include <algorithm>
+
 #include "check.h"
 #include "conv_case.h"
 #include "cpu/segment_memory.h"
@@ -53,6 +55,13 @@ struct Data {
 
   std::vector<float> run(int64_t group_bytes, int threads) const {
     std::vector<float> out(static_cast<size_t>(kSamples * shapes[7].floats()), NAN);
+    cpu::SegmentCall call = this->call();
+    call.map_out = {out.data()};
+    cpu::run_segment(program, shapes, call, threads > 1 ? std_threads(threads) : Threads{}, group_bytes);
+    return out;
+  }
+
+  cpu::SegmentCall call() const {
     cpu::SegmentCall call;
     call.n = kSamples;
     call.map_in = {images.data()};
@@ -62,9 +71,7 @@ struct Data {
     call.constants = {{tables.data(), 32},
                       {first.data(), static_cast<int64_t>(first.size())},
                       {other.data(), static_cast<int64_t>(other.size())}};
-    call.map_out = {out.data()};
-    cpu::run_segment(program, shapes, call, threads > 1 ? std_threads(threads) : Threads{}, group_bytes);
-    return out;
+    return call;
   }
 };
 
@@ -101,6 +108,39 @@ TEST(segment_maps_that_live_at_once_never_overlap) {
   const cpu::SegmentMemory together(data.program, data.shapes, n, int64_t{1} << 40);
   const cpu::SegmentMemory grouped(data.program, data.shapes, n, 1);
   CHECK(grouped.floats * n <= together.floats + 16 * n) << grouped.floats << " and " << together.floats;
+}
+
+// A sum written over its residual leaves the channels beyond its prefix alone where a ReLU has made them, and only
+// there.
+TEST(segment_sums_in_place_give_what_sums_beside_their_residual_give) {
+  const Data data;
+  for (const char* maker_relu : {"1", "0"})
+    for (const char* relu : {"1", "0"}) {
+      const std::string start =
+          "slots 5 2 0\nin map 0\nin index 0 4\nprefix 0 1 16 4\n"
+          "conv 0 -1 1 -1 -1 -1 -1 1 -1 -1 -1 0 3 16 1 3 3 1 1 1 1 1 1 1 1 1 0\n"
+          "conv 1 -1 2 -1 -1 -1 -1 2 -1 -1 -1 0 16 16 1 3 3 1 1 1 1 1 1 1 1 ";
+      const std::string sum =
+          " 0\nconv 1 2 3 -1 1 -1 -1 2 -1 -1 -1 0 16 16 1 3 3 1 1 1 1 1 1 1 1 " + std::string(relu) + " 0\n";
+      const auto run = [&](const std::string& last, size_t outputs) {
+        const cpu::SegmentProgram program(start + maker_relu + sum + last);
+        const auto shapes = cpu::segment_shapes(program, {{3, Data::kSide, Data::kSide}});
+        std::vector<std::vector<float>> out(outputs);
+        cpu::SegmentCall call = data.call();
+        for (auto& map : out) {
+          map.assign(static_cast<size_t>(Data::kSamples * shapes[3].floats()), NAN);
+          call.map_out.push_back(map.data());
+        }
+        cpu::run_segment(program, shapes, call, {}, int64_t{1} << 40);
+        return out.front();
+      };
+      // max_pool of one pixel copies the sum: it is not an output itself then, and can lie in its residual's place.
+      const std::string copy = "max_pool 3 4 -1 1 1 1 1 0 0 0\nout map 4\n";
+      const std::vector<float> in_place = run(copy, 1), beside = run(copy + "out map 2\n", 2);
+      CHECK(in_place == beside) << "ReLU of the residual " << maker_relu << ", of the sum " << relu;
+      const bool negative = std::any_of(in_place.begin(), in_place.end(), [](float v) { return v < 0; });
+      CHECK_EQUAL(negative, relu[0] == '0');
+    }
 }
 
 }  // namespace rnp::tests
