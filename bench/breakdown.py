@@ -1,7 +1,8 @@
-"""Where a converted network's time goes, layer by layer, at full width and under mixed actions, beside what theory allows.
+"""Where a converted network's time goes, layer by layer, at full width and under mixed actions, and what theory allows.
 
 `bench/networks.py --parts breakdown` prints it. Each instruction of the network's plan runs by itself, one operator a
-layer, on the data that the layers before it made (a convolution twice, the second time counts); the sides take turns. Layers of one shape are added up. Of each:
+layer, on the data that the layers before it made (a convolution twice, the second time counts); the sides take turns.
+Layers of one shape are added up. Of each:
 
 * `share`: of the full-width time,
 * `need`: its MACs under the mixed actions ÷ its MACs at full width,
@@ -10,8 +11,11 @@ layer, on the data that the layers before it made (a convolution twice, the seco
 
 The *bound* is what the network would realise if the time of every convolution fell exactly as its MACs do, while the
 layers that pruning does not touch (first convolution, pooling, classifier) keep theirs: full time ÷ (Σ time × need +
-theirs) ÷ theory. It is not 1 because theory counts all MACs alike, and those of a first convolution, of a classifier that
-waits for memory or of a direct layer cost more than Winograd's.
+theirs) ÷ theory. It is not 1 because theory counts all MACs alike, and those of a first convolution, of a classifier
+that waits for memory or of a direct layer cost more than Winograd's.
+
+In the network itself (`--parts pruned`) one operator runs many layers: a sum is written over its residual there, whose
+pruned channels it leaves alone, and samples pass through the first layers in groups.
 """
 
 from __future__ import annotations

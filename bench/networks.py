@@ -1,7 +1,7 @@
 """Whole networks at 224 × 224: full width beside OpenVINO and ONNX Runtime, and what pruning really saves.
 
-    python bench/networks.py [--parts full,agent,pruned,breakdown,memory] [--models vgg16,resnet18,resnet50] [--threads 1,2]
-                             [--rounds 7] [--clock wall|cpu] [--json FILE]
+    python bench/networks.py [--parts full,agent,pruned,breakdown,memory] [--models vgg16,resnet18,resnet50]
+                             [--threads 1,2] [--rounds 7] [--clock wall|cpu] [--json FILE]
 
 Every side is checked before anything is timed; the sides of a row are timed in turn in one process. A rival that is not
 installed is named as missing.
@@ -24,10 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import breakdown
 import torch
 from torch import Tensor, nn
 
-import breakdown
 import rnp
 import rnp_kernels
 from rnp.bench import models, timing
