@@ -12,6 +12,13 @@ namespace rnp::cpu {
 // not asked, since under a hypervisor it can be ten times too large.
 constexpr int64_t kStreamAbove = int64_t{16} << 20;
 
+// Whether that holds for this call. The means read the output again.
+inline bool streams_past_caches(const PrefixConv2dParams& p) {
+  const ConvShape& s = p.shape;
+  const int64_t element = p.dtype == DType::kFloat64 ? 8 : p.dtype == DType::kFloat32 ? 4 : 2;
+  return !p.pooled && s.n * s.c_out * s.out_h * s.out_w * element > kStreamAbove;
+}
+
 struct Call {
   const PrefixConv2dParams& p;
   PackedLayout layout;
@@ -34,11 +41,10 @@ struct Call {
     const bool aliased = p.input_stride.w % 512 == 0;
     direct_input = f32 && flat && !aliased && !padded && s.stride_h == 1 && s.stride_w == 1 && p.input_stride.c == 1 &&
                    p.input_stride.h == s.w * p.input_stride.w;
-    // Every pixel of a group begins a cache line. The means read the output again.
+    // Every pixel of a group begins a cache line.
     const bool aligned = reinterpret_cast<uintptr_t>(p.output) % 64 == 0 && p.output_stride.w % 16 == 0 &&
                          p.output_stride.h % 16 == 0 && p.output_stride.n % 16 == 0 && layout.ocg % 16 == 0;
-    stream = kernels.streams && direct_output && aligned && !p.pooled &&
-             s.n * s.c_out * s.out_h * s.out_w * static_cast<int64_t>(sizeof(float)) > kStreamAbove;
+    stream = kernels.streams && direct_output && aligned && streams_past_caches(p);
   }
 
   int64_t band_floats(const WorkItem& item) const {

