@@ -115,3 +115,25 @@ def test_samples_that_take_the_stock_path_keep_their_bits(layer: tuple[Any, ...]
         for first, end in ((0, 1), (4, 5), (1, 3), (0, 5)):
             part = rnp_kernels.prefix_conv2d(x[first:end], weight, None, stride, pad, 1, groups)
             assert torch.equal(part, whole[first:end]), f"{count} threads, samples {first}…{end - 1}"
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "nchw"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_outputs_that_are_stored_past_the_caches(
+    kernel: int, dtype: torch.dtype, layout: torch.memory_format, isa: str, poisoned_memory: None
+) -> None:
+    """More than 16 MB (kStreamAbove of csrc/cpu/call.h) are stored otherwise than the same samples alone, to the same
+    bits, tails that do not fill a cache line included."""
+    generator = torch.Generator().manual_seed(5)
+    size = 112 if dtype is torch.float32 else 160
+    x = torch.randn(4, 16, size, size, generator=generator, dtype=dtype).contiguous(memory_format=layout)
+    weight = torch.randn(96, 16, kernel, kernel, generator=generator, dtype=dtype)
+    out_prefix = torch.tensor([0, 32, 41, 96], dtype=torch.int32)
+    options = {"padding": kernel // 2}
+    whole = rnp_kernels.prefix_conv2d(x, weight, out_prefix=out_prefix, **options)
+    assert whole.numel() * whole.element_size() > 16 << 20
+    for n, live in enumerate(out_prefix.tolist()):
+        alone = rnp_kernels.prefix_conv2d(x[n : n + 1], weight, out_prefix=out_prefix[n : n + 1], **options)
+        assert torch.equal(whole[n : n + 1], alone)
+        assert not whole[n, live:].any()

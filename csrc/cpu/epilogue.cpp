@@ -7,25 +7,12 @@
 #include <emmintrin.h>
 #endif
 
-#include "core/half.h"
 #include "cpu/call.h"
 #include "cpu/sum_pixels.h"
+#include "cpu/with_type.h"
 
 namespace rnp::cpu {
 namespace {
-
-template <typename F>
-void with_type(const PrefixConv2dParams& p, F&& f) {
-  switch (p.dtype) {
-    case DType::kBFloat16:
-      return f(BFloat16{});
-    case DType::kFloat16:
-      return f(Float16{});
-    case DType::kFloat32:
-    case DType::kFloat64:  // has its own kernel
-      return f(0.0f);
-  }
-}
 
 template <typename T>
 const T* residual_at(const PrefixConv2dParams& p, int64_t n, int64_t row, int64_t channel) {
@@ -149,7 +136,7 @@ void finish_block(const PrefixConv2dParams& p, int64_t n, int64_t row0, int64_t 
   };
   const float* scale = table(p.scale, p.scale_row_stride);
   const float* bias = table(p.bias, p.bias_row_stride);
-  with_type(p, [&](auto tag) {
+  with_type(p.dtype, [&](auto tag) {
     using T = decltype(tag);
     for (int64_t r = row0; r < row1; ++r)
       finish_row<T>(p, scale, bias, residual_at<T>(p, n, r, channel0), view.sums + (r - row0) * view.row_step,
@@ -159,7 +146,7 @@ void finish_block(const PrefixConv2dParams& p, int64_t n, int64_t row0, int64_t 
 
 void fill_tail(const PrefixConv2dParams& p, int64_t n, int64_t row0, int64_t row1, int64_t channel0, int64_t channel1) {
   if (p.tail == Tail::kSkip || channel0 >= channel1) return;
-  with_type(p, [&](auto tag) {
+  with_type(p.dtype, [&](auto tag) {
     using T = decltype(tag);
     for (int64_t r = row0; r < row1; ++r)
       fill_row<T>(p, residual_at<T>(p, n, r, channel0), channel1 - channel0, output_at<T>(p, n, r, channel0));
@@ -171,7 +158,7 @@ void fill_tail(const PrefixConv2dParams& p, int64_t n, int64_t row0, int64_t row
 
 void sum_rows(const PrefixConv2dParams& p, int64_t n, int64_t row0, int64_t row1, int64_t channel0, int64_t channel1,
               float* row_sums) {
-  with_type(p, [&](auto tag) {
+  with_type(p.dtype, [&](auto tag) {
     using T = decltype(tag);
     for (int64_t r = row0; r < row1; ++r) {
       float* sums = row_sums + (n * p.shape.out_h + r) * p.shape.c_out + channel0;

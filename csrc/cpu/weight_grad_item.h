@@ -1,0 +1,14 @@
+// One item of the weight's gradient: a rectangle of the weight, summed over the units of one slot.
+#pragma once
+
+#include "cpu/prefix_conv2d_grad.h"
+#include "cpu/weight_grad_kernel.h"
+#include "cpu/weight_grad_plan.h"
+
+namespace rnp::cpu {
+
+// Fills `sums` (layout: weight_grad_plan.h); `packed` holds input_floats + grad_floats of the plan.
+void sum_item(const PrefixConv2dGradParams& p, const WeightGradPlan& plan, const WeightGradKernels& kernels,
+              const GradItem& item, float* packed, float* sums);
+
+}  // namespace rnp::cpu
