@@ -3,6 +3,7 @@
 // inside its flags; everything here has internal linkage.
 #pragma once
 
+#include "core/count.h"
 #include "cpu/weight_grad_kernel.h"
 
 namespace rnp::cpu {
@@ -22,6 +23,7 @@ void weight_grad_tile(const WeightGradArgs& a) {
       const float* x = a.x + i * a.x_image_step + r * a.x_row_step;
       const float* g = a.g + i * a.g_image_step + r * a.g_row_step;
       for (int64_t n = a.cols; n > 0; --n) {
+        RNP_COUNT_FMA(C * NV * V::kWidth);
         T lanes[NV];
 #pragma GCC unroll 16
         for (int v = 0; v < NV; ++v) lanes[v] = V::load(g + v * V::kWidth);

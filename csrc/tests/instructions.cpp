@@ -14,6 +14,7 @@
 #include "cpu/isa.h"
 #include "cpu/pack_weight.h"
 #include "cpu/prefix_conv2d.h"
+#include "cpu/prefix_conv2d_grad.h"
 #include "cpu/winograd.h"
 
 // callgrind's --toggle-collect looks for this name: it must exist, and nothing may be moved out of it.
@@ -25,11 +26,14 @@ extern "C" __attribute__((noinline)) void rnp_measured_call(const std::function<
 namespace rnp::tests {
 namespace {
 
+enum class Pass { kForward, kInputGrad, kWeightGrad };
+
 struct Case {
   const char* name;
   int64_t n, c_in, side, c_out, kernel, stride, groups;
   int in_quarters, out_quarters;  // live channels
   int winograd = 0;               // the tile to compute with
+  Pass pass = Pass::kForward;
 };
 
 // Small, and together every path of the driver: edges, in-place and copied 1x1, strides, few channels, widths.
@@ -48,6 +52,12 @@ const Case kCases[] = {
     {"winograd_4x4", 1, 64, 28, 64, 3, 1, 1, 4, 4, 4},
     {"winograd_4x4_half", 1, 64, 28, 64, 3, 1, 1, 2, 2, 4},
     {"winograd_2x2", 1, 64, 14, 64, 3, 1, 1, 4, 4, 2},
+    {"input_grad", 1, 64, 14, 64, 3, 1, 1, 4, 4, 0, Pass::kInputGrad},
+    {"input_grad_half", 1, 64, 14, 64, 3, 1, 1, 2, 2, 0, Pass::kInputGrad},
+    {"input_grad_stride_2", 1, 64, 28, 64, 3, 2, 1, 4, 4, 0, Pass::kInputGrad},
+    {"weight_grad", 1, 64, 14, 64, 3, 1, 1, 4, 4, 0, Pass::kWeightGrad},
+    {"weight_grad_half", 1, 64, 14, 64, 3, 1, 1, 2, 2, 0, Pass::kWeightGrad},
+    {"weight_grad_1x1", 1, 128, 14, 128, 1, 1, 1, 4, 4, 0, Pass::kWeightGrad},
 };
 
 void run(const Case& c) {
@@ -80,7 +90,27 @@ void run(const Case& c) {
   }
   set_algorithm(c.winograd == 4 ? "winograd4" : c.winograd == 2 ? "winograd2" : "direct");
   p.activation = Activation::kRelu, p.tail = Tail::kSkip;
-  const std::function<void()> call = [&] { cpu::prefix_conv2d(p, {}); };
+
+  std::vector<float> grad_input(input.size()), grad_weight(weight.size());
+  cpu::PrefixConv2dGradParams g;
+  g.shape = s;
+  g.in_prefix = p.in_prefix, g.out_prefix = p.out_prefix;
+  g.grad_output = output.data(), g.grad_output_stride = p.output_stride;
+  g.weight = weight.data(), g.weight_stride = p.weight_stride;
+  g.grad_input = grad_input.data(), g.grad_input_stride = p.input_stride;
+  g.input = input.data(), g.input_stride = p.input_stride;
+  g.grad_weight = grad_weight.data();
+
+  const std::function<void()> call = [&] {
+    switch (c.pass) {
+      case Pass::kForward:
+        return cpu::prefix_conv2d(p, {});
+      case Pass::kInputGrad:
+        return cpu::prefix_conv2d_input_grad(g, {});
+      case Pass::kWeightGrad:
+        return cpu::prefix_conv2d_weight_grad(g, {});
+    }
+  };
   call();
   rnp_measured_call(call);
 }
