@@ -12,6 +12,7 @@ from . import graph as g
 from .batchnorm import PrefixBatchNorm2d
 from .macs import ConvCost, MacCounter
 from .network import PrunedNetwork
+from .tracing import trace
 
 
 @dataclass
@@ -49,7 +50,7 @@ def convert(model: nn.Module, example_input: Tensor, groups: int = 4) -> PrunedN
     if groups < 1:
         raise ValueError(f"rnp.convert: groups must be at least 1, got {groups}")
     backbone = copy.deepcopy(model).eval()
-    traced, shapes = g.trace(backbone, example_input)
+    traced, shapes = trace(backbone, example_input)
     for module in backbone.modules():
         if getattr(module, "inplace", False):
             module.inplace = False

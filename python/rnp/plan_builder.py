@@ -1,12 +1,7 @@
-"""Builds the plan of a converted network (plan.py): one instruction a layer, with its arguments already in place.
-
-A value's *group* (N,) int32 1…k is the largest of some decisions' actions; its prefix is ceil(group · C / k). Tables
-have a line 0 that is never used, so that a group is at once the `row` of its line.
-"""
+"""Builds the plan of a converted network (plan.py): one instruction a layer, with its arguments already in place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,17 +14,16 @@ from . import graph as g
 from .batchnorm import PrefixBatchNorm2d
 from .fold import find_averages, norm_table, tables, zero_tails
 from .plan import Plan, Run, Source, watch
+from .plan_slots import NOTHING, PlanSlots
 from .segments import Constants, Instruction, Native, Slot, Table, Transformed, Written, release
 
 if TYPE_CHECKING:
     from .network import PrunedNetwork
 
 MAX_POOL = torch.ops.rnp.max_pool2d.default
-Group = frozenset[int] | None
-NOTHING = 0  # slot of `values` and `prefixes` that always holds None
 
 
-class PlanBuilder:
+class PlanBuilder(PlanSlots):
     """Builds the plan for mixed actions, or with `full` the one in which every group is k and nobody is asked.
 
     `features`: the policy wants the pooled features. `agent`: the arguments, layer by layer, of an agent that decides
@@ -44,100 +38,19 @@ class PlanBuilder:
         agent: list[tuple[Tensor, ...]] | None = None,
         traced: bool = False,
     ) -> None:
-        self.network, self.full, self.features = network, full, features and not full
+        first = next(network.backbone.parameters())
+        native = first.is_cpu and first.dtype is torch.float32  # what the segments' operator takes
+        super().__init__(network.groups, full, first.device, native)
+        self.network, self.backbone, self.features = network, network.backbone, features and not full
         self.agent, self.traced = agent, traced
-        self.backbone, self.k = network.backbone, network.groups
         self.steps, self.values = network._steps, network._values
         self.states = [] if not self.features else network._states
         self.averages = find_averages(self.steps, self.backbone)
         self.zero = zero_tails(self.steps, self.states, set(self.averages))
-        self.alias: dict[str, str] = {}  # values that are another one unchanged
-        self.slots: dict[str, int] = {}
-        self.prefix_of: dict[tuple[frozenset[int], int | None], int] = {}
-        self.instructions: list[Instruction] = []
         self.decided = 0
         self.pooled: dict[str, int] = {}
         self.hidden = NOTHING  # the agent's state after the last decision
-        self.next_value = self.next_prefix = 1
         self.sources: list[Source] = []
-        first = next(self.backbone.parameters())
-        self.device = first.device
-        # What the segments' operator takes.
-        self.native = self.device.type == "cpu" and first.dtype is torch.float32
-
-    # -- slots ---------------------------------------------------------------------------------------------------
-
-    def emit(self, call: Callable[[Run], None], reads: list[Slot], native: Native | None = None) -> None:
-        self.instructions.append(Instruction(call, reads, native if self.native else None))
-
-    def new_value(self) -> int:
-        self.next_value += 1
-        return self.next_value - 1
-
-    def slot(self, name: str) -> int:
-        name = self.root(name)
-        if name not in self.slots:
-            self.slots[name] = self.new_value()
-        return self.slots[name]
-
-    def root(self, name: str) -> str:
-        return self.alias.get(name, name)
-
-    def is_identity(self, step: g.Step) -> bool:
-        """Dropout, in eval mode, and nn.Identity."""
-        if not isinstance(step, (g.ChannelwiseStep, g.OpaqueStep)) or step.call.op != "call_module":
-            return False
-        if step.call.args != (g.Arg(0),) or step.call.kwargs:
-            return False
-        return type(self.module(step.call.target)) in (nn.Identity, nn.Dropout, nn.Dropout2d)
-
-    def map(self, name: str) -> Slot:
-        return Slot("map", self.slot(name))
-
-    def group_slot(self, group: Group) -> int:
-        """Slot of the group's tensor (N,) 1…k; emits the maximum that makes it, once."""
-        if group is None or self.full:
-            return NOTHING
-        key = (group, None)
-        if key not in self.prefix_of:
-            # Reuse the largest maximum there is: the group of a residual stream grows by one decision at a time.
-            known = [have for have, channels in self.prefix_of if channels is None and have < group]
-            first = max(known, key=len)
-            rest = self.group_slot(group - first)
-            a, target = self.prefix_of[first, None], self.new_prefix(key)
-
-            def maximum(run: Run) -> None:
-                run.prefixes[target] = torch.maximum(run.prefixes[a], run.prefixes[rest])
-
-            both = [Slot("index", a, self.k), Slot("index", rest, self.k)]
-            self.emit(maximum, both, Native("largest", [*both, Written(Slot("index", target, self.k))]))
-        return self.prefix_of[key]
-
-    def prefix_slot(self, group: Group, channels: int) -> int:
-        """Slot of the prefix (N,) int32 for a map of `channels`; emits the look-up that makes it, once."""
-        if group is None or self.full:
-            return NOTHING
-        key = (group, channels)
-        if key not in self.prefix_of:
-            source, target = self.group_slot(group), self.new_prefix(key)
-            table = self.prefix_table(channels)
-
-            def look_up(run: Run) -> None:
-                run.prefixes[target] = table.index_select(0, run.prefixes[source])
-
-            read, written = Slot("index", source, self.k), Written(Slot("index", target, channels))
-            self.emit(look_up, [read], Native("prefix", [read, written, channels, self.k]))
-        return self.prefix_of[key]
-
-    def prefix_table(self, channels: int) -> Tensor:
-        """Group 0…k → live channels (k + 1,) int32."""
-        sizes = [0] + [g.prefix_size(a, channels, self.k) for a in range(1, self.k + 1)]
-        return torch.tensor(sizes, dtype=torch.int32, device=self.device)
-
-    def new_prefix(self, key: tuple[frozenset[int], int | None]) -> int:
-        self.prefix_of[key] = self.next_prefix
-        self.next_prefix += 1
-        return self.prefix_of[key]
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -172,6 +85,14 @@ class PlanBuilder:
             self.instructions, self.next_value, self.next_prefix, self.slot(self.network._input),
             self.slot(self.steps[-1].output), actions, self.agent, self.traced, self.sources,
         )  # fmt: skip
+
+    def is_identity(self, step: g.Step) -> bool:
+        """Dropout, in eval mode, and nn.Identity."""
+        if not isinstance(step, (g.ChannelwiseStep, g.OpaqueStep)) or step.call.op != "call_module":
+            return False
+        if step.call.args != (g.Arg(0),) or step.call.kwargs:
+            return False
+        return type(self.module(step.call.target)) in (nn.Identity, nn.Dropout, nn.Dropout2d)
 
     def module(self, name: str) -> nn.Module:
         """The module, whose replacement the plan will notice."""
