@@ -178,12 +178,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features,
         "Instruction sets that this processor and its operating system offer: name to bool.");
   m.def("available_isas", &available_isas,
-        "The instruction sets the CPU kernels can run with here, in ascending order: 'portable', 'avx2', 'avx512'.");
+        "The instruction sets the CPU kernels can run with here, in ascending order: 'portable', 'avx2', "
+        "'avx512',\n"
+        "'avx512bf16' (which multiplies bfloat16 without converting it to float32).");
   m.def(
       "isa", [] { return rnp::cpu::isa_name(rnp::cpu::current_isa()); },
       "The instruction set in use. RuntimeError where the environment's RNP_ISA names one that cannot run.");
   m.def("set_isa", &rnp::cpu::set_isa, py::arg("name"),
-        "Use 'auto' (the best), 'portable', 'avx2' or 'avx512' from now on, in the whole process.\n"
+        "Use 'auto' (the best), 'portable', 'avx2', 'avx512' or 'avx512bf16' from now on, in the whole process.\n"
         "RuntimeError, and no change, where this machine or build lacks it. Not to be called while an operator runs.");
   m.def(
       "fma_peak",

@@ -34,7 +34,10 @@ def test_available_isas_are_those_the_processor_has():
     assert isas[0] == "portable"
     assert ("avx2" in isas) == (features.get("avx2", False) and features.get("fma", False))
     if "avx512" in isas:
-        assert isas[-1] == "avx512" and features["avx512f"] and features["avx512vl"]
+        assert features["avx512f"] and features["avx512vl"]
+    assert ("avx512bf16" in isas) == ("avx512" in isas and features["avx512bf16"])
+    order = ("portable", "avx2", "avx512", "avx512bf16")
+    assert [name for name in order if name in isas] == isas
 
 
 def test_auto_takes_the_best_isa():

@@ -142,3 +142,24 @@ def test_two_threads_and_a_writer() -> None:
     with torch.no_grad():
         close(conv(x), answers[1])
         close(conv(x), answers[1])
+
+
+@pytest.mark.skipif("avx512bf16" not in rnp_kernels._C.available_isas(), reason="one layout for all instruction sets")
+def test_a_pack_made_under_another_instruction_set_is_not_used() -> None:
+    before = rnp_kernels._C.isa()
+    torch.manual_seed(0)
+    conv = PrefixConv2d(21, 24, 3, padding=1, dtype=torch.bfloat16)
+    x = torch.randn(2, 21, 6, 6, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    half = torch.tensor([11, 20], dtype=torch.int32)
+    results: dict[str, torch.Tensor] = {}
+    try:
+        for isa in ("avx512bf16", "avx512") * 2:
+            rnp_kernels._C.set_isa(isa)
+            with torch.no_grad():
+                for _ in range(3):  # with a pack of the other kind, without one, with its own
+                    y = conv(x, half)
+                    assert torch.equal(y, results.setdefault(isa, y))
+            assert torch.equal(conv.packed_weight(), rnp_kernels.pack_weight(conv.weight))
+    finally:
+        rnp_kernels._C.set_isa(before)
+    torch.testing.assert_close(results["avx512"], results["avx512bf16"], rtol=2**-7, atol=1e-3)

@@ -7,6 +7,10 @@
 // 0. An ic block is sized so that a panel (ic block x kh x kw x 32 floats, about 73 KB at 3x3) stays in L2 while the
 // output pixels of a band pass over it. Depthwise weights (one input and one output channel per group) are
 // [kh][kw][channel] instead. All ISAs read this one layout.
+//
+// For kernels that multiply bfloat16 in pairs (kernels_avx512bf16.cpp) a float of the data is a *word* instead: the
+// bfloat16 weights of input channels 2i and 2i + 1, the first in the low half; the second of an odd last channel is 0.
+// Whatever is said of ic above is then said of words.
 #pragma once
 
 #include <algorithm>
@@ -22,15 +26,27 @@ struct PackedLayout {
   static constexpr int64_t kStaleWord = 15;  // of the header: not 0 once a call found the pack older than its weight
   static constexpr int32_t kMagic = 0x524e5057, kVersion = 1;
 
-  int64_t groups, icg, ocg, kh, kw, ic_block;
+  bool pairs;  // words of two bfloat16 channels
+  int64_t groups, icg, ocg, kh, kw;
+  int64_t icw;  // input words of a group: icg, or half of it
+  int64_t ic_block;
 
-  explicit PackedLayout(const ConvShape& s)
-      : groups(s.groups),
+  explicit PackedLayout(const ConvShape& s, bool pairs_ = false)
+      : pairs(pairs_),
+        groups(s.groups),
         icg(s.group_in()),
         ocg(s.group_out()),
         kh(s.kh),
         kw(s.kw),
+        icw(pairs ? (icg + 1) / 2 : icg),
         ic_block(choose_ic_block(kh * kw)) {}
+
+  PackedLayout other() const {  // of the same weights for the other kind of kernels
+    PackedLayout out = *this;
+    out.pairs = !pairs;
+    out.icw = pairs ? icg : (icg + 1) / 2;
+    return out;
+  }
 
   static constexpr int64_t choose_ic_block(int64_t area) {
     return area == 1 ? 256 : area <= 9 ? 64 : area <= 25 ? 32 : 16;
@@ -39,15 +55,15 @@ struct PackedLayout {
   bool depthwise() const { return icg == 1 && ocg == 1 && groups > 1; }
   int64_t area() const { return kh * kw; }
   int64_t oc_blocks() const { return (ocg + kLanes - 1) / kLanes; }
-  int64_t ic_blocks() const { return (icg + ic_block - 1) / ic_block; }
+  int64_t ic_blocks() const { return (icw + ic_block - 1) / ic_block; }
   int64_t lanes(int64_t oc_block) const { return ocg - oc_block * kLanes <= kHalfLanes ? kHalfLanes : kLanes; }
-  int64_t ic_count(int64_t ib) const { return std::min(ic_block, icg - ib * ic_block); }
+  int64_t ic_count(int64_t ib) const { return std::min(ic_block, icw - ib * ic_block); }
 
   int64_t fingerprint_at() const { return kHeaderWords; }
   int64_t data_at() const { return (kHeaderWords + groups * ocg + 15) / 16 * 16; }
   int64_t group_floats() const {
     const int64_t full = (oc_blocks() - 1) * kLanes + lanes(oc_blocks() - 1);
-    return full * icg * area();
+    return full * icw * area();
   }
   int64_t total_floats() const {
     return data_at() + (ocg == 0 || icg == 0 ? 0 : depthwise() ? groups * area() : groups * group_floats());
@@ -55,7 +71,7 @@ struct PackedLayout {
 
   // First float of a panel: [kh][kw][ic][lanes] of one (group, oc block, ic block).
   int64_t panel_at(int64_t g, int64_t ob, int64_t ib) const {
-    return data_at() + g * group_floats() + (ob * kLanes * icg + ib * ic_block * lanes(ob)) * area();
+    return data_at() + g * group_floats() + (ob * kLanes * icw + ib * ic_block * lanes(ob)) * area();
   }
 
   bool operator==(const PackedLayout&) const = default;

@@ -51,6 +51,7 @@ struct PrefixConv2dParams {
   const void* weight = nullptr;  // (c_out, c_in / groups, kh, kw)
   Strides4 weight_stride;
   const float* packed = nullptr;    // what pack_weight wrote (packing.h); unused for float64
+  bool pairs = false;               // bfloat16: `packed` holds pairs of channels, which the kernels multiply at once
   const float* winograd = nullptr;  // what pack_winograd wrote for tiles of winograd_tile (winograd.h), or null
   int64_t winograd_tile = 0;
   const uint8_t* elsewhere = nullptr;  // (n,) 1: another algorithm computes this sample, the direct one leaves it alone
@@ -75,6 +76,8 @@ struct PrefixConv2dParams {
 
   int64_t in_live(int64_t i) const { return in_prefix ? in_prefix[i] : shape.c_in; }
   int64_t out_live(int64_t i) const { return out_prefix ? out_prefix[i] : shape.c_out; }
+  // What the kernels step through: input channels of a group, or pairs of them.
+  int64_t words(int64_t channels) const { return pairs ? (channels + 1) / 2 : channels; }
 };
 
 }  // namespace rnp

@@ -32,7 +32,7 @@ std::vector<WorkItem> schedule(const PrefixConv2dParams& p, int threads) {
   for (int64_t n = 0; n < s.n; ++n) {
     if (p.elsewhere && p.elsewhere[n]) continue;
     for (int64_t g = 0; g < s.groups; ++g) {
-      const int64_t in_live = live_in_group(p.in_live(n), g, s.group_in());
+      const int64_t in_live = p.words(live_in_group(p.in_live(n), g, s.group_in()));
       const int64_t out_live = live_in_group(p.out_live(n), g, s.group_out());
       const int64_t blocks = ceil_div(out_live, PackedLayout::kLanes);
       int64_t rows = band_rows(s, in_live);

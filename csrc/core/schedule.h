@@ -21,6 +21,7 @@ struct WorkItem {
 };
 
 // How many output rows a band may have so that its input (live channels only, with halo) and its sums stay in L2.
+// `in_live`: channels of float32, or words of two bfloat16.
 int64_t band_rows(const ConvShape& shape, int64_t in_live);
 
 // Items cover every (sample, group, row, live block) once, and every (sample, group, row) once with `tail`. Longest

@@ -178,6 +178,7 @@ void agent_step(const AgentStepParams& p, int64_t begin, int64_t end, float* scr
   at.q = at.from_hidden + kLanes * 3 * p.hidden;
 #if defined(__x86_64__)
   switch (current_isa()) {
+    case Isa::kAvx512Bf16:
     case Isa::kAvx512:
       return avx512(p, begin, end, at);
     case Isa::kAvx2:

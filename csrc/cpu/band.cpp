@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "core/half.h"
 
@@ -46,15 +47,45 @@ void copy_row(const T* from, int64_t pixel_stride, int64_t channel_stride, int64
   }
 }
 
+// Band columns [left, right) that lie inside the image.
+std::pair<int64_t, int64_t> inside(const ConvShape& s, const BandGeometry& g) {
+  const int64_t left = std::clamp<int64_t>(g.x0 >= 0 ? 0 : (-g.x0 + g.x_step - 1) / g.x_step, 0, g.cols_in);
+  return {left, std::clamp<int64_t>((s.w - g.x0 + g.x_step - 1) / g.x_step, left, g.cols_in)};
+}
+
+// One row of bfloat16: `cols` pixels, `count` channels each, as words that touch. `all`: channels that may be read.
+void copy_row_pairs(const uint16_t* from, int64_t pixel_stride, int64_t channel_stride, int64_t cols, int64_t count,
+                    int64_t all, CopyPixels copy_pixels, float* to) {
+  const int64_t words = (count + 1) / 2;
+  const bool odd = count % 2 != 0;
+  uint16_t* halves = reinterpret_cast<uint16_t*>(to);
+  if (channel_stride == 1 && pixel_stride % 2 == 0 && (!odd || count < all)) {  // whole words can be read
+    const float* whole = reinterpret_cast<const float*>(from);
+    if (pixel_stride == 2 * words) {
+      std::memcpy(to, from, sizeof(float) * static_cast<size_t>(cols * words));
+    } else {
+      copy_pixels(whole, pixel_stride / 2, cols, words, words, to);
+    }
+    for (int64_t x = 0; odd && x < cols; ++x) halves[2 * words * (x + 1) - 1] = 0;
+    return;
+  }
+  // As in copy_row: a cache line of the target is filled before it leaves.
+  for (int64_t c0 = 0; c0 < count; c0 += 32) {
+    const int64_t c1 = std::min(count, c0 + 32);
+    for (int64_t x = 0; x < cols; ++x) {
+      for (int64_t c = c0; c < c1; ++c) halves[x * 2 * words + c] = from[x * pixel_stride + c * channel_stride];
+      if (odd) halves[2 * words * (x + 1) - 1] = 0;
+    }
+  }
+}
+
 template <typename T>
 void copy_typed(const PrefixConv2dParams& p, const BandGeometry& g, int64_t n, int64_t first_channel, int64_t live,
                 int64_t channels, int64_t ic_block, CopyPixels copy_pixels, float* to) {
   const ConvShape& s = p.shape;
   const Strides4& st = p.input_stride;
   const T* input = static_cast<const T*>(p.input) + n * st.n + first_channel * st.c;
-  // Band columns [left, right) lie inside the image.
-  const int64_t left = std::clamp<int64_t>(g.x0 >= 0 ? 0 : (-g.x0 + g.x_step - 1) / g.x_step, 0, g.cols_in);
-  const int64_t right = std::clamp<int64_t>((s.w - g.x0 + g.x_step - 1) / g.x_step, left, g.cols_in);
+  const auto [left, right] = inside(s, g);
   for (int64_t c0 = 0; c0 < channels; c0 += ic_block) {
     const int64_t width = std::min(ic_block, channels - c0);
     const int64_t count = std::clamp<int64_t>(live - c0, 0, width);
@@ -74,6 +105,32 @@ void copy_typed(const PrefixConv2dParams& p, const BandGeometry& g, int64_t n, i
 }
 
 }  // namespace
+
+void copy_band_pairs(const PrefixConv2dParams& p, const BandGeometry& g, int64_t n, int64_t first_channel, int64_t live,
+                     int64_t ic_block, CopyPixels copy_pixels, float* to) {
+  const ConvShape& s = p.shape;
+  const Strides4& st = p.input_stride;
+  const uint16_t* input = static_cast<const uint16_t*>(p.input) + n * st.n + first_channel * st.c;
+  const int64_t all = s.c_in - first_channel;
+  const auto [left, right] = inside(s, g);
+  for (int64_t c0 = 0; c0 < live; c0 += 2 * ic_block) {
+    const int64_t count = std::min(2 * ic_block, live - c0), words = (count + 1) / 2;
+    const auto clear = [&](int64_t first, int64_t end) {
+      std::memset(to + first * words, 0, sizeof(float) * static_cast<size_t>((end - first) * words));
+    };
+    for (int64_t r = 0; r < g.rows_in; ++r, to += g.cols_in * words) {
+      const int64_t y = g.y0 + r * g.y_step;
+      if (y < 0 || y >= s.h) {
+        clear(0, g.cols_in);
+        continue;
+      }
+      clear(0, left);
+      clear(right, g.cols_in);
+      const uint16_t* from = input + c0 * st.c + y * st.h + (g.x0 + left * g.x_step) * st.w;
+      copy_row_pairs(from, g.x_step * st.w, st.c, right - left, count, all - c0, copy_pixels, to + left * words);
+    }
+  }
+}
 
 void copy_band(const PrefixConv2dParams& p, const BandGeometry& geometry, int64_t n, int64_t first_channel,
                int64_t live, int64_t channels, int64_t ic_block, CopyPixels copy_pixels, float* to) {

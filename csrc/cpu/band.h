@@ -24,4 +24,10 @@ struct BandGeometry {
 void copy_band(const PrefixConv2dParams& p, const BandGeometry& geometry, int64_t n, int64_t first_channel,
                int64_t live, int64_t channels, int64_t ic_block, CopyPixels copy_pixels, float* to);
 
+// The same of a bfloat16 input for kernels that multiply pairs: [part][rows_in][cols_in][words of the part], where part
+// i holds the words of the live channels of input block i (`ic_block` words each). The second half of an odd last
+// channel's word is 0.
+void copy_band_pairs(const PrefixConv2dParams& p, const BandGeometry& geometry, int64_t n, int64_t first_channel,
+                     int64_t live, int64_t ic_block, CopyPixels copy_pixels, float* to);
+
 }  // namespace rnp::cpu

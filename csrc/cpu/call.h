@@ -1,6 +1,8 @@
 // What the items of one call share.
 #pragma once
 
+#include <type_traits>
+
 #include "core/schedule.h"
 #include "cpu/band.h"
 #include "cpu/microkernel.h"
@@ -27,29 +29,47 @@ struct Call {
   bool flat;           // 1x1: a band is one long row of pixels
   bool direct_input;   // tiles read the input tensor itself
   bool stream;         // tiles may store past the caches
+  int64_t element;     // bytes of an element of input, residual and output
 
-  Call(const PrefixConv2dParams& params, const Kernels& k) : p(params), layout(params.shape), kernels(k) {
+  Call(const PrefixConv2dParams& params, const Kernels& k)
+      : p(params), layout(params.shape, params.pairs), kernels(k), element(p.dtype == DType::kFloat32 ? 4 : 2) {
     const ConvShape& s = p.shape;
-    const bool f32 = p.dtype == DType::kFloat32;
+    const bool f32 = p.dtype == DType::kFloat32, own_type = f32 || p.pairs;  // of tensors that the tiles read and write
     flat = s.kh == 1 && s.kw == 1;
     const bool flat_output = p.output_stride.h == s.out_w * p.output_stride.w;
     const bool flat_residual = !p.residual || p.residual_stride.h == s.out_w * p.residual_stride.w;
-    direct_output = f32 && p.output_stride.c == 1 && (!p.residual || p.residual_stride.c == 1) &&
+    direct_output = own_type && p.output_stride.c == 1 && (!p.residual || p.residual_stride.c == 1) &&
                     (!flat || (flat_output && flat_residual));
     const bool padded = s.pad_top + s.pad_bottom + s.pad_left + s.pad_right > 0;
     // Pixels 2 KB apart share a few sets of L1: then the live channels are copied side by side first.
-    const bool aliased = p.input_stride.w % 512 == 0;
-    direct_input = f32 && flat && !aliased && !padded && s.stride_h == 1 && s.stride_w == 1 && p.input_stride.c == 1 &&
-                   p.input_stride.h == s.w * p.input_stride.w;
+    const bool aliased = p.input_stride.w * element % 2048 == 0;
+    direct_input = own_type && (f32 || whole_words()) && flat && !aliased && !padded && s.stride_h == 1 &&
+                   s.stride_w == 1 && p.input_stride.c == 1 && p.input_stride.h == s.w * p.input_stride.w;
     // Every pixel of a group begins a cache line.
     const bool aligned = reinterpret_cast<uintptr_t>(p.output) % 64 == 0 && p.output_stride.w % 16 == 0 &&
                          p.output_stride.h % 16 == 0 && p.output_stride.n % 16 == 0 && layout.ocg % 16 == 0;
     stream = kernels.streams && direct_output && aligned && streams_past_caches(p);
   }
 
+  // Tensors are addressed by bytes: input and output may hold bfloat16, whatever the pointers' type.
+  template <typename P>
+  P* advance(P* pointer, int64_t elements) const {
+    using Byte = std::conditional_t<std::is_const_v<P>, const char, char>;
+    return reinterpret_cast<P*>(reinterpret_cast<Byte*>(pointer) + elements * element);
+  }
+  // Floats (or words) between neighbours that are `elements` apart in the input.
+  int64_t input_step(int64_t elements) const { return p.pairs ? elements / 2 : elements; }
+  // Whether every live channel of every sample is part of a word that holds nothing else.
+  bool whole_words() const {
+    bool odd = p.input_stride.w % 2 != 0;
+    for (int64_t n = 0; n < p.shape.n; ++n) odd = odd || p.in_live(n) % 2 != 0;
+    return !odd;
+  }
+
+  int64_t in_words(const WorkItem& item) const { return p.words(live_in_group(p.in_live(item.n), item.g, layout.icg)); }
   int64_t band_floats(const WorkItem& item) const {
     if (direct_input) return 0;
-    const int64_t live = live_in_group(p.in_live(item.n), item.g, layout.icg);
+    const int64_t live = in_words(item);
     return (BandGeometry(p.shape, item.row0, item.row1).pixels() * live + 15) / 16 * 16;
   }
   // Whether a pass of a tile may: it must fill whole lines.

@@ -37,7 +37,7 @@ __attribute__((target("avx512f"))) int64_t avx512(int64_t rounds) { return chain
 
 int64_t fma_peak(Isa isa, int64_t rounds) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return avx512(rounds);
+  if (isa >= Isa::kAvx512) return avx512(rounds);
   if (isa == Isa::kAvx2) return avx2(rounds);
 #endif
   return portable(rounds);

@@ -7,9 +7,10 @@
 
 namespace rnp::cpu {
 
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
-// Names are "portable", "avx2", "avx512".
+// Names are "portable", "avx2", "avx512", and "avx512bf16": as "avx512", but bfloat16 is multiplied as it stands
+// (kernels_avx512bf16.cpp) and not converted to float32 first.
 const char* isa_name(Isa isa);
 // What this machine can run and this build holds, slowest first; never empty.
 std::vector<Isa> available_isas();

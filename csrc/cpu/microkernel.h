@@ -37,6 +37,7 @@ struct TileArgs {
   int64_t partial_row_step, partial_col_step;
 
   // Used when `last`: out = activation(scale * sum + bias + residual). Scale and bias hold `lanes` floats or are null.
+  // Output and residual are of the type that the kernel stores (bfloat16 in those that multiply pairs); so are steps.
   float* out;
   int64_t out_row_step, out_col_step;
   const float* scale;
@@ -110,6 +111,8 @@ const Kernels& portable_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+// Tiles that multiply bfloat16: their "floats" of x and w are words of two channels, and they store bfloat16.
+const Kernels& avx512bf16_kernels();
 #endif
 
 }  // namespace rnp::cpu

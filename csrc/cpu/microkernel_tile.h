@@ -35,17 +35,27 @@ struct ColSteps {
   }
 };
 
+// Vectors whose multiply-add takes two bfloat16 of each lane say kPairs, and load and store bfloat16 (load_half,
+// store_half) where others load and store float.
+template <class V>
+constexpr bool multiplies_pairs() {
+  if constexpr (requires { V::kPairs; }) return V::kPairs;
+  return false;
+}
+
 template <class V, int R, int C, int NV>
 struct Tile {
   using T = typename V::T;
   static constexpr int kWidth = V::kWidth;
+  static constexpr bool kPairs = multiplies_pairs<V>();
+  static constexpr int64_t kStored = kPairs ? 2 : 4;  // bytes of an element of output and residual
 
   // acc of columns [c0, c1) of one row += x * w, one input channel. The recursion replaces a loop over c: the column is
   // a compile-time constant in the address.
   template <int c, int c1>
   static RNP_INLINE void columns(T (&row)[C][NV], const char* x, const T (&w)[NV], const ColSteps& s) {
     if constexpr (c < c1) {
-      RNP_COUNT_FMA(NV * kWidth);
+      RNP_COUNT_FMA(NV * kWidth * (kPairs ? 2 : 1));
       if constexpr (NV == 1 && V::kFusedBroadcast) {
         row[c][0] = V::template fma_broadcast<c>(x, s, w[0], row[c][0]);
       } else {
@@ -98,10 +108,10 @@ struct Tile {
 
   // f(r, c, pixel) for every pixel of the tile: r and c are compile-time constants, `pixel` its byte offset. Offsets
   // are computed when they are needed and forgotten: kept, they would take the registers of the hot loop.
-  template <class F>
+  template <int64_t kBytes = sizeof(float), class F>
   static RNP_INLINE void each_pixel(int64_t row_step, int64_t col_step, F&& f) {
-    const ColSteps s(col_step * static_cast<int64_t>(sizeof(float)));
-    each_row<0>(row_step * static_cast<int64_t>(sizeof(float)), s, f);
+    const ColSteps s(col_step * kBytes);
+    each_row<0>(row_step * kBytes, s, f);
   }
   template <int r, class F>
   static RNP_INLINE void each_row(int64_t row_bytes, const ColSteps& s, F&& f) {
@@ -118,11 +128,21 @@ struct Tile {
       each_col<r, c + 1>(row_bytes, s, f);
     }
   }
+  template <int64_t kBytes = sizeof(float)>
   static RNP_INLINE float* at(float* base, int64_t bytes, int v) {
-    return reinterpret_cast<float*>(reinterpret_cast<char*>(base) + bytes) + v * kWidth;
+    return reinterpret_cast<float*>(reinterpret_cast<char*>(base) + bytes + v * kWidth * kBytes);
   }
+  template <int64_t kBytes = sizeof(float)>
   static RNP_INLINE const float* at(const float* base, int64_t bytes, int v) {
-    return reinterpret_cast<const float*>(reinterpret_cast<const char*>(base) + bytes) + v * kWidth;
+    return reinterpret_cast<const float*>(reinterpret_cast<const char*>(base) + bytes + v * kWidth * kBytes);
+  }
+  static RNP_INLINE T load_stored(const float* p, typename V::Mask mask) {
+    if constexpr (kPairs) return V::load_half(p, mask);
+    if constexpr (!kPairs) return V::masked_load(p, mask);
+  }
+  static RNP_INLINE void store_stored(float* p, typename V::Mask mask, T v) {
+    if constexpr (kPairs) V::store_half(p, mask, v);
+    if constexpr (!kPairs) V::masked_store(p, mask, v);
   }
 
   static void compute(const TileArgs& a) {
@@ -131,9 +151,9 @@ struct Tile {
     for (int r = 0; r < R; ++r)
       RNP_UNROLL for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NV; ++v) acc[r][c][v] = V::zero();
     if (a.last && !a.stream) {  // the lines to be written arrive while the sums are computed
-      each_pixel(a.out_row_step, a.out_col_step, [&](int, int, int64_t pixel) RNP_LAMBDA {
+      each_pixel<kStored>(a.out_row_step, a.out_col_step, [&](int, int, int64_t pixel) RNP_LAMBDA {
         RNP_UNROLL
-        for (int v = 0; v < NV; ++v) __builtin_prefetch(at(a.out, pixel, v), 1);
+        for (int v = 0; v < NV; ++v) __builtin_prefetch(at<kStored>(a.out, pixel, v), 1);
       });
     }
     for (int64_t i = 0; i < a.run_count; ++i) {
@@ -191,10 +211,10 @@ struct Tile {
       }
     }
     if (a.residual) {
-      each_pixel(a.residual_row_step, a.residual_col_step, [&](int r, int c, int64_t pixel) RNP_LAMBDA {
+      each_pixel<kStored>(a.residual_row_step, a.residual_col_step, [&](int r, int c, int64_t pixel) RNP_LAMBDA {
         RNP_UNROLL
         for (int v = 0; v < NV; ++v)
-          acc[r][c][v] = V::add(acc[r][c][v], V::masked_load(at(a.residual, pixel, v), mask[v]));
+          acc[r][c][v] = V::add(acc[r][c][v], load_stored(at<kStored>(a.residual, pixel, v), mask[v]));
       });
     }
     if (a.relu) {
@@ -212,9 +232,9 @@ struct Tile {
         return;
       }
     }
-    each_pixel(a.out_row_step, a.out_col_step, [&](int r, int c, int64_t pixel) RNP_LAMBDA {
+    each_pixel<kStored>(a.out_row_step, a.out_col_step, [&](int r, int c, int64_t pixel) RNP_LAMBDA {
       RNP_UNROLL
-      for (int v = 0; v < NV; ++v) V::masked_store(at(a.out, pixel, v), mask[v], acc[r][c][v]);
+      for (int v = 0; v < NV; ++v) store_stored(at<kStored>(a.out, pixel, v), mask[v], acc[r][c][v]);
     });
   }
 };

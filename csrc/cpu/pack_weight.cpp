@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/half.h"
+#include "cpu/isa.h"
 
 namespace rnp::cpu {
 namespace {
@@ -25,6 +26,11 @@ void read_filter(const T* w, const Strides4& st, const PackedLayout& l, int64_t 
         to[ic * area + i * l.kw + j] = static_cast<float>(to_float(w[ic * st.c + i * st.h + j * st.w]));
 }
 
+// One lane of a word: two weights that are bfloat16 values, hence without rounding.
+float pair_of(float first, float second) {
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(first) >> 16 | (std::bit_cast<uint32_t>(second) & 0xffff0000u));
+}
+
 // The first `in_live` input channels of a block of lanes. A few channels of all its filters are staged side by side:
 // read where they lie, they would share a few sets of L1, and so would the panel's taps if they were written in turn.
 template <typename T>
@@ -33,20 +39,29 @@ void pack_block(const T* w, const Strides4& st, const PackedLayout& l, int64_t g
   constexpr int64_t kStaged = 144;  // values of a filter
   const int64_t lanes = l.lanes(ob), first = g * l.ocg + ob * PackedLayout::kLanes, area = l.area();
   const int64_t live = std::min(lanes, l.ocg - ob * PackedLayout::kLanes);
-  const int64_t chunk = std::max<int64_t>(1, kStaged / area), pitch = chunk * area + 4;
+  const int64_t step = l.pairs ? 2 : 1;  // channels of a word
+  in_live = std::min(l.icg, (in_live + step - 1) / step * step);
+  const int64_t chunk = std::max<int64_t>(1, kStaged / area / step) * step, pitch = chunk * area + 4;
   std::vector<float> staged(static_cast<size_t>(PackedLayout::kLanes * pitch));  // lanes without a filter stay 0
-  for (int64_t ib = 0; ib * l.ic_block < in_live; ++ib) {
+  for (int64_t ib = 0; ib * l.ic_block * step < in_live; ++ib) {
     float* panel = packed + l.panel_at(g, ob, ib);
-    const int64_t panel_channels = l.ic_count(ib), used = std::min(panel_channels, in_live - ib * l.ic_block);
+    const int64_t panel_words = l.ic_count(ib), ic_first = ib * l.ic_block * step;
+    const int64_t used = std::min({panel_words * step, in_live - ic_first, l.icg - ic_first});
     for (int64_t ic0 = 0; ic0 < used; ic0 += chunk) {
       const int64_t count = std::min(chunk, used - ic0);
       for (int64_t oc = 0; oc < live; ++oc)
-        read_filter(w + (first + oc) * st.n, st, l, ib * l.ic_block + ic0, count, staged.data() + oc * pitch);
+        read_filter(w + (first + oc) * st.n, st, l, ic_first + ic0, count, staged.data() + oc * pitch);
       for (int64_t t = 0; t < area; ++t)
-        for (int64_t ic = 0; ic < count; ++ic) {
+        for (int64_t ic = 0; ic < count; ic += step) {
           const float* from = staged.data() + ic * area + t;
-          float* to = panel + (t * panel_channels + ic0 + ic) * lanes;
-          for (int64_t oc = 0; oc < lanes; ++oc) to[oc] = from[oc * pitch];
+          float* to = panel + (t * panel_words + (ic0 + ic) / step) * lanes;
+          if (!l.pairs) {
+            for (int64_t oc = 0; oc < lanes; ++oc) to[oc] = from[oc * pitch];
+          } else {
+            const bool both = ic + 1 < count;
+            for (int64_t oc = 0; oc < lanes; ++oc)
+              to[oc] = pair_of(from[oc * pitch], both ? from[oc * pitch + area] : 0.0f);
+          }
         }
     }
   }
@@ -106,7 +121,7 @@ struct Header {
 
   explicit Header(const PackedLayout& l) : words{} {
     const int64_t fields[] = {
-        PackedLayout::kMagic, PackedLayout::kVersion, l.groups, l.ocg, l.icg, l.kh, l.kw, l.ic_block};
+        PackedLayout::kMagic, PackedLayout::kVersion, l.groups, l.ocg, l.icg, l.kh, l.kw, l.ic_block, l.pairs};
     for (size_t i = 0; i < std::size(fields); ++i) words[i] = static_cast<int32_t>(fields[i]);
   }
 };
@@ -128,6 +143,13 @@ auto with_type(const WeightView& weight, F&& f) {
 }
 
 }  // namespace
+
+PackedLayout layout_in_use(const ConvShape& s, DType dtype) {
+  const PackedLayout words(s, true);
+  const bool whole = s.groups == 1 || words.icg % 2 == 0;
+  const bool pairs = dtype == DType::kBFloat16 && current_isa() == Isa::kAvx512Bf16 && whole && !words.depthwise();
+  return pairs ? words : PackedLayout(s);
+}
 
 void pack_weight(const WeightView& weight, const PackedLayout& layout, float* packed, const Threads& threads,
                  int64_t in_live, int64_t out_live) {

@@ -12,6 +12,10 @@ struct WeightView {  // (c_out, c_in / groups, kh, kw)
   Strides4 stride;
 };
 
+// The layout that the kernels in use want of a weight of this shape and dtype: pairs of bfloat16 channels where the
+// processor multiplies those, except where a pair would join two groups, and depthwise.
+PackedLayout layout_in_use(const ConvShape& shape, DType dtype);
+
 // No more than the first `in_live` input and `out_live` output channels are needed; what stands beyond is undefined.
 void pack_weight(const WeightView& weight, const PackedLayout& layout, float* packed, const Threads& threads,
                  int64_t in_live = INT64_MAX, int64_t out_live = INT64_MAX);

@@ -15,6 +15,7 @@
 #include "cpu/epilogue.h"
 #include "cpu/isa.h"
 #include "cpu/microkernel.h"
+#include "cpu/pack_weight.h"
 #include "cpu/pointwise.h"
 #include "cpu/prefetch.h"
 #include "cpu/scratch.h"
@@ -24,9 +25,10 @@
 namespace rnp::cpu {
 namespace {
 
-const Kernels& kernels_of(Isa isa) {
+const Kernels& kernels_of(Isa isa, bool pairs = false) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return avx512_kernels();
+  if (pairs) return avx512bf16_kernels();
+  if (isa >= Isa::kAvx512) return avx512_kernels();
   if (isa == Isa::kAvx2) return avx2_kernels();
 #endif
   return portable_kernels();
@@ -75,17 +77,18 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
   float* out = nullptr;
   const float* residual = nullptr;
   if (call.direct_output) {
-    out = static_cast<float*>(p.output) + item.n * p.output_stride.n + item.row0 * p.output_stride.h + channel0;
+    out = call.advance(static_cast<float*>(p.output),
+                       item.n * p.output_stride.n + item.row0 * p.output_stride.h + channel0);
     if (p.residual)
-      residual = static_cast<const float*>(p.residual) + item.n * p.residual_stride.n +
-                 item.row0 * p.residual_stride.h + channel0;
+      residual = call.advance(static_cast<const float*>(p.residual),
+                              item.n * p.residual_stride.n + item.row0 * p.residual_stride.h + channel0);
   }
   for (int64_t sub = 0, live = 0; sub < block_live; sub += live) {
     const TileWidth& width = call.kernels.width_for(block_live - sub);
     live = std::min<int64_t>(width.lanes, block_live - sub);
     for (int64_t ib = 0; ib < ic_blocks; ++ib) {
       const int64_t count = std::clamp<int64_t>(in_live - ib * l.ic_block, 0, l.ic_block);
-      const int64_t pixel = call.direct_input ? p.input_stride.w : count;
+      const int64_t pixel = call.direct_input ? call.input_step(p.input_stride.w) : count;
       const float* x = call.direct_input ? band + ib * l.ic_block : band + ib * l.ic_block * geometry.pixels();
       TileArgs args = {};
       args.w = p.packed + l.panel_at(item.g, block, ib) + sub;
@@ -108,10 +111,10 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
           args.x = x + (row.first * geometry.row_step * plan.cols_in + col.first * geometry.col_step) * pixel;
           args.partial = sums + (row.first * plan.cols + col.first) * PackedLayout::kLanes + sub;
           if (out) {
-            args.out = out + row.first * args.out_row_step + col.first * args.out_col_step + sub;
-            args.residual =
-                residual ? residual + row.first * args.residual_row_step + col.first * args.residual_col_step + sub
-                         : nullptr;
+            args.out = call.advance(out, row.first * args.out_row_step + col.first * args.out_col_step + sub);
+            args.residual = residual ? call.advance(residual, row.first * args.residual_row_step +
+                                                                  col.first * args.residual_col_step + sub)
+                                     : nullptr;
           }
           prefetcher.step();
           run_tile(call.kernels.sum_kernel_rows || p.sum_kernel_rows, width.tile[row.count - 1][col.count - 1],
@@ -128,15 +131,18 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
 void run_item(const Call& call, const WorkItem& item, const WorkItem* following, float* scratch, float* row_sums) {
   const PrefixConv2dParams& p = call.p;
   const PackedLayout& l = call.layout;
-  const int64_t in_live = live_in_group(p.in_live(item.n), item.g, l.icg);
+  const int64_t in_live = call.in_words(item);
   const int64_t out_live = live_in_group(p.out_live(item.n), item.g, l.ocg);
   const int64_t group0 = item.g * l.ocg;
   if (item.block0 < item.block1) {
     const BandGeometry geometry(p.shape, item.row0, item.row1);
     const float* band = scratch;
     if (call.direct_input) {
-      band = static_cast<const float*>(p.input) + item.n * p.input_stride.n + item.g * l.icg +
-             item.row0 * p.input_stride.h;
+      band = call.advance(static_cast<const float*>(p.input),
+                          item.n * p.input_stride.n + item.g * l.icg + item.row0 * p.input_stride.h);
+    } else if (p.pairs) {
+      copy_band_pairs(p, geometry, item.n, item.g * l.icg, live_in_group(p.in_live(item.n), item.g, l.icg), l.ic_block,
+                      call.kernels.copy_pixels, scratch);
     } else {
       copy_band(p, geometry, item.n, item.g * l.icg, in_live, in_live, l.ic_block, call.kernels.copy_pixels, scratch);
     }
@@ -144,10 +150,9 @@ void run_item(const Call& call, const WorkItem& item, const WorkItem* following,
     const auto prefetcher = [&](int64_t steps) {
       if (!following || following->block0 >= following->block1) return Prefetcher();
       return Prefetcher(p, *following, following->g * l.icg,
-                        live_in_group(p.in_live(following->n), following->g, l.icg), p.dtype == DType::kFloat32 ? 4 : 2,
-                        steps);
+                        live_in_group(p.in_live(following->n), following->g, l.icg), call.element, steps);
     };
-    if (call.flat && call.direct_output) {
+    if (call.flat && call.direct_output && !p.pairs) {
       Pointwise pointwise(call, item, in_live, out_live, band, sums);
       pointwise.run(prefetcher(pointwise.steps()));
     } else {
@@ -174,7 +179,7 @@ void prefix_conv2d(const PrefixConv2dParams& p, const Threads& threads) {
   const ConvShape& s = p.shape;
   if (s.n == 0 || s.c_out == 0 || s.out_h == 0 || s.out_w == 0) return;
   if (p.dtype == DType::kFloat64) return prefix_conv2d_plain(p, threads);
-  const Kernels& kernels = kernels_of(current_isa());
+  const Kernels& kernels = kernels_of(current_isa(), p.pairs);
   static thread_local ScratchMemory scratch;
   if (const WinogradSamples split(p); !split.samples.empty()) {
     winograd_conv2d(p, split.samples, kernels, threads, [](size_t floats) { return scratch.get(floats); });
@@ -224,10 +229,13 @@ void prefix_conv2d(const PrefixConv2dParams& p, const Threads& threads) {
 
 std::string describe_kernel(const ConvShape& s, DType dtype) {
   if (dtype == DType::kFloat64) return "plain float64 kernel";
-  const std::string name = std::string(isa_name(current_isa())) + " kernels, ";
+  const bool converted = dtype != DType::kFloat32 && !layout_in_use(s, dtype).pairs;
+  const std::string name =
+      std::string(isa_name(current_isa())) + " kernels, " + (converted ? "converted to float32, " : "");
   if (PackedLayout(s).depthwise()) return name + "depthwise";
-  const Kernels& kernels = kernels_of(current_isa());
-  const int64_t rows = std::min(s.out_h, band_rows(s, s.group_in()));
+  const bool pairs = layout_in_use(s, dtype).pairs;
+  const Kernels& kernels = kernels_of(current_isa(), pairs);
+  const int64_t rows = std::min(s.out_h, band_rows(s, pairs ? (s.group_in() + 1) / 2 : s.group_in()));
   const TilePlan plan(s, BandGeometry(s, 0, rows), kernels, 0, rows, s.kh == 1 && s.kw == 1);
   const int64_t lanes = kernels.width_for(s.group_out()).lanes;
   return name + "tile " + std::to_string(plan.row_tiles[0].count) + "x" + std::to_string(plan.col_tiles[0].count) +

@@ -22,7 +22,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-PackedLayout checked_layout(const char* op, const Tensor& weight, int64_t groups) {
+ConvShape checked_weight(const char* op, const Tensor& weight, int64_t groups) {
   STD_TORCH_CHECK(weight.dim() == 4, op, ": weight must be 4-D (C_out, C_in / groups, kH, kW); got ", text(weight));
   STD_TORCH_CHECK(weight.numel() > 0, op, ": weight must not be empty; got ", text(weight));
   STD_TORCH_CHECK(groups > 0, op, ": groups must be positive; got ", groups);
@@ -34,7 +34,7 @@ PackedLayout checked_layout(const char* op, const Tensor& weight, int64_t groups
   s.c_in = weight.size(1) * groups;
   s.kh = weight.size(2);
   s.kw = weight.size(3);
-  return PackedLayout(s);
+  return s;
 }
 
 WeightView view_of(const char* op, const Tensor& weight) {
@@ -42,8 +42,9 @@ WeightView view_of(const char* op, const Tensor& weight) {
 }
 
 Tensor pack_weight_cpu(const Tensor& weight, int64_t groups) {
-  const PackedLayout layout = checked_layout("pack_weight", weight, groups);
+  const ConvShape shape = checked_weight("pack_weight", weight, groups);
   const WeightView view = view_of("pack_weight", weight);
+  const PackedLayout layout = layout_in_use(shape, view.dtype);
   Tensor packed = torch::stable::empty({layout.total_floats()}, ScalarType::Float);
   pack_weight(view, layout, static_cast<float*>(packed.mutable_data_ptr()), torch_threads());
   return packed;
@@ -51,7 +52,7 @@ Tensor pack_weight_cpu(const Tensor& weight, int64_t groups) {
 
 Tensor pack_winograd_cpu(const Tensor& weight, int64_t tile) {
   constexpr const char* kPack = "pack_winograd";
-  checked_layout(kPack, weight, 1);
+  checked_weight(kPack, weight, 1);
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, kPack, ": weight must be float32; got ",
                   torch::headeronly::toString(weight.scalar_type()));
   STD_TORCH_CHECK(weight.size(2) == 3 && weight.size(3) == 3, kPack, ": the kernel must be 3x3; got ", text(weight));
@@ -67,7 +68,7 @@ constexpr const char* kOp = "prefix_conv2d";
 ConvShape checked_shape(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
   STD_TORCH_CHECK(input.dim() == 4, kOp, ": input must be 4-D (N, C, H, W); got ", text(input));
-  checked_layout(kOp, weight, groups);
+  checked_weight(kOp, weight, groups);
   STD_TORCH_CHECK(weight.scalar_type() == input.scalar_type(), kOp, ": weight must have the input's dtype ",
                   torch::headeronly::toString(input.scalar_type()), "; got ",
                   torch::headeronly::toString(weight.scalar_type()));
@@ -166,6 +167,10 @@ Tensor usable_packed(const Tensor& weight, const PackedLayout& layout, const Opt
                     ": packed must be the 1-D float32 result of pack_weight; got shape ", text(*packed));
     const float* data = static_cast<const float*>(packed->const_data_ptr());
     const char* mismatch = packed_mismatch(data, packed->numel(), layout);
+    if (mismatch && !packed_mismatch(data, packed->numel(), layout.other())) {  // made under another instruction set
+      mark_stale(data);
+      return usable_packed(weight, layout, std::nullopt, in_live, out_live);
+    }
     STD_TORCH_CHECK(!mismatch, kOp, ": packed does not belong to weight ", text(weight), " with groups=", layout.groups,
                     ": ", mismatch ? mismatch : "");
     if (packed_is_fresh(view, layout, data)) return *packed;
@@ -260,8 +265,10 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
   p.out_prefix = out_values.empty() ? nullptr : out_values.data();
   std::optional<Tensor> weights;
   if (p.dtype != DType::kFloat64 && (!p.winograd || !WinogradSamples(p).all())) {
-    weights = usable_packed(weight, PackedLayout(s), packed, largest(p.in_prefix, s.n, s.c_in),
-                            largest(p.out_prefix, s.n, s.c_out));
+    const PackedLayout layout = layout_in_use(s, p.dtype);
+    p.pairs = layout.pairs;
+    weights =
+        usable_packed(weight, layout, packed, largest(p.in_prefix, s.n, s.c_in), largest(p.out_prefix, s.n, s.c_out));
     p.packed = static_cast<const float*>(weights->const_data_ptr());
   }
 

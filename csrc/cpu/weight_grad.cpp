@@ -15,7 +15,7 @@ constexpr double kCostOfThread = 5e4;  // cycles that must wait for a thread to 
 
 const WeightGradKernels& weight_grad_kernels_of(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return avx512_weight_grad_kernels();
+  if (isa >= Isa::kAvx512) return avx512_weight_grad_kernels();
   if (isa == Isa::kAvx2) return avx2_weight_grad_kernels();
 #endif
   return portable_weight_grad_kernels();

@@ -27,7 +27,7 @@ struct Problem {
 
   Problem(const ConvCase& c, Mode m, DType dtype, bool channels_last, double unit) : s(c.shape()), mode(m) {
     Random random(static_cast<uint64_t>(s.c_in * 100 + s.c_out + m));
-    const PackedLayout l(s);
+    const PackedLayout l = cpu::layout_in_use(s, dtype);
     fill(weight, s.c_out * l.icg * s.kh * s.kw, random);
     fill(input, s.n * s.c_in * s.h * s.w, random);
     fill(residual, s.n * s.c_out * s.out_h * s.out_w, random);
@@ -40,6 +40,7 @@ struct Problem {
     }
     p.shape = s;
     p.dtype = dtype;
+    p.pairs = l.pairs;
     p.input_stride = strides_of(s.c_in, s.h, s.w, channels_last);
     p.weight_stride = strides_of(l.icg, s.kh, s.kw, false);
     p.output_stride = p.residual_stride = strides_of(s.c_out, s.out_h, s.out_w, channels_last);
@@ -166,25 +167,26 @@ TEST(the_plain_kernel_equals_the_reference) {
     }
 }
 
-TEST(a_sample_has_the_same_bits_alone_in_a_batch_and_with_any_threads) {
+template <typename T>
+void check_invariance(DType dtype) {
   const cpu::Isa before = cpu::current_isa();
   for (cpu::Isa isa : cpu::available_isas()) {
     cpu::set_isa(cpu::isa_name(isa));
     for (const ConvCase& c : conv_cases())
       for (Mode mode : {kTables, kResidual}) {
         const std::string where = std::string(cpu::isa_name(isa)) + ", " + c.name + ", " + kModeNames[mode];
-        Problem<float> batch(c, mode, DType::kFloat32, true, 0);
+        Problem<T> batch(c, mode, dtype, true, 0);
         cpu::prefix_conv2d(batch.p, {});
         for (int threads : {2, 5}) {
-          Problem<float> other(c, mode, DType::kFloat32, true, 0);
+          Problem<T> other(c, mode, dtype, true, 0);
           cpu::prefix_conv2d(other.p, std_threads(threads));
-          CHECK(std::memcmp(other.output.data(), batch.output.data(), 4 * batch.output.size()) == 0)
+          CHECK(std::memcmp(other.output.data(), batch.output.data(), sizeof(T) * batch.output.size()) == 0)
               << where << ", threads";
           CHECK(std::memcmp(other.pooled.data(), batch.pooled.data(), 4 * batch.pooled.size()) == 0)
               << where << ", threads";
         }
         for (int64_t n = 0; n < c.n; ++n) {
-          Problem<float> alone(c, mode, DType::kFloat32, true, 0);
+          Problem<T> alone(c, mode, dtype, true, 0);
           alone.p.shape.n = 1;
           alone.p.input = alone.input.data() + n * alone.p.input_stride.n;
           alone.p.residual = mode == kResidual ? alone.residual.data() + n * alone.p.residual_stride.n : nullptr;
@@ -192,7 +194,7 @@ TEST(a_sample_has_the_same_bits_alone_in_a_batch_and_with_any_threads) {
           if (alone.p.row) alone.p.row += n;
           cpu::prefix_conv2d(alone.p, std_threads(2));
           const size_t size = alone.output.size() / static_cast<size_t>(c.n), means = static_cast<size_t>(c.c_out);
-          CHECK(std::memcmp(alone.output.data(), batch.output.data() + n * size, 4 * size) == 0)
+          CHECK(std::memcmp(alone.output.data(), batch.output.data() + n * size, sizeof(T) * size) == 0)
               << where << ", sample " << n;
           CHECK(std::memcmp(alone.pooled.data(), batch.pooled.data() + n * means, 4 * means) == 0)
               << where << ", sample " << n;
@@ -200,6 +202,11 @@ TEST(a_sample_has_the_same_bits_alone_in_a_batch_and_with_any_threads) {
       }
   }
   cpu::set_isa(cpu::isa_name(before));
+}
+
+TEST(a_sample_has_the_same_bits_alone_in_a_batch_and_with_any_threads) {
+  check_invariance<float>(DType::kFloat32);
+  check_invariance<BFloat16>(DType::kBFloat16);
 }
 
 TEST(nan_and_infinity_of_live_channels_pass_through) {

@@ -1,0 +1,138 @@
+// Kernels for processors that multiply bfloat16 (AVX512-BF16): the register tiles of kernels_avx512.cpp, in which a
+// float of input and weights is a word of two neighbouring channels and a multiply-add (vdpbf16ps) adds both products
+// to a float32 sum. A channels_last input needs no preparation: its channel pairs are words as they stand.
+//
+// vdpbf16ps takes subnormal inputs as zero and flushes subnormal results to zero; vcvtneps2bf16, which stores the
+// output rounded to nearest even, takes subnormal sums as zero. Elsewhere subnormals are kept. In which order a pair's
+// two products are added is the processor's affair: bits may differ from one processor model to another, never from
+// call to call.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+// GCC 12 warns about its own _mm512_undefined_ps.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+#include "cpu/microkernel_tile.h"
+
+namespace rnp::cpu {
+namespace {
+
+// Assembly fixes the address form of a pixel, as in kernels_avx512.cpp. `broadcast`: {1to16} or {1to8}.
+#define RNP_DOT_BROADCAST(broadcast)                                                    \
+  const auto& line = *reinterpret_cast<const char(*)[1]>(x);                            \
+  if constexpr (c == 0) {                                                               \
+    asm("vdpbf16ps (%1)" broadcast ", %2, %0" : "+v"(acc) : "r"(x), "v"(w), "m"(line)); \
+  } else {                                                                              \
+    constexpr int scale = c & -c, odd = c / scale;                                      \
+    asm("vdpbf16ps (%1,%3,%c4)" broadcast ", %2, %0"                                    \
+        : "+v"(acc)                                                                     \
+        : "r"(x), "v"(w), "r"(s.odd<odd>()), "i"(scale), "m"(line));                    \
+  }                                                                                     \
+  return acc
+
+struct Pairs512 {
+  using T = __m512;
+  using Mask = __mmask16;
+  static constexpr int kWidth = 16;
+  static constexpr bool kPairs = true, kFusedBroadcast = true, kStreams = false;
+
+  static RNP_INLINE T zero() { return _mm512_setzero_ps(); }
+  static RNP_INLINE T load(const float* p) { return _mm512_loadu_ps(p); }
+  static RNP_INLINE void store(float* p, T v) { _mm512_storeu_ps(p, v); }
+  static RNP_INLINE T fma(T a, T b, T c) {
+    asm("vdpbf16ps %1, %2, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+  }
+  static RNP_INLINE T add(T a, T b) { return _mm512_add_ps(a, b); }
+  static RNP_INLINE T mul(T a, T b) { return _mm512_mul_ps(a, b); }
+  static RNP_INLINE T relu(T v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }  // a NaN stays
+  static RNP_INLINE Mask mask(int live) {
+    return static_cast<Mask>(live >= 16 ? 0xffff : (1u << (live < 0 ? 0 : live)) - 1);
+  }
+  static RNP_INLINE T load_half(const float* p, Mask m) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
+  }
+  static RNP_INLINE void store_half(float* p, Mask m, T v) {
+    __m256i halves;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(v));
+    _mm256_mask_storeu_epi16(p, m, halves);
+  }
+  template <int c>
+  static RNP_INLINE T broadcast(const char* x, const ColSteps& s) {
+    T out;
+    const auto& line = *reinterpret_cast<const char(*)[1]>(x);
+    if constexpr (c == 0) {
+      asm("vbroadcastss (%1), %0" : "=v"(out) : "r"(x), "m"(line));
+    } else {
+      constexpr int scale = c & -c, odd = c / scale;
+      asm("vbroadcastss (%1,%2,%c3), %0" : "=v"(out) : "r"(x), "r"(s.odd<odd>()), "i"(scale), "m"(line));
+    }
+    return out;
+  }
+  template <int c>
+  static RNP_INLINE T fma_broadcast(const char* x, const ColSteps& s, T w, T acc) {
+    RNP_DOT_BROADCAST("%{1to16%}");
+  }
+};
+
+struct Pairs256 {
+  using T = __m256;
+  using Mask = __mmask8;
+  static constexpr int kWidth = 8;
+  static constexpr bool kPairs = true, kFusedBroadcast = true, kStreams = false;
+
+  static RNP_INLINE T zero() { return _mm256_setzero_ps(); }
+  static RNP_INLINE T load(const float* p) { return _mm256_loadu_ps(p); }
+  static RNP_INLINE void store(float* p, T v) { _mm256_storeu_ps(p, v); }
+  static RNP_INLINE T add(T a, T b) { return _mm256_add_ps(a, b); }
+  static RNP_INLINE T mul(T a, T b) { return _mm256_mul_ps(a, b); }
+  static RNP_INLINE T relu(T v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
+  static RNP_INLINE Mask mask(int live) {
+    return static_cast<Mask>(live >= 8 ? 0xff : (1u << (live < 0 ? 0 : live)) - 1);
+  }
+  static RNP_INLINE T load_half(const float* p, Mask m) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_maskz_loadu_epi16(m, p)), 16));
+  }
+  static RNP_INLINE void store_half(float* p, Mask m, T v) {
+    __m128i halves;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(v));
+    _mm_mask_storeu_epi16(p, m, halves);
+  }
+  template <int c>
+  static RNP_INLINE T fma_broadcast(const char* x, const ColSteps& s, T w, T acc) {
+    RNP_DOT_BROADCAST("%{1to8%}");
+  }
+};
+
+template <class V, int NV>
+void add_tiles(TileWidth& width) {
+  add_columns<V, NV, 14>(width);
+  add_shape<V, NV, 2, 7>(width);
+  add_shape<V, NV, 2, 6>(width);
+  add_shape<V, NV, 2, 5>(width);
+  add_shape<V, NV, 2, 4>(width);
+  add_shape<V, NV, 3, 4>(width);
+  add_shape<V, NV, 4, 3>(width);
+  add_shape<V, NV, 2, 3>(width);
+  add_shape<V, NV, 2, 2>(width);
+}
+
+}  // namespace
+
+const Kernels& avx512bf16_kernels() {
+  static const Kernels kernels = [] {
+    Kernels k = {};  // no depthwise, no Winograd: those convert to float32
+    k.widths = 3;
+    k.pointwise = 1;
+    k.max_cols = 14;
+    add_tiles<Pairs256, 1>(k.width[0]);
+    add_tiles<Pairs512, 1>(k.width[1]);
+    add_tiles<Pairs512, 2>(k.width[2]);
+    k.copy_pixels = avx512_kernels().copy_pixels;
+    return k;
+  }();
+  return kernels;
+}
+
+}  // namespace rnp::cpu
+#endif
