@@ -33,6 +33,7 @@ struct WinogradOutputArgs {
   int32_t live;      // channels to store, 1…32
   int64_t out_row_step, out_col_step, residual_row_step, residual_col_step;
   bool relu;
+  bool stream;  // store past the caches; whole vectors and aligned cache lines only (kernels whose `streams` says so)
 };
 
 struct WinogradKernels {  // index 0: F(2x2, 3x3), 1: F(4x4, 3x3)
