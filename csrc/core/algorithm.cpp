@@ -21,9 +21,8 @@ std::atomic<int> setting{0};
 constexpr int64_t kFewestChannels = 16;  // of the layer: below, the transforms outweigh the products they save (3 -> 64
                                          // at 224x224: 0.75 of direct)
 constexpr int64_t kFewestLive = 8;       // of a sample: below, likewise (8 -> 8 of 64 at 56x56: as fast as direct)
-constexpr int64_t kFewestOutputs4 = 64;  // 7x7 and below: samples rarely share their prefixes in a mixed batch, and one
-                                         // alone waits for the weights, 4 times as many (512 channels at 7x7, half
-                                         // width, batch 1: F(4x4) 0.86 of direct, F(2x2) 1.02; batch 8: 1.49 and 1.10)
+constexpr int64_t kFewestOutputs4 = 49;  // 7x7, 512 channels, F(4x4) over F(2x2): 0.95 for a sample alone, 1.4 for two,
+                                         // 1.6 for eight; over direct 1.3, 1.9 and 2.2. Smaller ones were not measured
 constexpr int64_t kFewestOutputs2 = 16;  // 4x4, 128 channels: 1.2 to 1.3 of direct; smaller ones were not measured
 
 Algorithm by_shape(const ConvShape& s) {
