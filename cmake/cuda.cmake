@@ -18,6 +18,8 @@ set(RNP_CUDA_SOURCES
     csrc/cuda/prefix_conv2d_torch.cpp
     csrc/cuda/weight_grad.cu
     csrc/cuda/weight_grad_torch.cpp)
+# Compiled for sm_90a alone, where RNP_CUDA_ARCHS has it.
+set(RNP_CUDA_SM90_SOURCES csrc/cuda/hopper_tiles.cu)
 
 if(NOT RNP_CUDA MATCHES "^(auto|1|0)$")
   message(FATAL_ERROR "RNP_CUDA must be auto, 1 or 0, not '${RNP_CUDA}'")
@@ -78,4 +80,13 @@ add_library(rnp_cuda SHARED ${RNP_CUDA_SOURCES})
 set_target_properties(rnp_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static INSTALL_RPATH "" SKIP_BUILD_RPATH ON)
 target_include_directories(rnp_cuda PRIVATE csrc ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 target_link_libraries(rnp_cuda PRIVATE rnp_torch)
+if("90a" IN_LIST RNP_CUDA_ARCHS)
+  add_library(rnp_cuda_sm90 OBJECT ${RNP_CUDA_SM90_SOURCES})
+  set_target_properties(rnp_cuda_sm90 PROPERTIES CUDA_ARCHITECTURES 90a)
+  target_include_directories(rnp_cuda_sm90 PRIVATE csrc)
+  target_link_libraries(rnp_cuda PRIVATE rnp_cuda_sm90)
+  target_compile_definitions(rnp_cuda PRIVATE RNP_SM90=1)
+else()
+  target_compile_definitions(rnp_cuda PRIVATE RNP_SM90=0)
+endif()
 install(TARGETS rnp_cuda LIBRARY DESTINATION rnp_kernels)

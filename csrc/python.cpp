@@ -159,12 +159,12 @@ std::string describe_kernel(std::array<int64_t, 3> input, std::array<int64_t, 4>
 std::string describe_cuda_kernel(std::array<int64_t, 4> input, std::array<int64_t, 4> weight,
                                  std::array<int64_t, 2> stride, std::array<int64_t, 4> padding,
                                  std::array<int64_t, 2> dilation, int64_t groups, const std::string& dtype,
-                                 bool channels_last, bool tf32, int multiprocessors) {
+                                 bool channels_last, bool tf32, int multiprocessors, bool hopper) {
   rnp::ConvShape s = shape_of({input[1], input[2], input[3]}, weight, stride, padding, dilation, groups);
   s.n = input[0];
   if (groups < 1 || s.n < 1 || s.out_h < 1 || s.out_w < 1)
     throw py::value_error("describe_cuda_kernel: the output must not be empty");
-  return rnp::cuda::describe_kernel(s, dtype_of(dtype), channels_last, tf32, multiprocessors);
+  return rnp::cuda::describe_kernel(s, dtype_of(dtype), channels_last, tf32, {multiprocessors, hopper});
 }
 
 }  // namespace
@@ -208,8 +208,10 @@ PYBIND11_MODULE(_C, m) {
         "The CPU operator's own kernel for this layer, in words: instruction set and register tile.");
   m.def("describe_cuda_kernel", &describe_cuda_kernel, py::arg("input"), py::arg("weight"), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("dtype"), py::arg("channels_last"),
-        py::arg("tf32"), py::arg("multiprocessors"),
-        "The CUDA operator's kernel and tile for this layer and batch, in words. input is (N, C, H, W).");
+        py::arg("tf32"), py::arg("multiprocessors"), py::arg("hopper") = false,
+        "The CUDA operator's kernel and tile for this layer and batch, in words. input is (N, C, H, W); hopper: on a "
+        "device "
+        "of compute capability 9.0, by a library with code for sm_90a.");
   m.def("algorithm", &rnp::get_algorithm, "The name last given to set_algorithm.");
   m.def("set_algorithm", &rnp::set_algorithm, py::arg("name"),
         "Use 'auto' (a measured rule), 'direct', 'winograd2' or 'winograd4' for the convolutions that the CPU operator "

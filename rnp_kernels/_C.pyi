@@ -61,6 +61,7 @@ def describe_cuda_kernel(
     channels_last: bool,
     tf32: bool,
     multiprocessors: int,
+    hopper: bool = ...,
 ) -> str: ...
 def macs(
     in_prefix: Sequence[int],

@@ -45,8 +45,20 @@ def describe_kernel(arguments: tuple[Any, ...]) -> str:
     if 0 in input.shape:
         return "nothing to compute"
     last = output_memory_format(input, weight) is torch.channels_last and input.stride(1) == 1
-    units = torch.cuda.get_device_properties(input.device).multi_processor_count
+    device = torch.cuda.get_device_properties(input.device)
+    units = device.multi_processor_count
+    hopper = (device.major, device.minor) == (9, 0) and "90a" in str(_C.build_info()["cuda_archs"]).split(";")
     dtype = str(input.dtype).removeprefix("torch.")
     return _C.describe_cuda_kernel(
-        tuple(input.shape), tuple(weight.shape), stride, padding, dilation, groups, dtype, last, tf32_allowed(), units
+        tuple(input.shape),
+        tuple(weight.shape),
+        stride,
+        padding,
+        dilation,
+        groups,
+        dtype,
+        last,
+        tf32_allowed(),
+        units,
+        hopper,
     )

@@ -1,7 +1,8 @@
 """What the built CUDA library contains, read from its machine code: no GPU is needed.
 
-Every tile of csrc/cuda/tiles.h is there for every architecture, with matrix instructions and asynchronous copies where
-they are promised, nothing in local memory, and registers within the budget written in that table.
+Every tile of csrc/cuda/tiles.h is there for its architectures, with matrix instructions and asynchronous copies where
+they are promised (HMMA and LDGSTS in those of sm_80; HGMMA, bulk and im2col copies in those of sm_90a), nothing in
+local memory, and registers and shared memory within the budget written in that table.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rnp_kernels import _C
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = Path(rnp_kernels.__file__).parent / "librnp_cuda.so"
 REGISTERS, THREADS, MOST_TILES = 65536, 128, 24
+HOPPER_THREADS = 384
 SHARED = {"80": 163 * 1024, "90a": 227 * 1024}  # bytes of shared memory that a multiprocessor gives to blocks
 
 
@@ -51,7 +53,6 @@ class Tile:
     name: str
     storage: str
     math: str
-    gather: bool
     bm: int
     bn: int
     blocks: int
@@ -60,7 +61,7 @@ class Tile:
     def symbol(self) -> str:
         storage = {"BFloat16": "NS_8BFloat16E", "Float16": "NS_7Float16E", "float": "f"}[self.storage]
         math = {"kMatrix": 0, "kFfma": 1}[self.math]
-        return f"conv_tile_kernelINS0_4TileI{storage}LNS0_4MathE{math}ELb{int(self.gather)}ELi{self.bm}ELi{self.bn}EE"
+        return f"conv_tile_kernelINS0_4TileI{storage}LNS0_4MathE{math}ELi{self.bm}ELi{self.bn}EE"
 
     def shared_bytes(self) -> int:
         """Tile::kSharedBytes."""
@@ -70,8 +71,41 @@ class Tile:
 @cache
 def tiles() -> tuple[Tile, ...]:
     text = (ROOT / "csrc/cuda/tiles.h").read_text()
-    rows = re.findall(r"X\((\w+), (\w+), Math::(\w+), (true|false), (\d+), (\d+), (\d+), (\d+)\)", text)
-    return tuple(Tile(n, t, m, g == "true", *map(int, rest)) for n, t, m, g, *rest in rows)
+    rows = re.findall(r"X\((\w+), (\w+), Math::(\w+), (\d+), (\d+), (\d+), (\d+)\)", text)
+    return tuple(Tile(n, t, m, *map(int, rest)) for n, t, m, *rest in rows)
+
+
+@dataclass(frozen=True)
+class HopperTile:
+    name: str
+    storage: str
+    bn: int
+    registers: int
+
+    def symbol(self) -> str:
+        storage = {"BFloat16": "NS_8BFloat16E", "Float16": "NS_7Float16E"}[self.storage]
+        return f"hopper_tile_kernelINS0_10HopperTileI{storage}Li{self.bn}EE"
+
+    def shared_bytes(self) -> int:
+        """HopperTile::kSharedBytes."""
+        stages = {256: 4, 128: 6}[self.bn]
+        return 1024 + stages * (128 + self.bn) * 128 + 128 * 40 * 4 + 2 * 128 * 48 + 256
+
+    def widths(self) -> list[int]:
+        """The columns of its wgmma instructions: multiples of an eighth of the tile."""
+        return [grains * self.bn // 8 for grains in range(1, 9)]
+
+
+@cache
+def hopper_tiles() -> tuple[HopperTile, ...]:
+    text = (ROOT / "csrc/cuda/tiles.h").read_text()
+    rows = re.findall(r"X\((sm90_\w+), (\w+), (\d+), (\d+)\)", text)
+    return tuple(HopperTile(name, storage, *map(int, rest)) for name, storage, *rest in rows)
+
+
+def needs_sm90a() -> None:
+    if "90a" not in architectures():
+        pytest.skip(f"the CUDA library was built for {architectures()}, without 90a")
 
 
 def architectures() -> list[str]:
@@ -93,8 +127,10 @@ def instructions() -> dict[tuple[str, str], collections.Counter[str]]:
             arch = match[1]
         elif match := re.match(r"\s*Function : (\S+)", line):
             counts = found[arch, match[1]] = collections.Counter()
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line):
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(\S*)", line):
             counts[match[1]] += 1
+            if match[1] == "HGMMA":
+                counts[match[1] + match[2]] += 1
     return found
 
 
@@ -112,7 +148,7 @@ def resources() -> dict[tuple[str, str], dict[str, int]]:
     return found
 
 
-def one(table: dict, arch: str, tile: Tile):
+def one(table: dict, arch: str, tile: Tile | HopperTile):
     matches = [value for (a, symbol), value in table.items() if a == arch and tile.symbol() in symbol]
     assert len(matches) == 1, f"{tile.name}: {len(matches)} kernels for sm_{arch}"
     return matches[0]
@@ -120,18 +156,19 @@ def one(table: dict, arch: str, tile: Tile):
 
 def test_the_table_is_read_and_keeps_its_budget():
     text = (ROOT / "csrc/cuda/tiles.h").read_text()
-    assert len(tiles()) == text.count("  X(") >= 14
-    others = [
-        s for a, s in instructions() if a == architectures()[0] and re.search(r"plain_conv|weight_grad_kernel", s)
-    ]
-    assert len(others) == 8 and len(tiles()) + len(others) <= MOST_TILES
-    assert len({t.symbol() for t in tiles()}) == len(tiles())
+    every = (*tiles(), *hopper_tiles())
+    assert len(every) == text.count("  X(") >= 14
+    others = {s for _, s in instructions() if re.search(r"plain_conv|weight_grad_kernel|sum_segments_kernel", s)}
+    assert len(others) in (8, 10) and len(every) + len(others) <= MOST_TILES
+    assert len({t.symbol() for t in every}) == len(every)
 
 
 def test_every_tile_was_compiled_for_every_architecture():
     for arch in architectures():
         found = [s for a, s in instructions() if a == arch and "conv_tile_kernel" in s]
         assert len(found) == len(tiles()), f"sm_{arch}"
+        found = [s for a, s in instructions() if a == arch and "hopper_tile_kernel" in s]
+        assert len(found) == (len(hopper_tiles()) if arch == "90a" else 0), f"sm_{arch}"
 
 
 def test_matrix_instructions_and_asynchronous_copies_are_where_they_are_promised():
@@ -146,6 +183,35 @@ def test_matrix_instructions_and_asynchronous_copies_are_where_they_are_promised
             # Two blocks of 16 rows by every run of 16 channels, in halves of 8.
             least = 2 * (tile.bn // 16 // (4 // (tile.bm // 32))) * 2
             assert tile.math == "kFfma" or seen["HMMA"] >= least, f"{where}: {seen['HMMA']}"
+
+
+def test_hopper_tiles_multiply_warpgroups_and_fetch_by_the_copy_engine():
+    needs_sm90a()
+    for tile in hopper_tiles():
+        seen = one(instructions(), "90a", tile)
+        assert seen["HMMA"] == 0, tile.name
+        for width in tile.widths():  # four steps of a whole chunk, and one in the loop over the steps of the last
+            kind = f"HGMMA.64x{width}x16.F32" + (".BF16" if tile.storage == "BFloat16" else "")
+            assert seen[kind] >= 5, f"{tile.name}: {kind} {seen[kind]}"
+        assert seen["HGMMA"] == sum(n for name, n in seen.items() if name.startswith("HGMMA.64x")), tile.name
+        assert all(int(name.split("x")[1]) in tile.widths() for name in seen if name.startswith("HGMMA.")), tile.name
+        assert seen["UTMALDG"] > 0, f"{tile.name}: no im2col copy"
+        assert seen["UBLKCP"] > 0, f"{tile.name}: no bulk copy of weights"
+        assert seen["LDGSTS"] > 0, f"{tile.name}: no cp.async where rows are scattered"
+        assert seen["SYNCS"] > 0 and seen["USETMAXREG"] == 2, tile.name
+        # A sum moved between products would make the compiler wait for each: as many waits as places that ask for one.
+        loops = len(tile.widths())
+        assert seen["WARPGROUP"] == 4 * loops, f"{tile.name}: {seen['WARPGROUP']} arrivals and waits"
+
+
+def test_hopper_tiles_keep_the_budget():
+    needs_sm90a()
+    for tile in hopper_tiles():
+        use = one(resources(), "90a", tile)
+        assert use["REG"] <= tile.registers, f"{tile.name}: {use}"
+        assert tile.registers * HOPPER_THREADS <= REGISTERS, tile.name
+        assert use["SHARED"] <= 1024, f"{tile.name}: static; the rest is dynamic"
+        assert tile.shared_bytes() <= SHARED["90a"], f"{tile.name}: {tile.shared_bytes()}"
 
 
 def test_the_weight_gradient_of_halves_uses_matrix_instructions():
@@ -179,5 +245,5 @@ def test_registers_and_shared_memory_keep_the_budget():
 
 def test_no_double_precision_arithmetic_outside_the_float64_kernels():
     for (arch, symbol), seen in instructions().items():
-        if "conv_tile_kernel" in symbol or "BFloat16" in symbol:
+        if "conv_tile_kernel" in symbol or "hopper_tile_kernel" in symbol or "BFloat16" in symbol:
             assert seen["DFMA"] + seen["DMUL"] + seen["DADD"] == 0, (arch, symbol)

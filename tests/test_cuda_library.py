@@ -61,10 +61,10 @@ LAYER = {
         ({"dtype": "float16", "weight": (64, 128, 3, 3)}, "tile fp16_128x64, 128 rows x 64 channels"),
         ({"dtype": "float32", "input": (8, 128, 7, 7)}, "tile tf32_64x64, 64 rows x 64 channels"),
         ({"dtype": "float32", "tf32": False}, "tile fp32_128x64, 128 rows x 64 channels"),
-        ({"channels_last": False}, "tile bf16_gather, 128 rows x 64 channels"),
+        ({"channels_last": False}, "tile bf16_128x64, 128 rows x 64 channels, gathered"),
         (
             {"input": (8, 3, 224, 224), "weight": (64, 3, 7, 7)},
-            "tile bf16_gather, 128 rows x 64 channels, taps and channels in one K",
+            "tile bf16_128x64, 128 rows x 64 channels, taps and channels in one K, gathered",
         ),
         ({"groups": 128, "weight": (128, 1, 3, 3)}, "plain kernel, one output element a thread"),
         ({"dtype": "float64"}, "plain kernel, one output element a thread"),
@@ -72,3 +72,28 @@ LAYER = {
 )
 def test_the_tile_depends_on_the_layer_the_dtype_and_the_layout(changed: dict, kernel: str):
     assert _C.describe_cuda_kernel(**{**LAYER, **changed}) == kernel
+
+
+SMALL = {"input": (4, 512, 7, 7), "weight": (512, 512, 3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "kernel"),
+    [
+        ({}, "tile sm90_bf16_128x128, 128 rows x 128 channels"),
+        (
+            {"dtype": "float16", "input": (256, 256, 14, 14), "weight": (512, 256, 3, 3)},
+            "tile sm90_fp16_128x256, 128 rows x 256 channels",
+        ),
+        (SMALL, "tile sm90_bf16_128x128, 128 rows x 64 channels, K in segments of 64 channels, split over blocks"),
+        (
+            {**SMALL, "input": (256, 512, 7, 7)},
+            "tile sm90_bf16_128x128, 128 rows x 64 channels, K in segments of 64 channels",
+        ),
+        ({"weight": (48, 128, 3, 3)}, "tile bf16_128x64, 128 rows x 64 channels"),  # wgmma needs 64 outputs
+        ({"channels_last": False}, "tile bf16_128x64, 128 rows x 64 channels, gathered"),
+        ({"dtype": "float32"}, "tile tf32_128x128, 128 rows x 128 channels"),
+    ],
+)
+def test_a_hopper_gpu_takes_wgmma_where_it_fits(changed: dict, kernel: str):
+    assert _C.describe_cuda_kernel(**{**LAYER, **changed}, hopper=True) == kernel

@@ -133,4 +133,16 @@ RNP_HD RowPlace place_row(const Cut& cut, const Cursor& at, int64_t first_row, i
   return out;
 }
 
+// A run of chunks of K. Where K is split, tile number t is segment t mod `splits` of tile t / splits of the list above,
+// and has the chunks of its segment that are live; none where all its rows end before.
+struct ChunkRange {
+  int32_t first, end;
+};
+
+RNP_HD ChunkRange chunks_of(int32_t live_chunks, int32_t segment_chunks, int32_t segment, int32_t splits) {
+  if (splits == 1) return {0, live_chunks};
+  const int32_t first = segment * segment_chunks, end = first + segment_chunks;
+  return {first, end < live_chunks ? end : live_chunks};
+}
+
 }  // namespace rnp::gpu

@@ -16,18 +16,30 @@ struct Axis {
   uint8_t tap[kMaxTaps];    // which of the kernel's taps it is
 };
 
-// The packed weights: [group][chunk][tap][out channel][BK], zeros beyond the channels of a group. What a stage needs,
-// any run of output channels for one chunk and tap, is one run of memory, for every tile: one copy serves all of them.
-// Where a group has fewer channels than one step, chunks may run over (tap, channel) together: `flat`.
+// The packed weights: [group][chunk][tap][out channel][128 bytes of channels], zeros beyond the channels of a group.
+// What a stage needs, any run of output channels for one chunk and tap, is one run of memory, for every tile: one copy
+// serves all of them. In the row of output channel o piece i of 16 bytes stands at i ^ o % 8, the swizzle of wgmma, so
+// that one bulk copy brings a tile of weights as the matrix unit reads it; the sm_80 kernel takes half a row, piece by
+// piece. Where a group has fewer channels than one step, chunks may run over (tap, channel) together: `flat`.
 struct PackedTiles {
   int32_t groups = 1, group_in = 1, group_out = 1, kh = 1, kw = 1, element = 4;  // element: bytes
   bool may_be_flat = true;
 
   bool flat() const { return may_be_flat && group_in * element < kStepBytes; }
-  int32_t chunk() const { return kChunkBytes / element; }
+  int32_t chunk() const { return kPackBytes / element; }
   int32_t taps() const { return flat() ? 1 : kh * kw; }
   int32_t chunks() const { return ((flat() ? group_in * kh * kw : group_in) + chunk() - 1) / chunk(); }
   int64_t elements() const { return int64_t{groups} * chunks() * taps() * group_out * chunk(); }
+};
+
+// The input as the copy engine's im2col mode sees it (cuTensorMapEncodeIm2col): the first pixels of all outputs are the
+// box from `lower` to size - 1 + `upper`, in steps; a tap is an offset into it. Corners and steps are (w, h).
+struct Im2colBox {
+  bool possible = false;
+  const void* base = nullptr;
+  int64_t c = 0, w = 0, h = 0, n = 0;
+  int64_t w_stride = 0, h_stride = 0, n_stride = 0;  // bytes
+  int32_t lower[2] = {}, upper[2] = {}, step[2] = {1, 1};
 };
 
 struct ConvArgs {
@@ -40,7 +52,14 @@ struct ConvArgs {
   Strides4 input_stride;
   const void* packed = nullptr;  // PackedTiles
   int32_t chunks = 0, taps = 0, kernel_w = 0;
-  bool flat = false;
+  bool flat = false, gather = false;  // gather: elements are fetched one by one
+
+  // sm_90a: how K is summed (segment_chunks in tiles.h). Where K is split, segments are tiles of their own (tile number
+  // t is segment t mod splits of tile t / splits) and leave their sums in `partial`, [segment][sample][pixel][channel].
+  int32_t segment_chunks = 0, splits = 1;
+  float* partial = nullptr;
+  int32_t box_lower_w = 0, box_lower_h = 0;
+  bool use_tma = false;  // the input has an Im2colBox
 
   const int32_t *in_prefix = nullptr, *out_prefix = nullptr;  // (n)
   // Order of the batch, and the number of the next tile to take; null where no prefix is given.

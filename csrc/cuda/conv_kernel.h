@@ -1,74 +1,14 @@
-// The tile kernel: an implicit GEMM over the live rows and channels only, one thread block's view. Compiled for the GPU
-// in conv_tiles.cu and for the CPU in the tests, which run it on cuda/emulator.h.
+// The tile kernel of sm_80: an implicit GEMM over the live rows and channels only, one thread block's view. Compiled
+// for the GPU in conv_tiles.cu and for the CPU in the tests, which run it on cuda/emulator.h.
 #pragma once
 
-#include "cuda/conv_args.h"
-#include "cuda/device.h"
+#include "cuda/conv_epilogue.h"
 
 namespace rnp::cuda {
-
-// A row of the tile: where it reads and writes. Offsets count elements.
-struct alignas(16) Row {
-  int64_t input;   // of the sample's pixel under tap delta 0, channel 0 of the group (may lie outside the map)
-  int64_t output;  // channel 0 of the tensor
-  int64_t residual;
-  uint32_t taps;     // valid taps: low half along y, high half along x
-  int32_t in_live;   // live input channels of the group; 0 in a dead row
-  int32_t out_live;  // live output channels of the tile
-  int32_t line;      // of the scale and bias tables
-};
-static_assert(sizeof(Row) == 48);
 
 // Where 16-byte piece `piece` of row `row` stands: pieces change places so that eight rows of one piece, and two whole
 // rows, each fall into all 32 banks.
 RNP_DEVICE int piece_at(int row, int piece) { return row * kChunkBytes + ((piece ^ (row >> 1 & 3)) << 4); }
-
-RNP_DEVICE uint32_t valid_taps(const Axis& axis, int32_t at, int32_t size) {
-  uint32_t mask = 0;
-  for (int i = 0; i < axis.count; ++i)
-    mask |= static_cast<uint32_t>(static_cast<uint32_t>(at + axis.delta[i]) < static_cast<uint32_t>(size)) << i;
-  return mask;
-}
-
-RNP_DEVICE gpu::Order order_of(const ConvArgs& p) { return {p.order_sample, p.order_in, p.order_out, p.c_in, p.c_out}; }
-
-// Fills row r of the tile and notes the longest K and the widest row.
-RNP_DEVICE void describe_row(const ConvArgs& p, const gpu::Cursor& at, int64_t first_row, int r, Row* rows,
-                             int32_t* longest) {
-  const gpu::RowPlace place = gpu::place_row(p.cut, at, first_row, r);
-  Row row = {};
-  if (place.live) {
-    const gpu::Order order = order_of(p);
-    const int64_t n = order.sample_at(place.place);
-    const int32_t oy = static_cast<int32_t>(place.pixel / static_cast<uint32_t>(p.out_w));
-    const int32_t ox = static_cast<int32_t>(place.pixel - static_cast<uint32_t>(oy) * static_cast<uint32_t>(p.out_w));
-    const int32_t y = oy * p.y.step, x = ox * p.x.step;
-    const int32_t first = at.block * p.cut.bn;
-    row.input = n * p.input_stride.n + y * p.input_stride.h + x * p.input_stride.w +
-                int64_t{at.group} * p.cut.group_in * p.input_stride.c;
-    row.output = n * p.output_stride.n + oy * p.output_stride.h + ox * p.output_stride.w;
-    row.residual = n * p.residual_stride.n + oy * p.residual_stride.h + ox * p.residual_stride.w;
-    row.taps = valid_taps(p.y, y, p.h) | valid_taps(p.x, x, p.w) << 16;
-    row.in_live = gpu::live_of_group(order.in_at(place.place), at.group, p.cut.group_in);
-    row.out_live = gpu::live_of_group(order.out_at(place.place), at.group, p.cut.group_out) - first;
-    row.out_live = row.out_live < p.cut.bn ? row.out_live : p.cut.bn;
-    row.line = p.row ? gpu::clamp_prefix(p.row[n], p.lines - 1) : 0;
-    max_in_block(longest, row.in_live);
-    max_in_block(longest + 1, row.out_live);
-  }
-  rows[r] = row;
-}
-
-// Walks (chunk, tap y, tap x) of the stages that are being fetched.
-struct StageCursor {
-  int32_t chunk = 0, iy = 0, ix = 0;
-  RNP_DEVICE void next(const ConvArgs& p) {
-    if (p.flat || ++ix == p.x.count) {
-      ix = 0;
-      if (p.flat || ++iy == p.y.count) iy = 0, ++chunk;
-    }
-  }
-};
 
 template <typename Tile>
 struct Block {
@@ -97,16 +37,17 @@ struct Block {
 
   // ---- fetching a stage ----
 
+  // A chunk is half a packed row of 128 bytes, whose pieces stand where wgmma wants them (PackedTiles).
   RNP_DEVICE void fetch_weights(const StageCursor& at, int stage) {
     const int piece = thread_index() & 3, first = thread_index() >> 2;
     const int32_t tap = p.flat ? 0 : p.y.tap[at.iy] * p.kernel_w + p.x.tap[at.ix];
-    const int64_t line = (int64_t{group} * p.chunks + at.chunk) * p.taps + tap;
-    const T* from =
-        static_cast<const T*>(p.packed) + (line * p.cut.group_out + first_channel) * Tile::BK + piece * Tile::kPiece;
+    const int64_t line = ((int64_t{group} * p.chunks + (at.chunk >> 1)) * p.taps + tap) * p.cut.group_out;
+    const char* from = static_cast<const char*>(p.packed) + (line + first_channel) * kPackBytes +
+                       ((((at.chunk & 1) * 4 + piece) ^ (first & 7)) << 4);
     RNP_UNROLL
     for (int i = 0; i < kWeightsOfThread; ++i) {
-      const int n = first + i * (kThreads / 4);
-      if (n < width) copy_async(weights_of_stage(stage) + piece_at(n, piece), from + int64_t{n} * Tile::BK, 16);
+      const int n = first + i * (kThreads / 4);  // a multiple of 8 apart: the same piece of each row
+      if (n < width) copy_async(weights_of_stage(stage) + piece_at(n, piece), from + int64_t{n} * kPackBytes, 16);
     }
   }
 
@@ -161,7 +102,7 @@ struct Block {
   }
 
   RNP_DEVICE void fetch(const StageCursor& at, int stage) {
-    if (Tile::kGather)
+    if (p.gather)
       gather_rows(at, stage);
     else
       fetch_rows(at, stage);
@@ -303,61 +244,15 @@ struct Block {
     }
   }
 
-  // The finished value of one output element.
-  RNP_DEVICE float finish(const Row& row, int32_t channel, float v) {
-    if (p.scale) v *= p.scale[row.line * p.scale_row_stride + channel];
-    if (p.bias) v += p.bias[row.line * p.bias_row_stride + channel];
-    if (p.residual) v += widen(static_cast<const T*>(p.residual)[row.residual + channel * p.residual_stride.c]);
-    if (p.relu) v = v > 0 ? v : (v != v ? v : 0.0f);  // NaN passes, as in relu
-    return v;
-  }
-
-  RNP_DEVICE void store_slab(const float* from, int slab) {
-    T* output = static_cast<T*>(p.output);
-    const int32_t first = group * p.cut.group_out + first_channel + slab;
-    if (p.output_stride.c == 1) {  // 16 threads write one row's 64 channels, four each
-      union {
-        T element[4];
-        uint32_t word[sizeof(T)];
-      } out;
-      for (int i = thread_index(); i < Tile::BM * (kSlab / 4); i += kThreads) {
-        const Row& row = rows[i / (kSlab / 4)];
-        const int c = i % (kSlab / 4) * 4;
-        const int count = row.out_live - slab - c;
-        if (count <= 0) continue;
-        RNP_UNROLL
-        for (int e = 0; e < 4; ++e)
-          out.element[e] = narrow<T>(
-              e < count ? finish(row, first + c + e, from[i / (kSlab / 4) * Tile::kSlabStride + c + e]) : 0.0f);
-        T* to = output + row.output + first + c;
-        if (count >= 4 && (reinterpret_cast<uintptr_t>(to) & (4 * sizeof(T) - 1)) == 0) {
-          if constexpr (sizeof(T) == 2)
-            *reinterpret_cast<uint64_t*>(to) = out.word[0] | static_cast<uint64_t>(out.word[1]) << 32;
-          else
-            *reinterpret_cast<Vec16*>(to) = Vec16{{out.word[0], out.word[1], out.word[2], out.word[3]}};
-        } else {
-          for (int e = 0; e < 4; ++e)
-            if (e < count) to[e] = out.element[e];
-        }
-      }
-    } else {  // neighbouring threads write neighbouring pixels of one channel
-      for (int i = thread_index(); i < Tile::BM * kSlab; i += kThreads) {
-        const Row& row = rows[i % Tile::BM];
-        const int c = i / Tile::BM;
-        if (c + slab >= row.out_live) continue;
-        output[row.output + (first + c) * p.output_stride.c] =
-            narrow<T>(finish(row, first + c, from[i % Tile::BM * Tile::kSlabStride + c]));
-      }
-    }
-  }
-
   RNP_DEVICE void store() {
     float* staged = reinterpret_cast<float*>(stages);
+    const int32_t first = group * p.cut.group_out + first_channel;
     for (int slab = 0; slab < Tile::BN; slab += kSlab) {
       if (slab < width) {
         stage_sums(staged, slab);
         sync_block();
-        store_slab(staged, slab);
+        store_slab<T, Tile::BM, kSlab, Tile::kSlabStride>(p, rows, {staged, slab, first + slab}, thread_index(),
+                                                          kThreads);
         sync_block();
       }
     }
@@ -379,27 +274,6 @@ struct Block {
   }
 };
 
-// Channels beyond the prefix: zero, or what the residual leaves there. Dealt out in whole positions, a warp each.
-template <typename T>
-RNP_DEVICE void write_tails(const ConvArgs& p) {
-  const int lane = thread_index() & 31, warps = thread_count() / 32;
-  const int64_t step = block_count() * warps, positions = p.cut.positions;
-  for (int64_t i = block_index() * warps + thread_index() / 32; i < p.cut.n * positions; i += step) {
-    const int64_t n = i / positions;
-    const int32_t live = gpu::clamp_prefix(p.out_prefix[n], p.c_out);
-    if (live == p.c_out) continue;
-    const int32_t pixel = static_cast<int32_t>(i - n * positions), oy = pixel / p.out_w, ox = pixel - oy * p.out_w;
-    T* to = static_cast<T*>(p.output) + n * p.output_stride.n + oy * p.output_stride.h + ox * p.output_stride.w;
-    const T* residual = static_cast<const T*>(p.residual);
-    if (residual) residual += n * p.residual_stride.n + oy * p.residual_stride.h + ox * p.residual_stride.w;
-    for (int32_t c = live + lane; c < p.c_out; c += 32) {
-      float v = residual ? widen(residual[c * p.residual_stride.c]) : 0.0f;
-      if (p.relu) v = v > 0 ? v : (v != v ? v : 0.0f);
-      to[c * p.output_stride.c] = narrow<T>(v);
-    }
-  }
-}
-
 template <typename Tile>
 RNP_DEVICE void conv_block(const ConvArgs& p, char* shared) {
   Block<Tile> block(p, shared);
@@ -414,7 +288,7 @@ RNP_DEVICE void conv_block(const ConvArgs& p, char* shared) {
     number = p.ticket ? block_count() + *next : number + block_count();
     sync_block();
   }
-  if (p.zero_tail && p.out_prefix) write_tails<typename Tile::T>(p);
+  if (p.zero_tail && p.out_prefix) write_tails<typename Tile::T>(p, thread_index(), kThreads);
 }
 
 }  // namespace rnp::cuda

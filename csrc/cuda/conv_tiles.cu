@@ -1,4 +1,5 @@
-// Every tile of tiles.h, compiled, and their launch.
+// Every tile of sm_80, compiled for every architecture, and the launch of any tile. RNP_SM90: whether the library has
+// those of sm_90a (hopper_tiles.cu).
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -32,24 +33,32 @@ cudaError_t launch(const ConvArgs& args, int multiprocessors, cudaStream_t strea
 
 }  // namespace
 
-const char* multiprocessors(int* count) {
-  int device = 0;
+const char* current_device(Device* out) {
+  int device = 0, major = 0, minor = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+  const auto ask = [&](int* value, cudaDeviceAttr what) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, what, device);
+  };
+  ask(&out->multiprocessors, cudaDevAttrMultiProcessorCount);
+  ask(&major, cudaDevAttrComputeCapabilityMajor);
+  ask(&minor, cudaDevAttrComputeCapabilityMinor);
+  out->hopper = RNP_SM90 && major == 9 && minor == 0;  // sm_90a code runs on 9.0 alone
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 const char* launch_tile(const TileLaunch& what, int multiprocessors, void* stream) {
+#if RNP_SM90
+  if (is_hopper(what.tile)) return launch_hopper_tile(what, multiprocessors, stream);
+#endif
   cudaError_t error = cudaErrorInvalidValue;
   switch (what.tile) {
-#define RNP_LAUNCH(name, T, math, gather, BM, BN, blocks, registers)                                                  \
-  case TileName::name:                                                                                                \
-    error =                                                                                                           \
-        launch<Tile<T, math, gather, BM, BN>, blocks>(what.args, multiprocessors, static_cast<cudaStream_t>(stream)); \
+#define RNP_LAUNCH(name, T, math, BM, BN, blocks, registers)                                                      \
+  case TileName::name:                                                                                            \
+    error = launch<Tile<T, math, BM, BN>, blocks>(what.args, multiprocessors, static_cast<cudaStream_t>(stream)); \
     break;
     RNP_CUDA_TILES(RNP_LAUNCH)
 #undef RNP_LAUNCH
-    case TileName::kCount:
+    default:
       break;
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -10,10 +10,12 @@
 #if defined(__CUDACC__)
 #define RNP_DEVICE __device__ __forceinline__
 #define RNP_UNROLL _Pragma("unroll")
+#define RNP_ROLL _Pragma("unroll 1")
 #else
 #include "cuda/emulator.h"
 #define RNP_DEVICE inline
 #define RNP_UNROLL
+#define RNP_ROLL
 #endif
 
 namespace rnp::cuda {

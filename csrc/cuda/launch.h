@@ -9,10 +9,11 @@
 
 namespace rnp::cuda {
 
-// Number of multiprocessors of the current device; null or CUDA's message.
-const char* multiprocessors(int* count);
+// The current device; null or CUDA's message.
+const char* current_device(Device* out);
 
 const char* launch_tile(const TileLaunch& launch, int multiprocessors, void* stream);
+const char* launch_hopper_tile(const TileLaunch& launch, int multiprocessors, void* stream);
 const char* launch_order(const OrderArgs& args, void* stream);
 const char* launch_pack(const PackArgs& args, void* stream);
 const char* launch_plain(const PlainArgs& args, DType dtype, int multiprocessors, void* stream);

@@ -44,9 +44,11 @@ RNP_DEVICE void pack_block(const PackArgs& p, int64_t elements, int32_t chunks, 
   const int64_t step = block_count() * thread_count();
   for (int64_t i = block_index() * thread_count() + thread_index(); i < elements; i += step) {
     int64_t rest = i;
-    const int32_t k = static_cast<int32_t>(rest % chunk);
+    constexpr int32_t kPiece = 16 / static_cast<int32_t>(sizeof(T));
+    const int32_t place = static_cast<int32_t>(rest % chunk);
     rest /= chunk;
     const int32_t o = static_cast<int32_t>(rest % p.layout.group_out);
+    const int32_t k = (place / kPiece ^ (o & 7)) * kPiece + place % kPiece;  // PackedTiles: pieces are swizzled
     rest /= p.layout.group_out;
     int32_t tap = static_cast<int32_t>(rest % taps);
     rest /= taps;

@@ -43,13 +43,62 @@ bool aligned(const ConvArgs& a, int32_t element) {
          reinterpret_cast<uintptr_t>(a.input) % 16 == 0 && (a.cut.groups == 1 || a.cut.group_in % piece == 0);
 }
 
-TileName tile_name(DType dtype, bool tf32, bool gather, const TileSize& size) {
+TileName tile_name(DType dtype, bool tf32, const TileSize& size) {
   const int at = size.bm == 64 ? 2 : (size.bn == 128 ? 0 : 1);
-  const auto of = [&](TileName first) { return static_cast<TileName>(static_cast<int>(first) + (gather ? 3 : at)); };
+  const auto of = [&](TileName first) { return static_cast<TileName>(static_cast<int>(first) + at); };
   if (dtype == DType::kBFloat16) return of(TileName::bf16_128x128);
   if (dtype == DType::kFloat16) return of(TileName::fp16_128x128);
-  if (tf32) return of(TileName::tf32_128x128);
-  return gather ? TileName::fp32_gather : TileName::fp32_128x64;
+  return tf32 ? of(TileName::tf32_128x128) : TileName::fp32_128x64;
+}
+
+// The limits of cuTensorMapEncodeIm2col for four dimensions, and a reading of its rules on strides that no driver
+// refuses: the map may be padded, but dimensions must not overlap.
+Im2colBox im2col_box(const ConvArgs& a, int32_t element) {
+  Im2colBox b;
+  if (a.x.count == 0 || a.y.count == 0) return b;
+  b.base = a.input;
+  b.c = a.c_in, b.w = a.w, b.h = a.h, b.n = a.cut.n;
+  b.w_stride = a.input_stride.w * element, b.h_stride = a.input_stride.h * element;
+  b.n_stride = a.input_stride.n * element;
+  b.possible = b.w_stride >= b.c * element && b.h_stride >= b.w_stride * b.w && b.n_stride >= b.h_stride * b.h &&
+               b.n_stride < int64_t{1} << 40;
+  const int64_t out_h = a.cut.positions / a.out_w;
+  const Axis* const axes[] = {&a.x, &a.y};
+  const int64_t sizes[] = {b.w, b.h}, outs[] = {a.out_w, out_h};
+  for (int i = 0; i < 2; ++i) {
+    const auto [least, most] = std::minmax_element(axes[i]->delta, axes[i]->delta + axes[i]->count);
+    const int64_t lower = *least, upper = lower + (outs[i] - 1) * axes[i]->step - (sizes[i] - 1);
+    b.possible = b.possible && lower >= -128 && lower <= 127 && upper >= -128 && upper <= 127 && *most - lower <= 255 &&
+                 axes[i]->step <= 8;
+    b.lower[i] = small(lower), b.upper[i] = small(upper), b.step[i] = axes[i]->step;
+  }
+  return b;
+}
+
+// On a Hopper GPU: whether the layer runs on wgmma. A rule of layer, dtype and layout, never of the batch. Below 64
+// output channels a warpgroup's 64 rows read more of shared memory than they multiply.
+bool wants_wgmma(const ConvArgs& a, DType dtype) {
+  return (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && !a.gather && a.cut.group_out >= 64;
+}
+
+void plan_hopper(TileLaunch& launch, DType dtype, const Device& device) {
+  ConvArgs& a = launch.args;
+  const int64_t rows = a.cut.n * a.cut.positions;
+  const int32_t taps = a.y.count * a.x.count;
+  a.segment_chunks = std::max(1, segment_chunks(a.cut.positions, a.chunks, taps, a.cut.groups));
+  const int32_t segments = (a.chunks + a.segment_chunks - 1) / a.segment_chunks;
+  const HopperChoice choice = choose_tile_sm90(rows, a.cut.group_out, a.cut.groups, segments, device.multiprocessors);
+  a.cut.bm = 128, a.cut.bn = choice.bn;
+  if (choice.split) {
+    a.splits = segments;
+    launch.partial_elements = int64_t{segments} * rows * a.c_out;
+  }
+  launch.box = im2col_box(a, 2);
+  a.use_tma = launch.box.possible;
+  a.box_lower_w = launch.box.lower[0], a.box_lower_h = launch.box.lower[1];
+  const bool bf16 = dtype == DType::kBFloat16;
+  launch.tile = choice.wide ? (bf16 ? TileName::sm90_bf16_128x256 : TileName::sm90_fp16_128x256)
+                            : (bf16 ? TileName::sm90_bf16_128x128 : TileName::sm90_fp16_128x128);
 }
 
 }  // namespace
@@ -89,7 +138,7 @@ PackArgs pack_args(const ConvShape& s, DType dtype, Role role, const void* weigh
 }
 
 std::vector<TileLaunch> tile_launches(const PrefixConv2dParams& p, Role role, int32_t lines, bool tf32,
-                                      int multiprocessors) {
+                                      const Device& device) {
   const ConvShape& s = p.shape;
   const bool forward = role == Role::kForward;
   const PackedTiles packed = layout(s, p.dtype, role);
@@ -120,13 +169,18 @@ std::vector<TileLaunch> tile_launches(const PrefixConv2dParams& p, Role role, in
       a.output_stride = p.output_stride;
       a.output_stride.h *= step_h, a.output_stride.w *= step_w;
       a.cut = {s.n, out_h * out_w, packed.groups, packed.group_in, packed.group_out, 0, 0};
-      const bool gather = a.flat || !aligned(a, packed.element);
+      a.gather = a.flat || !aligned(a, packed.element);
       const bool matrix = p.dtype != DType::kFloat32 || tf32;
+      if (device.hopper && wants_wgmma(a, p.dtype)) {
+        launches.push_back({TileName::kCount, a, {}, 0});
+        plan_hopper(launches.back(), p.dtype, device);
+        continue;
+      }
       TileSize size{128, 64};
-      if (!gather && matrix)
-        size = choose_tile_sm80(s.n * out_h * out_w, packed.group_out, packed.groups, multiprocessors);
+      if (!a.gather && matrix)
+        size = choose_tile_sm80(s.n * out_h * out_w, packed.group_out, packed.groups, device.multiprocessors);
       a.cut.bm = size.bm, a.cut.bn = size.bn;
-      launches.push_back({tile_name(p.dtype, tf32, gather, size), a});
+      launches.push_back({tile_name(p.dtype, tf32, size), a, {}, 0});
     }
   }
   return launches;
@@ -178,10 +232,10 @@ WeightGradArgs weight_grad_args(const ConvShape& s, int multiprocessors) {
   return a;
 }
 
-std::string describe_kernel(const ConvShape& s, DType dtype, bool channels_last, bool tf32, int multiprocessors) {
+std::string describe_kernel(const ConvShape& s, DType dtype, bool channels_last, bool tf32, const Device& device) {
   static const char* const names[] = {
 #define RNP_TEXT(name, ...) #name,
-      RNP_CUDA_TILES(RNP_TEXT)
+      RNP_CUDA_TILES(RNP_TEXT) RNP_HOPPER_TILES(RNP_TEXT)
 #undef RNP_TEXT
   };
   if (!has_tile(s, dtype, Role::kForward)) return "plain kernel, one output element a thread";
@@ -190,10 +244,16 @@ std::string describe_kernel(const ConvShape& s, DType dtype, bool channels_last,
   const int64_t map = s.h * s.w;
   p.input_stride =
       channels_last ? Strides4{s.c_in * map, 1, s.w * s.c_in, s.c_in} : Strides4{s.c_in * map, map, s.w, 1};
-  const TileLaunch launch = tile_launches(p, Role::kForward, 1, tf32, multiprocessors).front();
-  const gpu::Cut& cut = launch.args.cut;
-  return std::string("tile ") + names[static_cast<int>(launch.tile)] + ", " + std::to_string(cut.bm) + " rows x " +
-         std::to_string(cut.bn) + " channels" + (launch.args.flat ? ", taps and channels in one K" : "");
+  const TileLaunch launch = tile_launches(p, Role::kForward, 1, tf32, device).front();
+  const ConvArgs& a = launch.args;
+  std::string text = std::string("tile ") + names[static_cast<int>(launch.tile)] + ", " + std::to_string(a.cut.bm) +
+                     " rows x " + std::to_string(a.cut.bn) + " channels";
+  if (a.flat) text += ", taps and channels in one K";
+  if (a.gather) text += ", gathered";
+  if (is_hopper(launch.tile) && a.segment_chunks < a.chunks)
+    text += ", K in segments of " + std::to_string(a.segment_chunks * kPackChannels) + " channels";
+  if (a.splits > 1) text += ", split over blocks";
+  return text;
 }
 
 }  // namespace rnp::cuda

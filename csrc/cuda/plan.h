@@ -22,16 +22,24 @@ bool has_tile(const ConvShape& shape, DType dtype, Role role);
 PackArgs pack_args(const ConvShape& shape, DType dtype, Role role, const void* weight, const Strides4& weight_stride,
                    void* packed);
 
+// What the choice of a kernel asks of the device. `hopper`: compute capability 9.0, and a library with code for sm_90a.
+struct Device {
+  int multiprocessors = 1;
+  bool hopper = false;
+};
+
 struct TileLaunch {
   TileName tile;
-  ConvArgs args;  // order_* and ticket are filled in by the launcher
+  ConvArgs args;                 // order_*, ticket and partial are filled in by the launcher
+  Im2colBox box;                 // for sm_90a
+  int64_t partial_elements = 0;  // floats that args.partial must hold; none where K is not split
 };
 
 // `p` holds device pointers, `p.packed` what pack_args describes. For an input gradient `p` is the layer itself with
 // the gradient of its output in `input`, the one of its input in `output`, and each prefix under its own name; one
 // launch for each residue of the stride. `lines`: of the scale and bias tables. `tf32`: float32 may be rounded to TF32.
 std::vector<TileLaunch> tile_launches(const PrefixConv2dParams& p, Role role, int32_t lines, bool tf32,
-                                      int multiprocessors);
+                                      const Device& device);
 
 PlainArgs plain_args(const PrefixConv2dParams& p, Role role, int32_t lines);
 
@@ -42,6 +50,6 @@ WeightGradArgs weight_grad_args(const ConvShape& shape, int multiprocessors);
 int64_t weight_grad_tiles(const WeightGradArgs& args);
 
 // For people: which kernel computes the layer's output, and its tile. The input is dense, channels_last or contiguous.
-std::string describe_kernel(const ConvShape& shape, DType dtype, bool channels_last, bool tf32, int multiprocessors);
+std::string describe_kernel(const ConvShape& shape, DType dtype, bool channels_last, bool tf32, const Device& device);
 
 }  // namespace rnp::cuda

@@ -223,16 +223,17 @@ ConvShape checked_shape(const char* op, const std::vector<int64_t>& input, const
 void run_convolution(const char* op, PrefixConv2dParams p, bool input_grad, int64_t lines, const Tensor& like,
                      const OptionalTensor& packed) {
   const Role role = input_grad ? Role::kInputGrad : Role::kForward;
-  int units = 0;
-  check_launch(op, multiprocessors(&units));
+  Device device;
+  check_launch(op, current_device(&device));
   void* stream = current_stream(like);
   if (!packed) {
-    check_launch(op, launch_plain(plain_args(p, role, static_cast<int32_t>(lines)), p.dtype, units, stream));
+    check_launch(
+        op, launch_plain(plain_args(p, role, static_cast<int32_t>(lines)), p.dtype, device.multiprocessors, stream));
     return;
   }
   p.packed = static_cast<const float*>(packed->const_data_ptr());
   OptionalTensor workspace;
-  for (TileLaunch& launch : tile_launches(p, role, static_cast<int32_t>(lines), allow_tf32, units)) {
+  for (TileLaunch& launch : tile_launches(p, role, static_cast<int32_t>(lines), allow_tf32, device)) {
     ConvArgs& a = launch.args;
     if (a.in_prefix || a.out_prefix) {  // launches follow each other on the stream and may share the order's memory
       const int64_t n = a.cut.n;
@@ -243,7 +244,12 @@ void run_convolution(const char* op, PrefixConv2dParams p, bool input_grad, int6
       check_launch(op, launch_order(o, stream));
       a.order_sample = o.sample, a.order_in = o.in, a.order_out = o.out, a.ticket = o.ticket;
     }
-    check_launch(op, launch_tile(launch, units, stream));
+    OptionalTensor partial;
+    if (launch.partial_elements > 0) {  // freed at once, for what follows on the stream
+      partial = empty_on(like, {launch.partial_elements}, ScalarType::Float);
+      a.partial = static_cast<float*>(partial->mutable_data_ptr());
+    }
+    check_launch(op, launch_tile(launch, device.multiprocessors, stream));
   }
 }
 

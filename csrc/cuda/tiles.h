@@ -1,9 +1,13 @@
-// The tiles of the CUDA convolution: one table of everything that is compiled, with the budget each entry must keep
+// The tiles of the CUDA convolution: the tables of everything that is compiled, with the budget each entry must keep
 // (tests/test_cuda_disassembly.py reads it here and checks the built library), and the choice between them.
 //
-// A block of 128 threads computes BM rows (sample, pixel) by BN output channels. K advances in chunks of 64 bytes of
-// channels for one tap of the kernel, always in the order (chunk, ky, kx), in steps of 32 bytes (16 channels of 2
-// bytes, 8 of 4): neither the tile nor the batch can change a sum's bits.
+// sm_80 (conv_kernel.h), also what a Hopper GPU runs where wgmma does not fit: a block of 128 threads computes BM rows
+// (sample, pixel) by BN output channels. K advances in chunks of 64 bytes of channels for one tap of the kernel, always
+// in the order (chunk, ky, kx), in steps of 32 bytes (16 channels of 2 bytes, 8 of 4): neither the tile nor the batch
+// can change a sum's bits.
+//
+// sm_90a (hopper_kernel.h): two warpgroups of consumers, 64 rows each, and one that fetches for them. Chunks are 128
+// bytes, in the same order, so a GPU's tiles agree among themselves.
 #pragma once
 
 #include <cstddef>
@@ -19,17 +23,18 @@ constexpr int kChunkBytes = 64;  // a row of a stage: four pieces of 16 bytes
 constexpr int kStepBytes = 32;   // K of one mma.sync
 constexpr int kMaxTaps = 16;     // along one axis: a row's valid taps are two 16-bit masks
 constexpr int kSlab = 64;        // output channels that the epilogue stages at a time
+constexpr int kPackBytes = 128;  // a row of packed weights: one output channel's share of a chunk of wgmma
+constexpr int kPackChannels = kPackBytes / 2;  // of 2 bytes
 
 // How the products are made.
 enum class Math { kMatrix, kFfma };
 
-// T: storage type (float on kMatrix: TF32). kGather: elements are fetched one by one (any strides, few channels), else
-// 16 bytes at a time by cp.async (channels_last, aligned).
-template <typename T_, Math kMath_, bool kGather_, int BM_, int BN_>
+// T: storage type (float on kMatrix: TF32). Its rows are fetched 16 bytes at a time by cp.async (channels_last,
+// aligned) or one by one (ConvArgs::gather: any strides, few channels).
+template <typename T_, Math kMath_, int BM_, int BN_>
 struct Tile {
   using T = T_;
   static constexpr Math kMath = kMath_;
-  static constexpr bool kGather = kGather_;
   static constexpr int BM = BM_, BN = BN_;
   static constexpr int kPiece = 16 / static_cast<int>(sizeof(T));         // channels of one 16-byte piece
   static constexpr int BK = kChunkBytes / static_cast<int>(sizeof(T));    // channels of one chunk
@@ -54,36 +59,73 @@ struct Tile {
   static_assert(BM * 4 % kThreads == 0 && BN * 4 % kThreads == 0, "pieces of a stage are dealt out evenly");
 };
 
-// X(name, storage, math, gather, BM, BN, blocks, registers): all tiles that are compiled. `blocks` is how many of the
+// X(name, storage, math, BM, BN, blocks, registers): all tiles of sm_80 that are compiled. `blocks` is how many of the
 // kernel shall fit on a multiprocessor (so many registers remain: 65536 / 128 / blocks), `registers` the budget of one
 // thread; shared memory is Tile::kSharedBytes. The limits:
 //   128 x 128  128 sums a thread and 70 KB: two blocks on sm_80 (164 KB) and three on sm_90 (228 KB)
 //   128 x 64   64 sums and 54 KB: three blocks
 //   64 x 64    32 sums and 35 KB: four blocks
-#define RNP_CUDA_TILES(X)                                           \
-  X(bf16_128x128, BFloat16, Math::kMatrix, false, 128, 128, 2, 255) \
-  X(bf16_128x64, BFloat16, Math::kMatrix, false, 128, 64, 3, 168)   \
-  X(bf16_64x64, BFloat16, Math::kMatrix, false, 64, 64, 4, 128)     \
-  X(bf16_gather, BFloat16, Math::kMatrix, true, 128, 64, 3, 168)    \
-  X(fp16_128x128, Float16, Math::kMatrix, false, 128, 128, 2, 255)  \
-  X(fp16_128x64, Float16, Math::kMatrix, false, 128, 64, 3, 168)    \
-  X(fp16_64x64, Float16, Math::kMatrix, false, 64, 64, 4, 128)      \
-  X(fp16_gather, Float16, Math::kMatrix, true, 128, 64, 3, 168)     \
-  X(tf32_128x128, float, Math::kMatrix, false, 128, 128, 2, 255)    \
-  X(tf32_128x64, float, Math::kMatrix, false, 128, 64, 3, 168)      \
-  X(tf32_64x64, float, Math::kMatrix, false, 64, 64, 4, 128)        \
-  X(tf32_gather, float, Math::kMatrix, true, 128, 64, 3, 168)       \
-  X(fp32_128x64, float, Math::kFfma, false, 128, 64, 3, 168)        \
-  X(fp32_gather, float, Math::kFfma, true, 128, 64, 3, 168)
+#define RNP_CUDA_TILES(X)                                    \
+  X(bf16_128x128, BFloat16, Math::kMatrix, 128, 128, 2, 255) \
+  X(bf16_128x64, BFloat16, Math::kMatrix, 128, 64, 3, 168)   \
+  X(bf16_64x64, BFloat16, Math::kMatrix, 64, 64, 4, 128)     \
+  X(fp16_128x128, Float16, Math::kMatrix, 128, 128, 2, 255)  \
+  X(fp16_128x64, Float16, Math::kMatrix, 128, 64, 3, 168)    \
+  X(fp16_64x64, Float16, Math::kMatrix, 64, 64, 4, 128)      \
+  X(tf32_128x128, float, Math::kMatrix, 128, 128, 2, 255)    \
+  X(tf32_128x64, float, Math::kMatrix, 128, 64, 3, 168)      \
+  X(tf32_64x64, float, Math::kMatrix, 64, 64, 4, 128)        \
+  X(fp32_128x64, float, Math::kFfma, 128, 64, 3, 168)
+
+// A tile of sm_90a: BM x BN outputs; a stage of the pipeline is BM rows of input and BN of weights, 128 bytes each, all
+// swizzled as wgmma and the copy engine want them. The tile's rows are described twice over, since the producers are a
+// tile ahead of the consumers. One block to a multiprocessor.
+template <typename T_, int BN_>
+struct HopperTile {
+  using T = T_;
+  static constexpr int BM = 128, BN = BN_, BK = kPackChannels, kStep = 16;
+  static constexpr int kGrain = BN / 8;  // widths of one wgmma: multiples of this, so eight main loops are compiled
+  static constexpr int kStages = BN == 256 ? 4 : 6;
+  static constexpr bool kSegments = BN <= 128;  // 64 sums of a segment and 64 of all segments fit into registers
+
+  static constexpr int kStageBytes = (BM + BN) * kPackBytes;
+  static constexpr int kSlab = 32, kSlabStride = kSlab + 8;  // floats: rows of half a warp in different banks
+  static constexpr int kStagingBytes = BM * kSlabStride * 4;
+  static constexpr int kRowBytes = 2 * BM * 48;  // struct Row
+  static constexpr int kStateBytes = 256;        // barriers and the states of two tiles
+  // 1024 more: the pipeline begins at a multiple of them, where the swizzle does.
+  static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kStagingBytes + kRowBytes + kStateBytes;
+  static_assert(sizeof(T) == 2 && (BN == 128 || BN == 256), "the widths that hopper_wgmma.h has");
+};
+
+constexpr int kHopperConsumers = 256, kHopperThreads = 384;
+// Registers of a thread of either kind: 128 · 72 + 256 · 216 = 384 · 168, what the kernel starts with. A consumer holds
+// up to 128 sums, a producer addresses.
+constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
+static_assert(128 * kProducerRegisters + kHopperConsumers * kConsumerRegisters == kHopperThreads * 168);
+
+// X(name, storage, BN, registers): all tiles of sm_90a. `registers`: of one thread at the start, 65536 / 384 rounded
+// down to eight. Shared memory: HopperTile::kSharedBytes, 225 KB of the 227 that a block may have.
+//   128 x 256  a weight tile read by both warpgroups for 128 rows: what large layers want
+//   128 x 128  smaller maps, fewer channels, and the layers whose K is summed in segments
+#define RNP_HOPPER_TILES(X)                \
+  X(sm90_bf16_128x128, BFloat16, 128, 168) \
+  X(sm90_bf16_128x256, BFloat16, 256, 168) \
+  X(sm90_fp16_128x128, Float16, 128, 168)  \
+  X(sm90_fp16_128x256, Float16, 256, 168)
 
 enum class TileName : int {
 #define RNP_NAME(name, ...) name,
-  RNP_CUDA_TILES(RNP_NAME)
+  RNP_CUDA_TILES(RNP_NAME) RNP_HOPPER_TILES(RNP_NAME)
 #undef RNP_NAME
       kCount
 };
-static_assert(static_cast<int>(TileName::kCount) + 4 + 4 <= 24,
-              "with the plain kernel and the weight gradient in four dtypes, at most 24 instantiations");
+static_assert(
+    static_cast<int>(TileName::kCount) + 4 + 4 + 2 <= 24,
+    "with the plain kernel and the weight gradient in four dtypes, and the sum of segments in two, at most 24 "
+    "instantiations");
+
+constexpr bool is_hopper(TileName name) { return name >= TileName::sm90_bf16_128x128; }
 
 struct TileSize {
   int bm, bn;
@@ -101,6 +143,31 @@ constexpr TileSize choose_tile_sm80(int64_t rows, int64_t group_out, int64_t gro
   if (group_out > 64 && tiles(128, 128) >= wanted) return {128, 128};
   if (tiles(128, 64) >= wanted) return {128, 64};  // 64 channels or fewer, or too few larger tiles
   return {64, 64};                                 // small maps and small batches
+}
+
+// How the K of a layer is summed on sm_90a: in runs of `chunks` chunks of 64 channels, each from zero, then added in
+// order. A rule of the layer alone, so that a launch may give the segments to different blocks (split) or not: the bits
+// are the same. Only maps of at most 64 pixels, whose launches are too small for a GPU at small batches; a segment
+// keeps at least eight steps of the pipeline, and there are at most eight.
+constexpr int32_t segment_chunks(int64_t positions, int64_t chunks, int64_t taps, int64_t groups) {
+  if (positions > 64 || groups != 1 || chunks * taps < 16) return static_cast<int32_t>(chunks);
+  const int64_t for_length = (8 + taps - 1) / taps, for_number = (chunks + 7) / 8;
+  return static_cast<int32_t>(for_length > for_number ? for_length : for_number);
+}
+
+// sm_90a, one block to a multiprocessor: the wide tile where it still leaves four to each, else 128 channels, or 64
+// where even those are too few. Layers summed in segments have no registers for the wide one. Shapes alone decide.
+struct HopperChoice {
+  int bn;      // channels of a tile
+  bool wide;   // by the kernel of 256
+  bool split;  // segments are tiles of their own
+};
+constexpr HopperChoice choose_tile_sm90(int64_t rows, int64_t group_out, int64_t groups, int32_t segments,
+                                        int multiprocessors) {
+  const auto tiles = [&](int64_t bn) { return (rows + 127) / 128 * ((group_out + bn - 1) / bn) * groups; };
+  if (segments == 1 && group_out > 128 && tiles(256) >= int64_t{4} * multiprocessors) return {256, true, false};
+  const int bn = group_out > 64 && tiles(128) >= int64_t{4} * multiprocessors ? 128 : 64;
+  return {bn, false, segments > 1 && tiles(bn) < multiprocessors};
 }
 
 }  // namespace rnp::cuda

@@ -24,9 +24,9 @@ Tensor weight_grad_cuda(const Tensor& grad, const Tensor& input, const std::vect
   const OptionalTensor out = checked_indices(kOp, "out_prefix", out_prefix, s.n, grad);
   Tensor result = empty_on(grad, weight_size, grad.scalar_type());
   if (s.n == 0) return torch::stable::zero_(result);
-  int units = 0;
-  check_launch(kOp, multiprocessors(&units));
-  WeightGradArgs a = weight_grad_args(s, units);
+  Device device;
+  check_launch(kOp, current_device(&device));
+  WeightGradArgs a = weight_grad_args(s, device.multiprocessors);
   Tensor partial =
       empty_on(grad, {a.splits * a.elements()}, dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float);
   a.grad = grad.const_data_ptr(), a.grad_stride = strides_of(grad);

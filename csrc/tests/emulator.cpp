@@ -1,7 +1,4 @@
-#include "cuda/emulator.h"
-
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <bit>
@@ -12,65 +9,15 @@
 #include <string>
 #include <vector>
 
+#include "tests/emulator_machine.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
 namespace rnp::cuda::emulator {
-namespace {
 
-constexpr int kLanes = 32;
-constexpr size_t kStack = 256 * 1024;
-
-struct Copy {
-  char* to;
-  const char* from;
-  int bytes;
-};
-
-struct Operation {  // what one lane brings to an operation of its warp
-  int kind;         // 0: ldmatrix, 1…3: mma, 4: shuffle, 5: ldmatrix.trans
-  uint32_t* r;
-  const void* row;
-  float* d;
-  const uint32_t* a;
-  uint32_t b[2];
-  float value;
-  int mask;
-};
-
-struct Warp {
-  Operation lane[kLanes];
-  int arrived = 0;
-  int64_t generation = 0;
-};
-
-struct Fiber {
-  ucontext_t context;
-  void* stack_pointer = nullptr;
-  char* stack = nullptr;
-  bool done = false;
-  std::vector<std::vector<Copy>> groups;  // committed copies, oldest first
-  std::vector<Copy> open;
-};
-
-struct Machine {
-  int threads = 0, current = -1, at_barrier = 0, finished = 0;
-  int64_t block = 0, blocks = 0, barrier_generation = 0, progress = 0;
-  char* shared = nullptr;
-  size_t shared_bytes = 0;
-  std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
-  std::vector<int> next;  // the order in which threads take turns
-  void* scheduler_pointer = nullptr;
-  const void* scheduler_bottom = nullptr;  // of its stack, for AddressSanitizer
-  size_t scheduler_size = 0;
-  ucontext_t scheduler;
-  const std::function<void(char*)>* body = nullptr;
-  std::string fault;
-  Statistics statistics;
-};
 Machine* machine = nullptr;
 
 // ---- switching between coroutines ----
@@ -156,6 +103,7 @@ void prepare(Fiber& fiber) {
   fiber.done = false;
   fiber.groups.clear();
   fiber.open.clear();
+  fiber.landed.clear();
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(fiber.stack, kStack);  // frames that were left for good
 #endif
@@ -286,7 +234,10 @@ Operation& meet(const Operation& mine) {
     case 5:
       matrices(w, true);
       break;
+    case -1:
+      break;
     default:
+      hopper_operation(w, mine);
       break;
   }
   w.arrived = 0;
@@ -299,6 +250,8 @@ void land(std::vector<Copy>& group) {
     std::memset(c.to, 0, 16);
     if (c.bytes > 0) std::memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
     machine->statistics.copied_bytes += c.bytes;
+    machine->fibers[static_cast<size_t>(machine->current)].landed.push_back(
+        static_cast<size_t>(c.to - machine->shared) / 16);
   }
 }
 
@@ -307,8 +260,6 @@ Operation matrix_operation(int kind, float* d, const uint32_t* a, uint32_t b0, u
   o.kind = kind, o.d = d, o.a = a, o.b[0] = b0, o.b[1] = b1;
   return o;
 }
-
-}  // namespace
 
 int thread() { return machine->current; }
 int threads() { return machine->threads; }
@@ -338,6 +289,9 @@ void copy_async(void* shared, const void* global, int bytes) {
   if (bytes < 0 || bytes > 16) fail("a copy of " + std::to_string(bytes) + " bytes");
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("a misaligned source of a copy");
   std::memset(to, 0xff, 16);  // NaN until it lands
+  const size_t unit = static_cast<size_t>(to - machine->shared) / 16;
+  if (machine->coming[unit]) fail("cp.async to where the copy engine writes");
+  machine->unpublished[unit] = machine->current + 1;
   machine->fibers[static_cast<size_t>(machine->current)].open.push_back({to, static_cast<const char*>(global), bytes});
 }
 
@@ -383,8 +337,8 @@ Statistics launch(int64_t blocks, int threads, size_t shared_bytes, uint64_t see
   Machine m;
   machine = &m;
   m.threads = threads, m.blocks = blocks, m.body = &body, m.shared_bytes = shared_bytes;
-  std::unique_ptr<char[]> memory(new char[shared_bytes + 128]);
-  m.shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 127) & ~uintptr_t{127});
+  std::unique_ptr<char[]> memory(new char[shared_bytes + 1024]);
+  m.shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 1023) & ~uintptr_t{1023});
   m.fibers.resize(static_cast<size_t>(threads));
   const size_t stacks_size = static_cast<size_t>(threads) * kStack;
   void* stacks = mmap(nullptr, stacks_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -397,6 +351,9 @@ Statistics launch(int64_t blocks, int threads, size_t shared_bytes, uint64_t see
     std::memset(m.shared, 0xff, shared_bytes);
     m.warps.assign(static_cast<size_t>(threads / kLanes), Warp{});
     m.at_barrier = m.finished = 0;
+    m.barriers.clear(), m.named.clear(), m.bulk.clear();
+    m.unpublished.assign(shared_bytes / 16 + 1, 0), m.coming.assign(shared_bytes / 16 + 1, 0);
+    m.barriers_published = false;
     for (Fiber& fiber : m.fibers) prepare(fiber);
     while (m.finished < threads && m.fault.empty()) {
       seed = seed * 6364136223846793005u + 1442695040888963407u;  // another order in every round
@@ -406,8 +363,13 @@ Statistics launch(int64_t blocks, int threads, size_t shared_bytes, uint64_t see
       const int64_t before = m.progress;
       for (int i : m.next)
         if (!m.fibers[static_cast<size_t>(i)].done && m.fault.empty()) enter(i);
-      if (m.progress == before && m.fault.empty()) m.fault = "a barrier that not every thread reaches";
+      const bool stuck = m.progress == before;
+      if (m.fault.empty() && !land_some(seed, stuck) && stuck && m.finished < threads)
+        m.fault = "a barrier that not every thread reaches";
     }
+    if (m.fault.empty() && !m.bulk.empty()) m.fault = "a bulk copy is under way at the end of the block";
+    for (const Warp& w : m.warps)
+      if (m.fault.empty() && !w.products.empty()) m.fault = "wgmma is under way at the end of the block";
   }
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(stacks, stacks_size);

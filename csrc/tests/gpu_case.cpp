@@ -36,6 +36,12 @@ GpuCase<T>::GpuCase(const ConvCase& c, GpuMode mode, cuda::Role r, DType dtype, 
   for (int64_t i = 0; i < 3 * to_c; ++i) scale.push_back(static_cast<float>(random.next()));
   for (int64_t i = 0; i < 3 * to_c; ++i) bias.push_back(static_cast<float>(random.next()));
   for (int64_t n = 0; n < s.n; ++n) {
+    if (mode == GpuMode::kGroups) {  // neighbours share their action
+      in_prefix.push_back(static_cast<int32_t>((n + 3) / 2 % 4 * s.c_in / 4));
+      out_prefix.push_back(static_cast<int32_t>((4 - n / 2 % 4) * s.c_out / 4));
+      row.push_back(0);
+      continue;
+    }
     in_prefix.push_back(n == 2 ? s.c_in : random.below(s.c_in + 1));
     out_prefix.push_back(n == 1 ? 0 : (n == 2 ? s.c_out + 9 : 1 + random.below(s.c_out)));  // 9 too many: clamped
     row.push_back(random.below(3));
@@ -111,6 +117,43 @@ void GpuCase<T>::check(const std::string& where, double unit, double store_unit)
           CHECK(std::abs(got - v) <= allowed) << where << " at (" << n << ", " << c << ", " << y << ", " << x
                                               << "): " << got << " instead of " << v << ", allowed " << allowed;
         }
+}
+
+// Beside the cases of every backend: channels that cp.async can fetch, several blocks, runs and chunks.
+std::vector<ConvCase> gpu_cases() {
+  std::vector<ConvCase> all = conv_cases();
+  const auto add = [&](const char* name, int64_t n, int64_t c_in, int64_t side, int64_t c_out, int64_t kernel,
+                       int64_t stride, int64_t groups) {
+    ConvCase c{
+        .name = name, .n = n, .c_in = c_in, .h = side, .w = side + 1, .c_out = c_out, .kh = kernel, .kw = kernel};
+    c.stride_h = c.stride_w = stride, c.groups = groups;
+    c.top = c.bottom = c.left = c.right = kernel / 2;
+    all.push_back(c);
+  };
+  add("aligned 3x3, two blocks of channels", 4, 72, 6, 152, 3, 1, 1);
+  add("aligned 3x3, narrow", 5, 40, 7, 24, 3, 1, 1);
+  add("aligned 3x3, stride 2", 4, 48, 9, 88, 3, 2, 1);
+  add("aligned 1x1, small maps", 30, 136, 2, 72, 1, 1, 1);
+  add("aligned 1x1, stride 2", 4, 32, 8, 200, 1, 2, 1);
+  add("aligned groups", 4, 64, 7, 96, 3, 1, 2);
+  add("aligned 5x5, stride 3", 3, 16, 11, 16, 5, 3, 1);
+  all.push_back({.name = "aligned, dilated, padded unevenly",
+                 .n = 3,
+                 .c_in = 24,
+                 .h = 9,
+                 .w = 8,
+                 .c_out = 40,
+                 .kh = 3,
+                 .kw = 2,
+                 .stride_h = 1,
+                 .stride_w = 2,
+                 .top = 0,
+                 .bottom = 4,
+                 .left = 3,
+                 .right = 1,
+                 .dilation_h = 2,
+                 .dilation_w = 3});
+  return all;
 }
 
 template struct GpuCase<float>;

@@ -11,7 +11,8 @@
 
 namespace rnp::tests {
 
-enum class GpuMode { kFull, kMixed, kTables, kResidual, kSkip };
+// kGroups: prefixes in quarters, as a network of four groups has them; else any.
+enum class GpuMode { kFull, kMixed, kTables, kResidual, kSkip, kGroups };
 
 template <typename T>
 struct GpuCase {
@@ -36,6 +37,9 @@ struct GpuCase {
   // Compares the output with the double reference; `unit` is the rounding error of one operand, relative.
   void check(const std::string& where, double unit, double store_unit);
 };
+
+// Beside the cases of every backend: channels that cp.async can fetch, several blocks, runs and chunks.
+std::vector<ConvCase> gpu_cases();
 
 extern template struct GpuCase<float>;
 extern template struct GpuCase<double>;

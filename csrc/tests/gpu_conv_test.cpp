@@ -5,9 +5,8 @@
 #include <string>
 
 #include "cuda/conv_kernel.h"
-#include "cuda/plain_kernels.h"
 #include "tests/check.h"
-#include "tests/gpu_case.h"
+#include "tests/gpu_run.h"
 
 namespace rnp::tests {
 namespace {
@@ -15,62 +14,26 @@ namespace {
 using cuda::TileName;
 namespace emulator = cuda::emulator;
 
-constexpr double kHalfStep = 0x1p-11;  // one rounding of float16 or TF32
-
 emulator::Statistics run_tile(const cuda::TileLaunch& launch, uint64_t seed) {
   constexpr int64_t kBlocks = 3;
   switch (launch.tile) {
-#define RNP_RUN(name, T, math, gather, BM, BN, blocks, registers)                                \
+#define RNP_RUN(name, T, math, BM, BN, blocks, registers)                                        \
   case TileName::name: {                                                                         \
-    using Tile = cuda::Tile<T, cuda::math, gather, BM, BN>;                                      \
+    using Tile = cuda::Tile<T, cuda::math, BM, BN>;                                              \
     return emulator::launch(kBlocks, cuda::kThreads, Tile::kSharedBytes, seed,                   \
                             [&](char* shared) { cuda::conv_block<Tile>(launch.args, shared); }); \
   }
     RNP_CUDA_TILES(RNP_RUN)
 #undef RNP_RUN
-    case TileName::kCount:
+    default:
       break;
   }
   throw std::runtime_error("no such tile");
 }
 
-template <typename T>
-void pack(GpuCase<T>& c) {
-  cuda::PackArgs a = cuda::pack_args(c.s, c.p.dtype, c.role, c.p.weight, c.p.weight_stride, nullptr);
-  const cuda::PackedTiles& l = a.layout;
-  c.packed.resize(static_cast<size_t>(l.elements()) * sizeof(T) + 16);
-  void* to = c.packed.data() + (16 - reinterpret_cast<uintptr_t>(c.packed.data()) % 16) % 16;
-  a.packed = to;
-  emulator::launch(2, 128, 0, 1,
-                   [&](char*) { cuda::pack_block<T>(a, l.elements(), l.chunks(), l.taps(), l.chunk(), l.flat()); });
-  c.p.packed = static_cast<const float*>(to);
-}
-
-struct Ordered {
-  std::vector<int32_t> sample, in, out;
-  int32_t ticket = 77;
-};
-
-void set_order(cuda::ConvArgs& a, Ordered& o) {
-  if (!a.in_prefix && !a.out_prefix) return;
-  const size_t n = static_cast<size_t>(a.cut.n);
-  o.sample.assign(n, -1), o.in.assign(n, -1), o.out.assign(n, -1);
-  cuda::OrderArgs args{static_cast<int32_t>(a.cut.n),
-                       a.c_in,
-                       a.c_out,
-                       a.in_prefix,
-                       a.out_prefix,
-                       o.sample.data(),
-                       o.in.data(),
-                       o.out.data(),
-                       &o.ticket};
-  emulator::launch((a.cut.n + 31) / 32, 32, 0, 1, [&](char*) { cuda::order_block(args); });
-  a.order_sample = o.sample.data(), a.order_in = o.in.data(), a.order_out = o.out.data(), a.ticket = &o.ticket;
-}
-
 // The tile that `force` names, where the launch can use it.
 void force_tile(cuda::TileLaunch& launch, TileName first, int offset) {
-  if (static_cast<int>(launch.tile) == static_cast<int>(first) + 3) return;  // only a gather will do
+  if (launch.args.gather) return;  // always 128 x 64
   launch.tile = static_cast<TileName>(static_cast<int>(first) + offset);
   launch.args.cut.bm = offset == 2 ? 64 : 128;
   launch.args.cut.bn = offset == 0 ? 128 : 64;
@@ -80,7 +43,7 @@ template <typename T>
 emulator::Statistics compute(GpuCase<T>& c, bool tf32, int offset, uint64_t seed) {
   pack(c);
   emulator::Statistics all;
-  for (cuda::TileLaunch& launch : cuda::tile_launches(c.p, c.role, 3, tf32, 132)) {
+  for (cuda::TileLaunch& launch : cuda::tile_launches(c.p, c.role, 3, tf32, cuda::Device{132, false})) {
     if (offset >= 0) {
       const TileName first = sizeof(T) == 4
                                  ? TileName::tf32_128x128
@@ -93,50 +56,6 @@ emulator::Statistics compute(GpuCase<T>& c, bool tf32, int offset, uint64_t seed
     all.bank_conflicts += one.bank_conflicts, all.matrix_products += one.matrix_products;
     all.copied_bytes += one.copied_bytes;
   }
-  return all;
-}
-
-const char* mode_name(GpuMode mode) {
-  const char* const names[] = {"full", "mixed", "tables", "residual", "skip"};
-  return names[static_cast<int>(mode)];
-}
-
-constexpr GpuMode kModes[] = {GpuMode::kFull, GpuMode::kMixed, GpuMode::kTables, GpuMode::kResidual, GpuMode::kSkip};
-
-// Beside the cases of every backend: channels that cp.async can fetch, several blocks, runs and chunks.
-std::vector<ConvCase> gpu_cases() {
-  std::vector<ConvCase> all = conv_cases();
-  const auto add = [&](const char* name, int64_t n, int64_t c_in, int64_t side, int64_t c_out, int64_t kernel,
-                       int64_t stride, int64_t groups) {
-    ConvCase c{
-        .name = name, .n = n, .c_in = c_in, .h = side, .w = side + 1, .c_out = c_out, .kh = kernel, .kw = kernel};
-    c.stride_h = c.stride_w = stride, c.groups = groups;
-    c.top = c.bottom = c.left = c.right = kernel / 2;
-    all.push_back(c);
-  };
-  add("aligned 3x3, two blocks of channels", 4, 72, 6, 152, 3, 1, 1);
-  add("aligned 3x3, narrow", 5, 40, 7, 24, 3, 1, 1);
-  add("aligned 3x3, stride 2", 4, 48, 9, 88, 3, 2, 1);
-  add("aligned 1x1, small maps", 30, 136, 2, 72, 1, 1, 1);
-  add("aligned 1x1, stride 2", 4, 32, 8, 200, 1, 2, 1);
-  add("aligned groups", 4, 64, 7, 96, 3, 1, 2);
-  add("aligned 5x5, stride 3", 3, 16, 11, 16, 5, 3, 1);
-  all.push_back({.name = "aligned, dilated, padded unevenly",
-                 .n = 3,
-                 .c_in = 24,
-                 .h = 9,
-                 .w = 8,
-                 .c_out = 40,
-                 .kh = 3,
-                 .kw = 2,
-                 .stride_h = 1,
-                 .stride_w = 2,
-                 .top = 0,
-                 .bottom = 4,
-                 .left = 3,
-                 .right = 1,
-                 .dilation_h = 2,
-                 .dilation_w = 3});
   return all;
 }
 

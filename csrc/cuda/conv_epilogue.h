@@ -1,0 +1,139 @@
+// From sums to the output: scale and bias tables, residual, ReLU, and the channels beyond the prefix.
+#pragma once
+
+#include "cuda/rows.h"
+
+namespace rnp::cuda {
+
+// The finished value of one output element: `line` of the tables, `residual` the offset of the row's channel 0.
+template <typename T>
+RNP_DEVICE float finish(const ConvArgs& p, int32_t line, int64_t residual, int32_t channel, float v) {
+  if (p.scale) v *= p.scale[line * p.scale_row_stride + channel];
+  if (p.bias) v += p.bias[line * p.bias_row_stride + channel];
+  if (p.residual) v += widen(static_cast<const T*>(p.residual)[residual + channel * p.residual_stride.c]);
+  if (p.relu) v = v > 0 ? v : (v != v ? v : 0.0f);  // NaN passes, as in relu
+  return v;
+}
+
+// Four neighbouring elements in one store where the address allows it, else `count` of them one by one.
+template <typename T>
+RNP_DEVICE void store_four(T* to, const T (&v)[4], int count) {
+  union {
+    T element[4];
+    uint32_t word[sizeof(T)];
+  } out;
+  RNP_UNROLL
+  for (int e = 0; e < 4; ++e) out.element[e] = v[e];
+  if (count >= 4 && (reinterpret_cast<uintptr_t>(to) & (4 * sizeof(T) - 1)) == 0) {
+    if constexpr (sizeof(T) == 2)
+      *reinterpret_cast<uint64_t*>(to) = out.word[0] | static_cast<uint64_t>(out.word[1]) << 32;
+    else
+      *reinterpret_cast<Vec16*>(to) = Vec16{{out.word[0], out.word[1], out.word[2], out.word[3]}};
+  } else {
+    for (int e = 0; e < 4; ++e)
+      if (e < count) to[e] = out.element[e];
+  }
+}
+
+// Where a slab of sums goes: channels first … first + width - 1 of the tensor, which are slab … of the tile.
+struct Slab {
+  const float* sums;  // (kRows, kStride)
+  int32_t slab, first;
+};
+
+// `threads` threads store kRows rows of kWidth channels, in the dtype of the tensors.
+template <typename T, int kRows, int kWidth, int kStride>
+RNP_DEVICE void store_slab(const ConvArgs& p, const Row* rows, const Slab& s, int thread, int threads) {
+  T* output = static_cast<T*>(p.output);
+  if (p.output_stride.c == 1) {  // neighbouring threads write one row's channels, four each
+    for (int i = thread; i < kRows * (kWidth / 4); i += threads) {
+      const int r = i / (kWidth / 4), c = i % (kWidth / 4) * 4;
+      const Row& row = rows[r];
+      const int count = row.out_live - s.slab - c;
+      if (count <= 0) continue;
+      T v[4];
+      RNP_UNROLL
+      for (int e = 0; e < 4; ++e)
+        v[e] = narrow<T>(e < count ? finish<T>(p, row.line, row.residual, s.first + c + e, s.sums[r * kStride + c + e])
+                                   : 0.0f);
+      store_four(output + row.output + s.first + c, v, count);
+    }
+  } else {  // neighbouring threads write neighbouring pixels of one channel
+    for (int i = thread; i < kRows * kWidth; i += threads) {
+      const int r = i % kRows, c = i / kRows;
+      const Row& row = rows[r];
+      if (c + s.slab >= row.out_live) continue;
+      output[row.output + (s.first + c) * p.output_stride.c] =
+          narrow<T>(finish<T>(p, row.line, row.residual, s.first + c, s.sums[r * kStride + c]));
+    }
+  }
+}
+
+// The same for the sums of one segment of K, unfinished: float32, dense (sample, pixel, channel).
+template <int kRows, int kWidth, int kStride>
+RNP_DEVICE void store_partial(float* partial, const Row* rows, const Slab& s, int thread, int threads) {
+  for (int i = thread; i < kRows * (kWidth / 4); i += threads) {
+    const int r = i / (kWidth / 4), c = i % (kWidth / 4) * 4;
+    const int count = rows[r].out_live - s.slab - c;
+    if (count <= 0) continue;
+    float v[4];
+    RNP_UNROLL
+    for (int e = 0; e < 4; ++e) v[e] = s.sums[r * kStride + c + e];
+    store_four(partial + rows[r].output + s.first + c, v, count);
+  }
+}
+
+// Channels beyond the prefix: zero, or what the residual leaves there. Dealt out in whole positions, a warp each.
+template <typename T>
+RNP_DEVICE void write_tails(const ConvArgs& p, int thread, int threads) {
+  const int lane = thread & 31, warps = threads / 32;
+  const int64_t step = block_count() * warps, positions = p.cut.positions;
+  for (int64_t i = block_index() * warps + thread / 32; i < p.cut.n * positions; i += step) {
+    const int64_t n = i / positions;
+    const int32_t live = gpu::clamp_prefix(p.out_prefix[n], p.c_out);
+    if (live == p.c_out) continue;
+    const int32_t pixel = static_cast<int32_t>(i - n * positions), oy = pixel / p.out_w, ox = pixel - oy * p.out_w;
+    T* to = static_cast<T*>(p.output) + n * p.output_stride.n + oy * p.output_stride.h + ox * p.output_stride.w;
+    const T* residual = static_cast<const T*>(p.residual);
+    if (residual) residual += n * p.residual_stride.n + oy * p.residual_stride.h + ox * p.residual_stride.w;
+    for (int32_t c = live + lane; c < p.c_out; c += 32) {
+      float v = residual ? widen(residual[c * p.residual_stride.c]) : 0.0f;
+      if (p.relu) v = v > 0 ? v : (v != v ? v : 0.0f);
+      to[c * p.output_stride.c] = narrow<T>(v);
+    }
+  }
+}
+
+// The second pass of a launch whose K was split: adds the segments of every live output in their order, as the one-pass
+// kernel does in registers, and finishes them; the channels beyond the prefix too.
+template <typename T>
+RNP_DEVICE void sum_segments_block(const ConvArgs& p) {
+  const int64_t positions = p.cut.positions, elements = p.cut.n * positions * p.c_out;
+  const int64_t step = block_count() * thread_count();
+  const int32_t segment = p.segment_chunks * kPackChannels;
+  for (int64_t i = block_index() * thread_count() + thread_index(); i < elements; i += step) {
+    const int32_t c = static_cast<int32_t>(i % p.c_out);
+    const int64_t row = i / p.c_out, n = row / positions;
+    const int32_t live_out = p.out_prefix ? gpu::clamp_prefix(p.out_prefix[n], p.c_out) : p.c_out;
+    const int32_t live_in = p.in_prefix ? gpu::clamp_prefix(p.in_prefix[n], p.c_in) : p.c_in;
+    if (c >= live_out && !p.zero_tail) continue;
+    const int32_t pixel = static_cast<int32_t>(row - n * positions), oy = pixel / p.out_w, ox = pixel - oy * p.out_w;
+    const int64_t residual = n * p.residual_stride.n + oy * p.residual_stride.h + ox * p.residual_stride.w;
+    float v = 0;
+    if (c < live_out) {
+      for (int32_t at = 0, s = 0; at < live_in; at += segment, ++s) {
+        const float part = p.partial[s * elements + i];
+        v = s == 0 ? part : v + part;
+      }
+      v = finish<T>(p, p.row ? gpu::clamp_prefix(p.row[n], p.lines - 1) : 0, residual, c, v);
+    } else {
+      if (p.residual) v = widen(static_cast<const T*>(p.residual)[residual + c * p.residual_stride.c]);
+      if (p.relu) v = v > 0 ? v : (v != v ? v : 0.0f);
+    }
+    static_cast<T*>(
+        p.output)[n * p.output_stride.n + oy * p.output_stride.h + ox * p.output_stride.w + c * p.output_stride.c] =
+        narrow<T>(v);
+  }
+}
+
+}  // namespace rnp::cuda

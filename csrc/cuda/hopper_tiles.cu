@@ -1,0 +1,91 @@
+// Every tile of sm_90a, compiled for that architecture alone, and their launch.
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "cuda/hopper_kernel.h"
+#include "cuda/launch.h"
+
+namespace rnp::cuda {
+namespace {
+
+template <typename Tile>
+__global__ void __launch_bounds__(kHopperThreads, 1)
+    hopper_tile_kernel(const __grid_constant__ ConvArgs p, const __grid_constant__ CUtensorMap map) {
+  extern __shared__ __align__(1024) char shared[];
+  hopper_block<Tile>(p, &map, shared);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(256) sum_segments_kernel(const __grid_constant__ ConvArgs p) {
+  sum_segments_block<T>(p);
+}
+
+// The driver's cuTensorMapEncodeIm2col, without linking the driver; null where it has none.
+decltype(&cuTensorMapEncodeIm2col) encoder() {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeIm2col", &found, 12000, cudaEnableDefault, &result);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeIm2col", &found, cudaEnableDefault, &result);
+#endif
+  if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) return nullptr;
+  return reinterpret_cast<decltype(&cuTensorMapEncodeIm2col)>(found);
+}
+
+// False where the driver refuses: the kernel then fetches by cp.async, with the same result.
+bool encode(const Im2colBox& b, CUtensorMap* map) {
+  static const auto call = encoder();
+  if (!call) return false;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(b.c), static_cast<cuuint64_t>(b.w), static_cast<cuuint64_t>(b.h),
+                              static_cast<cuuint64_t>(b.n)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(b.w_stride), static_cast<cuuint64_t>(b.h_stride),
+                                static_cast<cuuint64_t>(b.n_stride)};
+  const cuuint32_t steps[] = {1, static_cast<cuuint32_t>(b.step[0]), static_cast<cuuint32_t>(b.step[1]), 1};
+  // Elements are moved, never read: any type of two bytes.
+  return call(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(b.base), sizes, strides, b.lower, b.upper,
+              kPackChannels, 128, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// A persistent grid: a block to each multiprocessor, never more than there can be tiles. Then the sum of the segments.
+template <typename Tile>
+cudaError_t launch(const TileLaunch& what, int multiprocessors, cudaStream_t stream) {
+  ConvArgs args = what.args;
+  CUtensorMap map = {};
+  args.use_tma = args.use_tma && encode(what.box, &map);
+  const auto kernel = hopper_tile_kernel<Tile>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
+  if (error != cudaSuccess) return error;
+  const int64_t tiles = args.cut.most_tiles() * args.splits;
+  const int grid = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(multiprocessors, tiles)));
+  kernel<<<grid, kHopperThreads, Tile::kSharedBytes, stream>>>(args, map);
+  error = cudaGetLastError();
+  if (error != cudaSuccess || !args.partial) return error;
+  const int64_t blocks = (args.cut.n * args.cut.positions * args.c_out + 255) / 256;
+  sum_segments_kernel<typename Tile::T>
+      <<<static_cast<int>(std::min<int64_t>(blocks, int64_t{multiprocessors} * 16)), 256, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+const char* launch_hopper_tile(const TileLaunch& what, int multiprocessors, void* stream) {
+  cudaError_t error = cudaErrorInvalidValue;
+  switch (what.tile) {
+#define RNP_LAUNCH(name, T, BN, registers)                                                       \
+  case TileName::name:                                                                           \
+    error = launch<HopperTile<T, BN>>(what, multiprocessors, static_cast<cudaStream_t>(stream)); \
+    break;
+    RNP_HOPPER_TILES(RNP_LAUNCH)
+#undef RNP_LAUNCH
+    default:
+      break;
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace rnp::cuda

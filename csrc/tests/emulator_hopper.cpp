@@ -1,0 +1,309 @@
+// What Hopper adds to the emulated machine: barriers of shared memory, the copy engine, wgmma. Layouts are those of the
+// PTX ISA: matrix descriptors and the 128-byte swizzle, the accumulator's registers, im2col mode.
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "tests/emulator_machine.h"
+
+namespace rnp::cuda::emulator {
+namespace {
+
+constexpr int kStep = 16;  // K of one product, in elements of two bytes
+
+size_t place_of(const void* p) { return static_cast<size_t>(static_cast<const char*>(p) - machine->shared); }
+
+// The 128-byte swizzle: bits 4 … 6 of an address, exclusive-or bits 7 … 9.
+size_t swizzle(size_t address) { return address ^ ((address >> 7 & 7) << 4); }
+
+Barrier* barrier_at(const uint64_t* p) {
+  checked_shared(p, 8, 8);
+  const auto found = machine->barriers.find(place_of(p));
+  if (found != machine->barriers.end()) return &found->second;
+  fail("a barrier that was not initialised");
+  return nullptr;
+}
+
+void end_phase(Barrier& b) {
+  if (b.pending != 0 || b.bytes != 0) return;
+  ++b.phase;
+  b.pending = b.arrivals;
+}
+
+void issue(BulkCopy copy, uint64_t* barrier) {
+  Machine& m = *machine;
+  if (!barrier_at(barrier)) return;
+  if (!m.barriers_published) fail("the copy engine does not know the barriers yet");
+  copy.barrier = place_of(barrier);
+  for (const auto& [place, bytes] : copy.runs) {
+    if (place + bytes.size() > m.shared_bytes || place % 16 != 0) return fail("a bulk copy outside shared memory");
+    std::memset(m.shared + place, 0xff, bytes.size());
+    for (size_t unit = place / 16; unit < (place + bytes.size()) / 16; ++unit) {
+      if (m.coming[unit]) fail("two bulk copies to one place");
+      if (m.unpublished[unit]) fail("a bulk copy over a cp.async that was not published");
+      m.coming[unit] = 1;
+    }
+  }
+  m.bulk.push_back(std::move(copy));
+}
+
+void land(const BulkCopy& copy) {
+  Machine& m = *machine;
+  for (const auto& [place, bytes] : copy.runs) {
+    std::memcpy(m.shared + place, bytes.data(), bytes.size());
+    for (size_t unit = place / 16; unit < (place + bytes.size()) / 16; ++unit) m.coming[unit] = 0;
+  }
+  Barrier& b = m.barriers[copy.barrier];
+  b.bytes -= copy.bytes;
+  end_phase(b);
+}
+
+// Rows of 32 bytes from where the descriptor points: `rows` of them from row `first` on.
+void read_operand(uint64_t descriptor, int first, int rows, bool check, std::vector<char>& to) {
+  Machine& m = *machine;
+  const size_t start = static_cast<size_t>(descriptor & 0x3fff) << 4;
+  const size_t stride = static_cast<size_t>(descriptor >> 32 & 0x3fff) << 4;  // from eight rows to the next eight
+  if (descriptor >> 62 != 1) fail("wgmma: an operand that is not swizzled by 128 bytes");
+  if ((descriptor >> 49 & 7) != 0) fail("wgmma: a base offset");
+  for (int r = first; r < first + rows; ++r)
+    for (size_t piece = 0; piece < 2; ++piece) {
+      const size_t row = static_cast<size_t>(r);
+      const size_t place = swizzle(start + row / 8 * stride + row % 8 * 128 + piece * 16);
+      if (place + 16 > m.shared_bytes) return fail("wgmma: an operand outside shared memory");
+      if (check && m.coming[place / 16]) fail("wgmma: an operand that has not come yet");
+      if (check && m.unpublished[place / 16]) fail("wgmma: an operand that cp.async wrote and nobody published");
+      to.insert(to.end(), m.shared + place, m.shared + place + 16);
+    }
+}
+
+float element(const Product& p, int row, int k) {
+  uint16_t bits;
+  std::memcpy(&bits, p.bytes.data() + row * 32 + k * 2, 2);
+  return p.type == 0 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
+}
+
+// Sum (row, column) of a warp's 16 rows: which lane holds it, and where.
+float& sum_at(Warp& w, int width, int row, int column) {
+  const int lane = row % 8 * 4 + column % 8 / 2;
+  const int at = column / 8 * 4 + row / 8 * 2 + column % 2;
+  return w.sums[static_cast<size_t>(lane * (width / 2) + at)];
+}
+
+std::vector<char> operands(const Product& p, int warp, bool check) {
+  std::vector<char> bytes;
+  read_operand(p.operand[0], warp % 4 * 16, 16, check, bytes);
+  read_operand(p.operand[1], 0, p.width, check, bytes);
+  return bytes;
+}
+
+void start(Warp& w, const Operation& mine, int warp) {
+  if (!w.fenced) fail("wgmma without wgmma.fence");
+  const size_t own = static_cast<size_t>(mine.width) / 2;
+  for (int l = 0; l < kLanes; ++l) {
+    const Operation& o = w.lane[l];
+    if (o.width != mine.width || o.type != mine.type || o.operand[0] != mine.operand[0] ||
+        o.operand[1] != mine.operand[1])
+      fail("wgmma: lanes differ");
+    if (!w.products.empty() && (w.registers[l] != o.d || w.products[0].width != mine.width))
+      fail("wgmma: two sets of sums under way");
+  }
+  if (!machine->fault.empty()) return;
+  if (w.products.empty()) {
+    w.sums.resize(kLanes * own);
+    for (int l = 0; l < kLanes; ++l) {
+      w.registers[l] = w.lane[l].d;
+      for (size_t i = 0; i < own; ++i) {
+        w.sums[static_cast<size_t>(l) * own + i] = w.registers[l][i];
+        w.registers[l][i] = std::numeric_limits<float>::quiet_NaN();
+      }
+    }
+  }
+  Product p{mine.width, mine.type, {mine.operand[0], mine.operand[1]}, {}, w.groups};
+  p.bytes = operands(p, warp, true);
+  w.products.push_back(std::move(p));
+  ++machine->statistics.group_products;
+}
+
+void finish(Warp& w, const Product& p, int warp) {
+  if (operands(p, warp, false) != p.bytes) fail("wgmma: an operand was overwritten before the wait");
+  std::vector<float> a(16 * kStep), b(static_cast<size_t>(p.width) * kStep);
+  for (int i = 0; i < 16 * kStep; ++i) a[static_cast<size_t>(i)] = element(p, i / kStep, i % kStep);
+  for (int i = 0; i < p.width * kStep; ++i) b[static_cast<size_t>(i)] = element(p, 16 + i / kStep, i % kStep);
+  for (int row = 0; row < 16; ++row)
+    for (int column = 0; column < p.width; ++column) {
+      float& d = sum_at(w, p.width, row, column);
+      const float *x = &a[static_cast<size_t>(row * kStep)], *y = &b[static_cast<size_t>(column * kStep)];
+      double sum = d;
+      for (int k = 0; k < kStep; ++k) sum += static_cast<double>(x[k]) * static_cast<double>(y[k]);
+      d = static_cast<float>(sum);
+    }
+}
+
+void wait(Warp& w, int64_t most, int warp) {
+  if (most == 0 && !w.products.empty() && w.products.back().group == w.groups)
+    fail("wgmma: a wait for products that were not committed");
+  size_t done = 0;
+  while (done < w.products.size() && w.products[done].group < w.groups - most) finish(w, w.products[done++], warp);
+  if (done == 0 || done < w.products.size()) {
+    w.products.erase(w.products.begin(), w.products.begin() + static_cast<std::ptrdiff_t>(done));
+    return;
+  }
+  const size_t own = static_cast<size_t>(w.products[0].width) / 2;
+  for (int l = 0; l < kLanes; ++l) std::memcpy(w.registers[l], &w.sums[static_cast<size_t>(l) * own], own * 4);
+  w.products.clear();
+  w.fenced = false;
+}
+
+Operation operation(int kind) {
+  Operation o = {};
+  o.kind = kind;
+  return o;
+}
+
+void meet_product(int type, int width, float* d, uint64_t a, uint64_t b) {
+  Operation o = operation(6);
+  o.type = type, o.width = width, o.d = d, o.operand[0] = a, o.operand[1] = b;
+  meet(o);
+}
+
+}  // namespace
+
+void hopper_operation(Warp& w, const Operation& mine) {
+  const int warp = machine->current / kLanes;
+  switch (mine.kind) {
+    case 6:
+      return start(w, mine, warp);
+    case 7:
+      ++w.groups;
+      return;
+    case 8:
+      return wait(w, mine.left, warp);
+    case 9:
+      w.fenced = true;
+      return;
+    default:
+      fail("an unknown operation");
+  }
+}
+
+bool land_some(uint64_t seed, bool all) {
+  Machine& m = *machine;
+  bool any = false;
+  for (size_t i = 0; i < m.bulk.size();) {
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    if (!all && seed >> 62) {  // one in four
+      ++i;
+      continue;
+    }
+    const BulkCopy copy = std::move(m.bulk[i]);
+    m.bulk.erase(m.bulk.begin() + static_cast<std::ptrdiff_t>(i));
+    land(copy);
+    all = false, any = true;
+  }
+  return any;
+}
+
+uint32_t shared_address(const void* p) { return static_cast<uint32_t>(place_of(p)); }
+
+void init_barrier(uint64_t* barrier, int arrivals) {
+  checked_shared(barrier, 8, 8);
+  machine->barriers[place_of(barrier)] = Barrier{arrivals, arrivals, 0, 0};
+}
+
+void publish_barriers() { machine->barriers_published = true; }
+
+void arrive(uint64_t* barrier) {
+  Barrier* b = barrier_at(barrier);
+  if (!b) return;
+  ++machine->progress;
+  if (b->pending == 0) return fail("more arrivals than a phase has");
+  --b->pending;
+  end_phase(*b);
+}
+
+void expect_bytes(uint64_t* barrier, uint32_t bytes) {
+  Barrier* b = barrier_at(barrier);
+  if (b) b->bytes += bytes;
+}
+
+void wait_barrier(uint64_t* barrier, uint32_t parity) {
+  const Barrier* b = barrier_at(barrier);
+  while (b && (b->phase & 1) == parity && machine->fault.empty()) leave_to_scheduler(false);
+  ++machine->progress;
+}
+
+void sync_threads(int number, int threads) {
+  Machine& m = *machine;
+  NamedBarrier& b = m.named[number];
+  ++m.progress;
+  const int64_t generation = b.generation;
+  if (++b.arrived == threads) {
+    b.arrived = 0;
+    ++b.generation;
+    return;
+  }
+  while (b.generation == generation) leave_to_scheduler(false);
+}
+
+void publish_writes() {
+  Machine& m = *machine;
+  Fiber& fiber = m.fibers[static_cast<size_t>(m.current)];
+  for (size_t unit : fiber.landed)
+    if (m.unpublished[unit] == m.current + 1) m.unpublished[unit] = 0;
+  fiber.landed.clear();
+}
+
+void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
+  if (bytes % 16 != 0 || bytes == 0) fail("a bulk copy of " + std::to_string(bytes) + " bytes");
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("a misaligned source of a bulk copy");
+  const char* from = static_cast<const char*>(global);
+  BulkCopy copy{{}, 0, bytes};
+  copy.runs.emplace_back(place_of(checked_shared(shared, bytes, 16)), std::vector<char>(from, from + bytes));
+  machine->statistics.bulk_bytes += bytes;
+  issue(std::move(copy), barrier);
+}
+
+void copy_im2col(void* shared, const TensorMap& map, uint64_t* barrier, int32_t c, int32_t w, int32_t h, int32_t n,
+                 int32_t offset_w, int32_t offset_h) {
+  const size_t row_bytes = static_cast<size_t>(map.channels) * 2;
+  const size_t bytes = row_bytes * static_cast<size_t>(map.pixels);
+  const size_t place = place_of(checked_shared(shared, bytes, 128));
+  if (offset_w < 0 || offset_h < 0 || offset_w > 255 || offset_h > 255) fail("im2col: an offset beyond 0…255");
+  if (place % 1024 != 0 || row_bytes != 128) fail("im2col: a box that is not swizzled from its beginning");
+  BulkCopy copy{{}, 0, static_cast<int64_t>(bytes)};
+  for (int32_t pixel = 0; pixel < map.pixels; ++pixel) {
+    const int64_t x = w + offset_w, y = h + offset_h;
+    const bool inside = x >= 0 && x < map.size[1] && y >= 0 && y < map.size[2] && n >= 0 && n < map.size[3];
+    for (int32_t piece = 0; piece < 8; ++piece) {
+      std::vector<char> values(16, 0);
+      const int64_t channel = c + piece * 8;
+      const int64_t count = inside ? std::min<int64_t>(8, map.size[0] - channel) : 0;
+      if (count > 0)
+        std::memcpy(values.data(), map.base + n * map.stride[3] + y * map.stride[2] + x * map.stride[1] + channel * 2,
+                    static_cast<size_t>(count) * 2);
+      copy.runs.emplace_back(swizzle(place + static_cast<size_t>(pixel) * row_bytes + static_cast<size_t>(piece) * 16),
+                             std::move(values));
+    }
+    w += map.step[0];
+    if (w <= map.size[1] - 1 + map.upper[0]) continue;
+    w = map.lower[0];
+    h += map.step[1];
+    if (h <= map.size[2] - 1 + map.upper[1]) continue;
+    h = map.lower[1];
+    ++n;
+  }
+  machine->statistics.im2col_bytes += static_cast<int64_t>(bytes);
+  issue(std::move(copy), barrier);
+}
+
+void begin_products() { meet(operation(9)); }
+void commit_products() { meet(operation(7)); }
+void wait_products(int most) {
+  Operation o = operation(8);
+  o.left = most;
+  meet(o);
+}
+void multiply_warpgroup(BFloat16, int width, float* d, uint64_t a, uint64_t b) { meet_product(0, width, d, a, b); }
+void multiply_warpgroup(Float16, int width, float* d, uint64_t a, uint64_t b) { meet_product(1, width, d, a, b); }
+
+}  // namespace rnp::cuda::emulator

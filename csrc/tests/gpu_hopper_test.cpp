@@ -1,0 +1,207 @@
+// The sm_90a kernel's own code on the emulator: warpgroup roles, barriers, swizzled operands, copies by im2col, by bulk
+// and by cp.async, against the double reference; split K; and the same bits whatever the tile, the split and the batch.
+#include <cstring>
+#include <string>
+
+#include "cuda/hopper_kernel.h"
+#include "tests/check.h"
+#include "tests/gpu_run.h"
+
+namespace rnp::tests {
+namespace {
+
+using cuda::TileName;
+
+constexpr cuda::Device kHopper{132, true};
+constexpr int64_t kBlocks = 3;
+
+emulator::Statistics run_tile(cuda::TileLaunch& launch, uint64_t seed) {
+  emulator::TensorMap map;
+  const cuda::Im2colBox& b = launch.box;
+  map.base = static_cast<const char*>(b.base);
+  const int64_t sizes[] = {b.c, b.w, b.h, b.n}, strides[] = {2, b.w_stride, b.h_stride, b.n_stride};
+  std::memcpy(map.size, sizes, sizeof sizes), std::memcpy(map.stride, strides, sizeof strides);
+  std::memcpy(map.lower, b.lower, sizeof b.lower), std::memcpy(map.upper, b.upper, sizeof b.upper);
+  std::memcpy(map.step, b.step, sizeof b.step);
+  switch (launch.tile) {
+#define RNP_RUN(name, T, BN, registers)                                                                 \
+  case TileName::name: {                                                                                \
+    using Tile = cuda::HopperTile<T, BN>;                                                               \
+    emulator::Statistics seen =                                                                         \
+        emulator::launch(kBlocks, cuda::kHopperThreads, Tile::kSharedBytes, seed,                       \
+                         [&](char* shared) { cuda::hopper_block<Tile>(launch.args, &map, shared); });   \
+    if (launch.args.partial)                                                                            \
+      emulator::launch(kBlocks, 64, 0, seed, [&](char*) { cuda::sum_segments_block<T>(launch.args); }); \
+    return seen;                                                                                        \
+  }
+    RNP_HOPPER_TILES(RNP_RUN)
+#undef RNP_RUN
+    default:
+      break;
+  }
+  throw std::runtime_error("no such tile");
+}
+
+// How a launch is computed instead of as the plan has it, where its layer allows that.
+enum class Way { kPlanned, kNarrow, kMiddle, kWide, kSplit, kWithoutTma };
+constexpr Way kWays[] = {Way::kPlanned, Way::kNarrow, Way::kMiddle, Way::kWide, Way::kSplit, Way::kWithoutTma};
+const char* way_name(Way way) {
+  const char* const names[] = {"as planned", "64 channels", "128 channels", "256 channels", "split", "without TMA"};
+  return names[static_cast<int>(way)];
+}
+
+void go(Way way, cuda::TileLaunch& launch) {
+  cuda::ConvArgs& a = launch.args;
+  if (way == Way::kPlanned) return;
+  if (way == Way::kWithoutTma) {
+    a.use_tma = false;
+    return;
+  }
+  const int32_t segments = (a.chunks + a.segment_chunks - 1) / a.segment_chunks;
+  const bool bf16 = launch.tile == TileName::sm90_bf16_128x128 || launch.tile == TileName::sm90_bf16_128x256;
+  const bool wide = way == Way::kWide && segments == 1;
+  launch.tile = wide ? (bf16 ? TileName::sm90_bf16_128x256 : TileName::sm90_fp16_128x256)
+                     : (bf16 ? TileName::sm90_bf16_128x128 : TileName::sm90_fp16_128x128);
+  a.cut.bn = wide ? 256 : (way == Way::kMiddle ? 128 : 64);
+  a.splits = way == Way::kSplit ? segments : 1;
+  launch.partial_elements = a.splits > 1 ? int64_t{segments} * a.cut.n * a.cut.positions * a.c_out : 0;
+}
+
+struct Seen {
+  int64_t launches = 0, bulk = 0, im2col = 0, copied = 0, products = 0, splits = 0, wide = 0;
+};
+
+template <typename T>
+Seen compute(GpuCase<T>& c, Way way, uint64_t seed) {
+  pack(c);
+  Seen seen;
+  for (cuda::TileLaunch& launch : cuda::tile_launches(c.p, c.role, 3, false, kHopper)) {
+    if (!cuda::is_hopper(launch.tile)) continue;
+    go(way, launch);
+    std::vector<float> partial(static_cast<size_t>(launch.partial_elements), kNaN);
+    launch.args.partial = partial.empty() ? nullptr : partial.data();
+    Ordered order;
+    set_order(launch.args, order);
+    const emulator::Statistics one = run_tile(launch, seed);
+    ++seen.launches;
+    seen.bulk += one.bulk_bytes, seen.im2col += one.im2col_bytes, seen.copied += one.copied_bytes;
+    seen.products += one.group_products;
+    seen.splits += launch.args.splits > 1, seen.wide += launch.args.cut.bn == 256;
+  }
+  return seen;
+}
+
+std::vector<ConvCase> hopper_cases() {
+  std::vector<ConvCase> all;
+  const auto add = [&](const char* name, int64_t n, int64_t c_in, int64_t side, int64_t c_out, int64_t kernel,
+                       int64_t stride, int64_t groups = 1) {
+    ConvCase c{
+        .name = name, .n = n, .c_in = c_in, .h = side, .w = side + 1, .c_out = c_out, .kh = kernel, .kw = kernel};
+    c.stride_h = c.stride_w = stride, c.groups = groups;
+    c.top = c.bottom = c.left = c.right = kernel / 2;
+    all.push_back(c);
+  };
+  add("3x3, a tile inside one sample", 3, 64, 15, 64, 3, 1);
+  add("3x3, stride 2", 5, 80, 9, 96, 3, 2);
+  add("3x3, K in segments", 5, 136, 6, 72, 3, 1);
+  add("1x1, K in segments, 64 outputs", 3, 1096, 2, 64, 1, 1);
+  add("1x1, more than 256 outputs", 9, 72, 5, 328, 1, 1);
+  add("1x1, stride 2", 4, 64, 8, 200, 1, 2);
+  add("3x3, groups", 4, 128, 7, 160, 3, 1, 2);
+  add("5x5, stride 3", 3, 64, 11, 64, 5, 3);
+  add("a map of one pixel", 7, 64, 1, 64, 3, 1);
+  all.push_back({.name = "dilated, padded unevenly",
+                 .n = 3,
+                 .c_in = 72,
+                 .h = 9,
+                 .w = 8,
+                 .c_out = 64,
+                 .kh = 3,
+                 .kw = 2,
+                 .stride_h = 1,
+                 .stride_w = 2,
+                 .top = 0,
+                 .bottom = 4,
+                 .left = 3,
+                 .right = 1,
+                 .dilation_h = 2,
+                 .dilation_w = 3});
+  return all;
+}
+
+template <typename T>
+Seen check_hopper(DType dtype, cuda::Role role, double store, const char* name) {
+  int number = 0;
+  Seen all;
+  const bool forward = role == cuda::Role::kForward;
+  for (const ConvCase& c : hopper_cases()) {
+    // Ways and modes take turns, so that each way meets each mode over the cases and roles.
+    for (int turn = 0; turn < 2; ++turn, ++number) {
+      const GpuMode modes[] = {GpuMode::kFull,   GpuMode::kMixed,    GpuMode::kGroups,
+                               GpuMode::kTables, GpuMode::kResidual, GpuMode::kSkip};
+      const GpuMode mode = modes[forward ? number % 6 : number % 3];
+      const Way way = c.h * c.w <= 64 && turn == 1 ? Way::kSplit : kWays[(number + number / 6) % 6];
+      GpuCase<T> problem(c, mode, role, dtype, true);
+      const std::string where = std::string(name) + ", " + c.name + ", " + mode_name(mode) + ", " + way_name(way);
+      Seen seen = {};
+      std::string fault;
+      try {
+        seen = compute(problem, way, static_cast<uint64_t>(number) + 11);
+      } catch (const std::exception& error) {
+        fault = error.what();
+      }
+      CHECK(fault.empty()) << where << ": " << fault;
+      if (!fault.empty() || seen.launches == 0) continue;
+      problem.check(where, 1e-6, store);
+      CHECK(way != Way::kWithoutTma || seen.im2col == 0) << where << ": used TMA";
+      CHECK(mode != GpuMode::kFull || way == Way::kWithoutTma || seen.copied == 0) << where << ": used cp.async";
+      all.launches += seen.launches, all.bulk += seen.bulk, all.im2col += seen.im2col, all.copied += seen.copied;
+      all.products += seen.products, all.splits += seen.splits, all.wide += seen.wide;
+    }
+  }
+  std::printf("  %s: %d launches, %d split, %d wide; MB by bulk copy %.1f, im2col %.1f, cp.async %.1f\n", name,
+              static_cast<int>(all.launches), static_cast<int>(all.splits), static_cast<int>(all.wide),
+              static_cast<double>(all.bulk) / 1e6, static_cast<double>(all.im2col) / 1e6,
+              static_cast<double>(all.copied) / 1e6);
+  CHECK(all.bulk > 1000000 && all.im2col > 1000000 && all.copied > 100000) << name << ": a way to fetch was not tried";
+  CHECK(all.splits > 1 && all.wide > 0) << name << ": split or wide tiles were not tried";
+  return all;
+}
+
+}  // namespace
+
+TEST(hopper_forward_bf16) { check_hopper<BFloat16>(DType::kBFloat16, cuda::Role::kForward, 0x1p-8, "wgmma bf16"); }
+TEST(hopper_forward_fp16) { check_hopper<Float16>(DType::kFloat16, cuda::Role::kForward, kHalfStep, "wgmma fp16"); }
+TEST(hopper_input_grad_bf16) {
+  check_hopper<BFloat16>(DType::kBFloat16, cuda::Role::kInputGrad, 0x1p-8, "wgmma bf16 grad");
+}
+
+// Neither the tile, nor a split K, nor the way the input is fetched, nor the company of a sample may change a bit.
+TEST(hopper_samples_are_the_same_bits_however_they_are_computed) {
+  for (const ConvCase& c : hopper_cases()) {
+    for (GpuMode mode : {GpuMode::kTables, GpuMode::kGroups}) {
+      GpuCase<BFloat16> batch(c, mode, cuda::Role::kForward, DType::kBFloat16, true);
+      const GpuCase<BFloat16> fresh = batch;
+      if (compute(batch, Way::kPlanned, 5).launches == 0) continue;
+      for (Way way : {Way::kNarrow, Way::kWide, Way::kSplit, Way::kWithoutTma}) {
+        if (way == Way::kWide && mode == GpuMode::kGroups) continue;
+        GpuCase<BFloat16> other = fresh;
+        const bool alone = way == Way::kSplit;  // one sample, as a small batch is computed
+        const int64_t n = alone ? std::min<int64_t>(2, c.n - 1) : 0;
+        const int64_t size = batch.to_c * batch.to_h * batch.to_w, samples = alone ? 1 : c.n;
+        other.s.n = other.p.shape.n = samples;
+        other.p.input = other.input.data() + n * other.p.input_stride.n;
+        other.p.output = other.output.data(), other.p.weight = other.weight.data();
+        other.p.in_prefix = other.in_prefix.data() + n, other.p.out_prefix = other.out_prefix.data() + n;
+        if (other.p.row) other.p.row = other.row.data() + n, other.p.scale = other.scale.data();
+        if (other.p.bias) other.p.bias = other.bias.data();
+        compute(other, way, 6);
+        CHECK(std::memcmp(other.output.data(), batch.output.data() + n * size,
+                          static_cast<size_t>(samples * size) * 2) == 0)
+            << c.name << ", " << mode_name(mode) << ": " << way_name(way) << " differs";
+      }
+    }
+  }
+}
+
+}  // namespace rnp::tests
