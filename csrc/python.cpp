@@ -13,6 +13,7 @@
 #include "core/stock.h"
 #include "cpu/fma_peak.h"
 #include "cpu/isa.h"
+#include "cpu/pack_weight.h"
 #include "cpu/prefix_conv2d.h"
 #include "cuda/plan.h"
 
@@ -132,7 +133,8 @@ int stock_path(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std:
                std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups,
                const std::string& dtype, bool channels_last) {
   const rnp::ConvShape s = shape_of(input, weight, stride, padding, dilation, groups);
-  return static_cast<int>(rnp::stock_path(s, dtype_of(dtype), channels_last));
+  const rnp::DType type = dtype_of(dtype);
+  return static_cast<int>(rnp::stock_path(s, type, channels_last, rnp::cpu::layout_in_use(s, type).pairs));
 }
 
 int64_t winograd_tile(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
@@ -196,8 +198,16 @@ PYBIND11_MODULE(_C, m) {
       py::arg("rounds"), py::call_guard<py::gil_scoped_release>(),
       "Multiply-adds in registers with the instruction set in use, on this thread and without the GIL; returns how "
       "many.\nTo be timed: the most this core can do.");
-  m.def("set_stock_dtypes", &rnp::set_stock_dtypes, py::arg("float32"), py::arg("bfloat16"), py::arg("float16"),
-        "Say in which dtypes oneDNN runs here. Until then the CPU operator never falls back to it.");
+  m.def(
+      "set_stock_dtypes",
+      [](bool float32, int bfloat16, bool float16) {
+        if (bfloat16 < 0 || bfloat16 > 3)
+          throw py::value_error("set_stock_dtypes: bfloat16 must be 0..3, got " + std::to_string(bfloat16));
+        rnp::set_stock_dtypes(float32, static_cast<rnp::StockBFloat16>(bfloat16), float16);
+      },
+      py::arg("float32"), py::arg("bfloat16"), py::arg("float16"),
+      "Say in which dtypes oneDNN runs here. Until then the CPU operator never falls back to it. bfloat16: 0 not at "
+      "all,\n1 by converting to float32, 2 with AVX512-BF16, 3 with AMX. ValueError for another number.");
   m.def("stock_path", &stock_path, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
         py::arg("dilation"), py::arg("groups"), py::arg("dtype"), py::arg("channels_last"),
         "What the CPU operator does with samples of full width in this layer: 0 its own kernel, 1 oneDNN's, 2 one "

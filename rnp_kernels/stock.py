@@ -36,10 +36,13 @@ class Route(NamedTuple):
 def tell_the_operator() -> None:
     """Say in which dtypes this torch has oneDNN on this processor."""
     if not torch.backends.mkldnn.is_available():
-        _C.set_stock_dtypes(False, False, False)
+        _C.set_stock_dtypes(False, 0, False)
         return
     ops = torch.ops.mkldnn
-    _C.set_stock_dtypes(True, ops._is_mkldnn_bf16_supported(), ops._is_mkldnn_fp16_supported())
+    bfloat16 = 0
+    if ops._is_mkldnn_bf16_supported():
+        bfloat16 = 3 if torch.cpu._is_amx_tile_supported() else 2 if _C.cpu_features().get("avx512bf16") else 1
+    _C.set_stock_dtypes(True, bfloat16, ops._is_mkldnn_fp16_supported())
 
 
 def route(conv: nn.Conv2d, input: Tensor, weight: Tensor, padding: int | Sequence[int] | str) -> Route | None:

@@ -62,7 +62,7 @@ ROUTES = {  # input, output channels, kernel, groups, channels_last, dtype: one 
     "oneDNN, depthwise": ((3, 40, 9, 9), 40, 3, 40, True, torch.float32),
     "oneDNN, grouped": ((3, 24, 9, 9), 12, 3, 3, False, torch.float32),
     "oneDNN, large map": ((3, 8, 58, 57), 16, 3, 1, True, torch.float32),
-    "oneDNN, bfloat16": ((3, 24, 9, 9), 12, 3, 1, True, torch.bfloat16),
+    "bfloat16": ((3, 24, 9, 9), 12, 3, 1, True, torch.bfloat16),
     "one product a sample": ((3, 64, 1, 1), 40, 1, 1, True, torch.float32),
 }
 

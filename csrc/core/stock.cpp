@@ -9,35 +9,49 @@ namespace {
 // oneDNN widens a few NCHW channels to sixteen in a copy of its own: for larger samples that may not fit.
 constexpr int64_t kMaxSample = int64_t{1} << 26;
 
-std::atomic<bool> has_float32{false}, has_bfloat16{false}, has_float16{false};
+std::atomic<bool> has_float32{false}, has_float16{false};
+std::atomic<StockBFloat16> its_bfloat16{StockBFloat16::kNone};
 
 }  // namespace
 
-void set_stock_dtypes(bool float32, bool bfloat16, bool float16) {
+void set_stock_dtypes(bool float32, StockBFloat16 bfloat16, bool float16) {
   has_float32 = float32;
-  has_bfloat16 = bfloat16;
+  its_bfloat16 = bfloat16;
   has_float16 = float16;
 }
 
-Stock stock_path(const ConvShape& s, DType dtype, bool channels_last) {
+Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, bool pairs) {
   // aten has one padding per axis.
   if (s.pad_top != s.pad_bottom || s.pad_left != s.pad_right) return Stock::kNone;
   if (std::max(s.c_in * s.h * s.w, s.c_out * s.out_h * s.out_w) > kMaxSample) return Stock::kNone;
   switch (dtype) {
     case DType::kFloat64:
       return Stock::kNone;
-    case DType::kBFloat16:  // oneDNN multiplies halves with the processor's own instructions, ours in float32
-      return has_bfloat16 ? Stock::kOneDnn : Stock::kNone;
-    case DType::kFloat16:
+    case DType::kBFloat16:
+      switch (its_bfloat16.load()) {
+        case StockBFloat16::kNone:
+          return Stock::kNone;
+        case StockBFloat16::kConverted:
+          return s.groups > 1 && s.group_in() == 1 ? Stock::kOneDnn : Stock::kNone;
+        case StockBFloat16::kTiles:
+          return Stock::kOneDnn;
+        case StockBFloat16::kPairs:
+          if (!pairs) return Stock::kOneDnn;  // ours would convert
+          break;
+      }
+      break;
+    case DType::kFloat16:  // likewise, where there is an instruction for it
       return has_float16 ? Stock::kOneDnn : Stock::kNone;
     case DType::kFloat32:
       break;
   }
-  if (!has_float32) return Stock::kNone;
+  if (dtype == DType::kFloat32 && !has_float32) return Stock::kNone;
+  // The same rule for bfloat16, with oneDNN in place of the matrix product.
+  const Stock gemm = dtype == DType::kBFloat16 ? Stock::kOneDnn : Stock::kGemm;
   // Depthwise, and groups of a few channels, leave most lanes of a tile empty.
   if (s.groups > 1) return Stock::kOneDnn;
   // Squeeze and excitation: the way through the operator costs more than the product.
-  if (s.h * s.w * s.kh * s.kw * s.stride_h * s.stride_w == 1 && s.pad_top + s.pad_left == 0) return Stock::kGemm;
+  if (s.h * s.w * s.kh * s.kw * s.stride_h * s.stride_w == 1 && s.pad_top + s.pad_left == 0) return gemm;
   // Large maps of few channels: the traffic decides, and oneDNN's is the smaller by some percent.
   if (channels_last && s.kh * s.kw > 1 && s.c_in <= 128 && s.out_h * s.out_w >= 56 * 56) return Stock::kOneDnn;
   // 1x1 on large maps with one narrow side: a few products per value moved, so the same (bench/results: ours at
@@ -48,8 +62,8 @@ Stock stock_path(const ConvShape& s, DType dtype, bool channels_last) {
   const bool product = s.kh * s.kw == 1 && s.stride_h * s.stride_w == 1 && s.pad_top + s.pad_left == 0;
   // NCHW: ours gathers pixels on the way in and scatters them on the way out. On small maps the weights, which oneDNN
   // repacks at every call, outweigh that.
-  if (channels_last || s.out_h * s.out_w <= 64) return Stock::kNone;
-  return product ? Stock::kGemm : Stock::kOneDnn;
+  if (channels_last || (s.out_h * s.out_w <= 64 && !(product && pairs))) return Stock::kNone;
+  return product ? gemm : Stock::kOneDnn;
 }
 
 }  // namespace rnp
