@@ -132,12 +132,16 @@ def layer_row(layer: Layer, batch: int, top: dict[str, float]) -> dict[str, Any]
     ins, outs = (t.cuda() for t in layer.widths(batch)["mixed"])
     masked = torch.where(rnp_kernels.reference.live(layer.c_in, ins, x), x, 0)
     out_mask = rnp_kernels.reference.live(layer.c_out, outs, x).to(DTYPE)
+    # As inside a network, where the pack is kept: in a graph a call without one packs at every replay.
+    packed = rnp_kernels.pack_weight(w, layer.groups) if rnp_kernels.get_backend() == "cuda" else None
 
     def full() -> Tensor:
-        return rnp_kernels.prefix_conv2d(x, w, None, *geometry)
+        return rnp_kernels.prefix_conv2d(x, w, None, *geometry, packed=packed)
 
     def mixed(tail: str = "skip") -> Tensor:
-        return rnp_kernels.prefix_conv2d(x, w, None, *geometry, in_prefix=ins, out_prefix=outs, tail=tail)
+        return rnp_kernels.prefix_conv2d(
+            x, w, None, *geometry, in_prefix=ins, out_prefix=outs, tail=tail, packed=packed
+        )
 
     expected = F.conv2d(masked, w, None, *geometry) * out_mask
     require_close("full width", full(), F.conv2d(x, w, None, *geometry))

@@ -4,56 +4,107 @@
 # its own, not into the environment.
 #
 #   bench/gpu_suite.sh [results folder]      default: bench/results/<GPU's name>
+#   bench/gpu_suite.sh --list                the steps and their limits in seconds, and their sum
+#   bench/gpu_suite.sh --dry-run [folder]    what can be tried without a GPU (default folder: build/gpu-dry-run)
 #
 # Needs python3 with torch for CUDA, triton, pytest and pybind11; cmake, ninja and nvcc for the CUDA library (without nvcc the
-# Triton backend alone is tested). A step that fails or runs out of time is recorded, and the next one runs all the same:
-# steps.tsv lists every step with its status and seconds, *.log what it printed. The exit status is the number of failures.
+# Triton backend alone is tested). The library is built for this GPU's architecture alone, or as RNP_CUDA_ARCHS says; GPU_SITE
+# names a folder where the package is built already. A step that fails or runs out of time is recorded, and the next one runs
+# all the same: suite.json holds environment, commit and, written as they come, every step with its status and seconds; *.log
+# what each printed. The exit status is the number of failures.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') ||
-  { echo "gpu_suite.sh: torch sees no CUDA device; nothing was run" >&2; exit 1; }
-out=$(realpath -m "${1:-bench/results/$gpu}")
-site=$PWD/build/gpu-site
+
+# Seconds that a step may take; killed two seconds later. With a second or two between steps, ten minutes hold them all.
+declare -A LIMIT=([machine]=10 [build]=130 [doctor]=25 [conformance]=140 [memcheck]=50 [racecheck]=50 [benchmark]=160)
+STEPS=(machine build doctor conformance memcheck racecheck benchmark)
+sum=0
+for name in "${STEPS[@]}"; do sum=$((sum + LIMIT[$name])); done
+if [ "${1:-}" = --list ]; then
+  for name in "${STEPS[@]}"; do printf '%s\t%s\n' "$name" "${LIMIT[$name]}"; done
+  printf 'sum\t%s\n' "$sum"
+  exit 0
+fi
+dry=
+if [ "${1:-}" = --dry-run ]; then
+  dry=1
+  shift
+fi
+
+gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))' 2> /dev/null) || gpu=
+if [ -z "$gpu" ]; then
+  echo "gpu_suite.sh: there is no GPU: $PYTHON's torch sees no CUDA device" >&2
+  [ -n "$dry" ] || { echo "gpu_suite.sh: nothing was run (--dry-run tries what needs none)" >&2; exit 1; }
+fi
+if [ -n "$dry" ]; then out=${1:-build/gpu-dry-run}; else out=${1:-bench/results/$gpu}; fi
+out=$(realpath -m "$out")
+site=${GPU_SITE:-$PWD/build/gpu-site}
+checkout=$PWD
 mkdir -p "$out" build
 : > "$out/steps.tsv"
 failures=0
 
-# step NAME SECONDS COMMAND…: output to NAME.log and, its last lines, to the terminal
+# suite.json, as far as it is known: the steps of steps.tsv beside the environment.
+record() {
+  "$PYTHON" bench/gpu_record.py "$out" || echo "gpu_suite.sh: suite.json could not be written" >&2
+}
+
+# step NAME COMMAND…: output to NAME.log and, its last lines, to the terminal
 step() {
-  local name=$1 limit=$2 begin=$SECONDS status
-  shift 2
-  printf '#### %s\n' "$name"
-  timeout --kill-after=10 "$limit" "$@" > "$out/$name.log" 2>&1
+  local name=$1 begin=$SECONDS status
+  shift
+  printf '#### %s (at most %s s)\n' "$name" "${LIMIT[$name]}"
+  timeout --kill-after=2 "${LIMIT[$name]}" "$@" > "$out/$name.log" 2>&1
   status=$?
   tail -n 5 "$out/$name.log"
-  printf '%s\t%s\t%s s\n' "$name" "$([ $status -eq 0 ] && echo passed || echo "FAILED ($status)")" $((SECONDS - begin)) |
-    tee -a "$out/steps.tsv"
+  printf '%s\t%s\t%s\t%s\n' "$name" "$status" $((SECONDS - begin)) "${LIMIT[$name]}" | tee -a "$out/steps.tsv"
   [ $status -eq 0 ] || failures=$((failures + 1))
+  record
   return $status
 }
 
-git rev-parse HEAD > "$out/commit.txt" 2> /dev/null || echo "not a checkout" > "$out/commit.txt"
-step machine 20 nvidia-smi
-step build 200 "$PYTHON" -m pip install --quiet --no-index --no-build-isolation --no-deps --upgrade --target "$site" .
+if [ -z "${RNP_CUDA_ARCHS:-}" ]; then
+  capability=$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' 2> /dev/null) || capability=90
+  case $capability in
+    9*) RNP_CUDA_ARCHS=90a ;;
+    *) RNP_CUDA_ARCHS=80 ;;
+  esac
+fi
+export RNP_CUDA_ARCHS
+record
+
+step machine nvidia-smi
+if [ -n "${GPU_SITE:-}" ]; then
+  step build test -f "$site/rnp_kernels/__init__.py"
+else
+  step build "$PYTHON" -m pip install --quiet --no-index --no-build-isolation --no-deps --upgrade --target "$site" .
+fi
 export PYTHONPATH=$site PYTHONUNBUFFERED=1
 # Away from the checkout, whose rnp_kernels folder has no libraries and would shadow the one just built.
-checkout=$PWD
-step doctor 60 env -C "$out" "$PYTHON" -m rnp.cli doctor --json
+step doctor env -C "$out" "$PYTHON" -m rnp.cli doctor --json
 cp "$out/doctor.log" "$out/doctor.json"
 pytest=("$PYTHON" -m pytest -q -p no:cacheprovider --import-mode=importlib -c "$checkout/pyproject.toml" --rootdir "$checkout")
-step conformance 180 env -C "$out" "${pytest[@]}" --junitxml "$out/conformance.xml" "$checkout/tests/conformance"
+list=()
+[ -n "$gpu" ] || list=(--collect-only)  # of a dry run: the tests are found, and skip for lack of a GPU
+step conformance env -C "$out" "${pytest[@]}" "${list[@]}" --junitxml "$out/conformance.xml" "$checkout/tests/conformance"
 
 # Each kernel once: the sanitizer is some hundred times slower.
-few='test_output and float16 and (3x3-None or everything or skipped or depthwise) or test_agent_step and default'
+few='test_output and float16 and (3x3-None or everything or skipped or depthwise or (mixed and prefixes)) or
+     test_agent_step and default or test_wgmma'
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 for tool in memcheck racecheck; do
-  step "$tool" 60 env -C "$out" "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all "${pytest[@]}" -x \
-    -k "($few) and not cpu and not reference" "$checkout/tests/conformance/test_every_backend.py"
+  step "$tool" env -C "$out" "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all "${pytest[@]}" -x \
+    -k "(${few//$'\n'/ }) and not cpu and not reference" "$checkout/tests/conformance"
 done
 
-step benchmark 260 env -C "$out" "$PYTHON" "$checkout/bench/gpu.py" --limit 200 --json "$out/benchmark.json"
+limit=$((LIMIT[benchmark] - 30))  # the last row begins in time to end
+step benchmark env -C "$out" "$PYTHON" "$checkout/bench/gpu.py" --limit "$limit" --json "$out/benchmark.json"
 
-printf '#### %s failed steps, %s s; results in %s\n' "$failures" "$SECONDS" "$out"
+printf '#### %s of %s steps failed, %s s; results in %s\n' "$failures" "${#STEPS[@]}" "$SECONDS" "$out"
 cat "$out/steps.tsv"
+if [ -z "$gpu" ]; then
+  echo "gpu_suite.sh: there was no GPU: this was a dry run, and no kernel ran" >&2
+  [ "$failures" -gt 0 ] || failures=1
+fi
 exit "$failures"

@@ -32,6 +32,9 @@ class PrefixConv2d(nn.Conv2d):
     4 or 16/9 times as much. Both are never saved or copied, and are made again when the weights change: in place, by
     assignment, by conversion. A write through `weight.data` that spares all the elements which the operator compares
     (one in each filter) is not seen: write under `torch.no_grad()` instead, or call `forget_packed_weight()` after it.
+
+    The CUDA backend keeps a pack likewise, for the stream that made it; a CUDA graph under capture packs inside the
+    graph. It cannot compare elements without waiting for the device: no write through `weight.data` in place is seen.
     """
 
     @classmethod
@@ -69,9 +72,10 @@ class PrefixConv2d(nn.Conv2d):
             or torch._C._len_torch_dispatch_stack()
             or torch._C._is_tracing()
             or has_torch_function_unary(input)
-            or not input.is_cpu
         ):
             packed = None
+        elif not input.is_cpu:
+            packed = self._pack_cache().get(weight, self.groups) if backends.resolve(input) == "cuda" else None
         elif backends.get_backend() not in ("auto", "cpu"):
             packed = self._pack_cache().get(weight, self.groups)
         elif input.dim() == 3 and weight.dim() == 4 and input.shape[0] == weight.shape[1] * self.groups:

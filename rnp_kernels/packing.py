@@ -21,19 +21,35 @@ _PACKED = (torch.float32, torch.float16, torch.bfloat16)
 def _identity(weight: Tensor) -> tuple[Any, ...]:
     """Changes when the tensor is written in place, resized, converted or given other data.
 
-    Writing through `weight.data` changes nothing here: the operator compares samples of the weights for that.
+    Writing through `weight.data` changes nothing here: on a CPU the operator compares samples of the weights for that.
     """
     version = 0 if weight.is_inference() else weight._version
     return (weight.data_ptr(), version, weight.dtype, weight.shape, weight.stride())
 
 
+_NEVER_STALE = ctypes.c_int32(0)
+
+
+def _stream_of(weight: Tensor) -> int | None:
+    """The stream on which a pack of `weight` is made and may be read: 0 on a CPU; None where no pack may be kept.
+
+    A CUDA graph under capture packs inside the graph: what it replays must follow the weights, and outlive no cache.
+    """
+    if weight.is_cpu:
+        return 0
+    if not weight.is_cuda or torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream(weight.device).cuda_stream
+
+
 class PackedWeight:
     """One weight's pack, or with `tile` its Winograd transform; immutable, so that threads may share it.
 
-    It holds the weight's storage, whose address therefore cannot be reused while it stands in `identity`.
+    It holds the weight's storage, whose address therefore cannot be reused while it stands in `identity`. On CUDA it is
+    good for the stream that made it: another one might read it too early.
     """
 
-    __slots__ = ("_held", "_stale", "data", "groups", "identity", "tile", "weight")
+    __slots__ = ("_held", "_stale", "_stream", "data", "groups", "identity", "tile", "weight")
 
     def __init__(self, weight: nn.Parameter, groups: int, tile: int = 0) -> None:
         self.weight = weight
@@ -42,7 +58,12 @@ class PackedWeight:
         self.identity = _identity(weight)
         self._held = weight.detach()
         self.data = pack_winograd(weight, tile) if tile else pack_weight(weight, groups)
-        self._stale = ctypes.c_int32.from_address(self.data.data_ptr() + 4 * _STALE_WORD)
+        if weight.is_cpu:
+            self._stream = None
+            self._stale = ctypes.c_int32.from_address(self.data.data_ptr() + 4 * _STALE_WORD)
+        else:
+            self._stream = _stream_of(weight)
+            self._stale = _NEVER_STALE  # the operator does not look: that would wait for the device
 
     def belongs_to(self, weight: Tensor, groups: int) -> bool:
         return (
@@ -50,6 +71,7 @@ class PackedWeight:
             and groups == self.groups
             and not self._stale.value
             and _identity(weight) == self.identity
+            and (self._stream is None or self._stream == _stream_of(weight))
         )
 
 
@@ -76,7 +98,7 @@ class PackCache:
             self._packed = None
         if type(weight) is not nn.Parameter or weight.is_inference():
             return None  # computed anew for each call, or without a version counter
-        if not weight.is_cpu or weight.dtype not in _PACKED:
+        if weight.dtype not in _PACKED or (not weight.is_cpu and _stream_of(weight) is None):
             return None
         if not now:
             seen = (id(weight), _identity(weight))

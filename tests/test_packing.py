@@ -163,3 +163,33 @@ def test_a_pack_made_under_another_instruction_set_is_not_used() -> None:
     finally:
         rnp_kernels._C.set_isa(before)
     torch.testing.assert_close(results["avx512"], results["avx512bf16"], rtol=2**-7, atol=1e-3)
+
+
+def test_on_a_gpu_a_pack_is_for_the_stream_that_made_it_and_never_for_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule of `PackCache` for CUDA, with a stand-in for the device: streams are numbers, None is a capture."""
+    made = []
+
+    def pack(weight: torch.Tensor, groups: int) -> torch.Tensor:
+        made.append(stream)
+        return torch.empty(0)
+
+    class OnGpu(nn.Parameter):
+        is_cpu = False
+
+    stream: int | None = 3
+    weight = OnGpu(torch.randn(4, 4, 3, 3))
+    monkeypatch.setattr(rnp_kernels.packing, "_stream_of", lambda _: stream)
+    monkeypatch.setattr(rnp_kernels.packing, "pack_weight", pack)
+    monkeypatch.setattr(rnp_kernels.packing.nn, "Parameter", OnGpu)
+    cache = rnp_kernels.packing.PackCache()
+    assert cache.get(weight, 1) is None  # the first call: it may be a training step
+    kept = cache.get(weight, 1)
+    assert kept is not None and cache.get(weight, 1) is kept and made == [3]
+    stream = None
+    assert cache.get(weight, 1) is None and made == [3]
+    stream = 4
+    other = cache.get(weight, 1)
+    assert other is not None and other is not kept and made == [3, 4]
+    with torch.no_grad():
+        weight.mul_(2)
+    assert cache.get(weight, 1) is None and cache.get(weight, 1) is not None and made == [3, 4, 4]

@@ -182,7 +182,11 @@ class PrunedNetwork(nn.Module):
 
     def _packed(self, name: str, conv: nn.Conv2d) -> tuple[Tensor | None, LayerTransforms | None]:
         """A convolution's packed weights, and those for Winograd, shared by all plans; None where there can be none."""
-        if not conv.weight.is_cpu:
+        if not conv.weight.is_cpu and (
+            not conv.weight.is_cuda
+            or backends.resolve_on(conv.weight.device) != "cuda"
+            or torch.cuda.is_current_stream_capturing()
+        ):
             return None, None
         kept = self._packs.get(name)
         if kept is None or not kept[0].belongs_to(conv.weight, conv.groups):

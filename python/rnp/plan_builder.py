@@ -203,7 +203,7 @@ class PlanBuilder(PlanSlots):
                  Slot("index", out_prefix, conv.out_channels), Slot("index", row, self.k)]  # fmt: skip
         native = None
         # A plain call may take torch's own convolution where that is faster, which the segments' operator never does.
-        if packed is not None and (norm is not None or step.relu or step.residual or pooled):
+        if packed is not None and packed.is_cpu and (norm is not None or step.relu or step.residual or pooled):
             native = Native("conv", [
                 reads[0], reads[1], Written(Slot("map", y)), *reads[2:],
                 Written(Slot("vector", mean, conv.out_channels)), Constants([packed]), Transformed(transforms),

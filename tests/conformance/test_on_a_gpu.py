@@ -158,3 +158,40 @@ def test_inside_torch_compile(backend: str) -> None:
     expected = outputs("everything", arguments)[0] * 2
     assert case.pooled
     assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(arguments["input"]), expected)
+
+
+# What the sm_90a kernel does on a Hopper GPU; elsewhere these are cases like others.
+WGMMA = (
+    testing.Case("a tile inside one sample", (3, 64, 24, 24), 64, in_prefix=(64, 32, 16), out_prefix=(64, 48, 16)),
+    testing.Case("the wide tile", (256, 64, 18, 18), 256, kernel=(1, 1), padding=0, in_prefix=(64, 24) * 128,
+                 out_prefix=(256, 192, 128, 17) * 64),
+    testing.Case("the wide tile at full width", (256, 72, 18, 18), 256, stride=(1, 2)),
+    testing.Case("a split K", (4, 512, 7, 7), 512, in_prefix=(512, 384, 200, 0), out_prefix=(512, 128, 300, 512),
+                 residual=True, activation="relu"),
+    testing.Case("a split K, skipped tail", (2, 1088, 7, 7), 64, kernel=(1, 1), padding=0, tail="skip",
+                 in_prefix=(1088, 500), out_prefix=(64, 9), scale="table", bias="table", row=(1, 0)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", WGMMA, ids=str)
+def test_wgmma(backend: str, case: testing.Case, dtype: torch.dtype) -> None:
+    arguments = testing.make(case, dtype, "cuda")
+    output, means = conformance.call(case, arguments)
+    conformance.check_output(case, arguments, output, means)
+
+
+def test_a_split_k_gives_the_bits_of_a_large_batch(backend: str) -> None:
+    """A sample alone has its K split over blocks; in this batch nothing is."""
+    if backend == "reference":
+        pytest.skip("plain torch")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 192, 7, 7, generator=generator).to("cuda", torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    w = (torch.randn(128, 192, 3, 3, generator=generator) / 40).to("cuda", torch.bfloat16)
+    prefixes = [torch.randint(0, limit + 1, (600,), generator=generator).int().cuda() for limit in (192, 128)]
+    whole = rnp_kernels.prefix_conv2d(x, w, padding=1, in_prefix=prefixes[0], out_prefix=prefixes[1])
+    for n in (0, 1, 77, 599):
+        one = [prefix[n : n + 1] for prefix in prefixes]
+        alone = rnp_kernels.prefix_conv2d(x[n : n + 1], w, padding=1, in_prefix=one[0], out_prefix=one[1])
+        assert torch.equal(alone, whole[n : n + 1]), f"sample {n}"
