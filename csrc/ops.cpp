@@ -34,6 +34,10 @@ STABLE_TORCH_LIBRARY(rnp, m) {
   // Max-pooling of the live channels of each sample; prefix None: all. Inference only, float32, a channels_last output.
   m.def("max_pool2d(Tensor input, Tensor? prefix, int[] kernel, int[] stride, int[] padding, str tail) -> Tensor");
 
+  // torch.nn.functional.linear of a float32 (N, C) on a CPU, without a gradient: the classifier behind a converted
+  // network.
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+
   // One decision of the agent for every sample: standardise, encode, one GRU step, decode, argmax of Q + (i - 1) *
   // shift. weight_ih has a column for each action after the code's where the previous action is an input. Returns
   // (hidden (N, H) float32, q (N, k) float32, action (N,) int32 counted from 1, and the prefix of `channels` that the

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import rnp_kernels.max_pool2d  # noqa: F401 (registers the operator's fake kernel)
+import rnp_kernels.linear
+import rnp_kernels.max_pool2d  # noqa: F401 (both register their operator's fake kernel)
 
 from . import graph as g
 from .batchnorm import PrefixBatchNorm2d
@@ -20,6 +21,7 @@ from .segments import Constants, Instruction, Native, Slot, Table, Transformed, 
 if TYPE_CHECKING:
     from .network import PrunedNetwork
 
+LINEAR = torch.ops.rnp.linear.default
 MAX_POOL = torch.ops.rnp.max_pool2d.default
 
 
@@ -273,7 +275,12 @@ class PlanBuilder(PlanSlots):
             def call_module(run: Run) -> None:
                 run.values[y] = module(run.values[x])
 
-            self.emit(call_module, reads)
+            def linear(run: Run) -> None:
+                values = run.values[x]
+                plain = takes_linear(module, values)
+                run.values[y] = LINEAR(values, module.weight, module.bias) if plain else module(values)
+
+            self.emit(linear if self.native and type(module) is nn.Linear else call_module, reads)
             return
 
         def execute(run: Run) -> None:
@@ -324,3 +331,16 @@ class PlanBuilder(PlanSlots):
         slots = [self.slot(name) for name in names]
         if slots:
             self.instructions.append(Instruction(release(slots), frees=slots))
+
+
+def takes_linear(module: nn.Linear, x: Tensor) -> bool:
+    """Whether `rnp::linear` may stand in for the module: eager float32, and nobody listens to its calls."""
+    return (
+        x.dim() == 2
+        and x.dtype is torch.float32
+        and module.weight.dtype is torch.float32
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
