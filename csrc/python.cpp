@@ -199,6 +199,15 @@ PYBIND11_MODULE(_C, m) {
       "Multiply-adds in registers with the instruction set in use, on this thread and without the GIL; returns how "
       "many.\nTo be timed: the most this core can do.");
   m.def(
+      "bfloat16_peak",
+      [](int64_t rounds) {
+        if (rounds < 0)
+          throw py::value_error("bfloat16_peak: rounds must not be negative, got " + std::to_string(rounds));
+        return rnp::cpu::bfloat16_peak(rnp::cpu::current_isa(), rounds);
+      },
+      py::arg("rounds"), py::call_guard<py::gil_scoped_release>(),
+      "As fma_peak, of bfloat16: with the instruction that multiplies it, or, where there is none, fma_peak itself.");
+  m.def(
       "set_stock_dtypes",
       [](bool float32, int bfloat16, bool float16) {
         if (bfloat16 < 0 || bfloat16 > 3)

@@ -1,5 +1,7 @@
 #include "cpu/fma_peak.h"
 
+#include <bit>
+
 // The body is inlined into one function per instruction set.
 #define RNP_INLINE inline __attribute__((always_inline))
 
@@ -31,6 +33,19 @@ typedef float V256 __attribute__((vector_size(32)));
 typedef float V512 __attribute__((vector_size(64)));
 __attribute__((target("avx2,fma"))) int64_t avx2(int64_t rounds) { return chains<V256, 12>(rounds); }
 __attribute__((target("avx512f"))) int64_t avx512(int64_t rounds) { return chains<V512, 24>(rounds); }
+
+// The words hold 1/4 and 1/4, so that a sum grows by 1/8 until rounding keeps it where it is.
+__attribute__((target("avx512f"))) int64_t avx512bf16(int64_t rounds) {
+  constexpr int kChains = 24;
+  V512 sum[kChains] = {}, words = V512{} + std::bit_cast<float>(uint32_t{0x3e803e80});
+  for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 32
+    for (int c = 0; c < kChains; ++c) asm("vdpbf16ps %1, %1, %0" : "+v"(sum[c]) : "v"(words));
+  }
+#pragma GCC unroll 32
+  for (int c = 0; c < kChains; ++c) asm volatile("" ::"m"(sum[c]));
+  return rounds * kChains * 32;
+}
 #endif
 
 }  // namespace
@@ -41,6 +56,13 @@ int64_t fma_peak(Isa isa, int64_t rounds) {
   if (isa == Isa::kAvx2) return avx2(rounds);
 #endif
   return portable(rounds);
+}
+
+int64_t bfloat16_peak(Isa isa, int64_t rounds) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512Bf16) return avx512bf16(rounds);
+#endif
+  return fma_peak(isa, rounds);
 }
 
 }  // namespace rnp::cpu

@@ -4,6 +4,7 @@
 //                     costs more than the next of them; depthwise: whole vectors of channels
 //   Winograd          (m + 2)^2 products for each tile of m x m outputs, instead of 9 m^2; the last tile of a row or
 //                     column is computed whole
+//   input channels    bfloat16 multiplied in pairs: up to an even number
 //   padding           taps in the padding are left out; in blocks of fewer than 16 live input channels, and depthwise,
 //                     only whole kernel rows are
 //
@@ -28,19 +29,21 @@ int64_t narrow_lanes() { return std::string(cpu::isa_name(cpu::current_isa())) =
 // A vector of the depthwise kernel, which has no narrower one.
 int64_t vector_lanes() {
   const std::string name = cpu::isa_name(cpu::current_isa());
-  return name == "avx512" ? 16 : name == "avx2" ? 8 : 4;
+  return name.starts_with("avx512") ? 16 : name == "avx2" ? 8 : 4;
 }
 
 // Multiply-adds of one call with these prefixes. `winograd`: 0, or the tile to compute with.
 int64_t counted(const ConvShape& s, const std::vector<int32_t>& in_prefix, const std::vector<int32_t>& out_prefix,
-                int threads = 1, int64_t winograd = 0) {
-  const PackedLayout l(s);
+                int threads = 1, int64_t winograd = 0, DType dtype = DType::kFloat32) {
+  const PackedLayout l = cpu::layout_in_use(s, dtype);
   std::vector<float> input(static_cast<size_t>(s.n * s.c_in * s.h * s.w), 0.5f);
   std::vector<float> weight(static_cast<size_t>(s.c_out * l.icg * s.kh * s.kw), 0.25f);
   std::vector<float> output(static_cast<size_t>(s.n * s.c_out * s.out_h * s.out_w));
   std::vector<float> packed(static_cast<size_t>(l.total_floats()));
   PrefixConv2dParams p;
   p.shape = s;
+  p.dtype = dtype;  // a bfloat16 needs half of the memory, and every bit pattern here is a number
+  p.pairs = l.pairs;
   p.weight_stride = strides_of(l.icg, s.kh, s.kw, false);
   p.input_stride = strides_of(s.c_in, s.h, s.w, true);
   p.output_stride = strides_of(s.c_out, s.out_h, s.out_w, true);
@@ -172,6 +175,23 @@ TEST(whole_tiles_without_padding_cost_the_macs_exactly) {
   int64_t macs = 0;
   for (size_t n = 0; n < 4; ++n) macs += conv_macs(s, in_prefix[n], out_prefix[n]);
   on_every_isa([&](const std::string& isa) { CHECK_EQUAL(counted(s, in_prefix, out_prefix), macs) << isa; });
+}
+
+TEST(pairs_of_bfloat16_round_input_channels_up_to_an_even_number) {
+  ConvCase c = square("valid 3x3", 161, 9, 64, 3);
+  c.top = c.bottom = c.left = c.right = 0;
+  const ConvShape s = c.shape();
+  const std::vector<int32_t> in_prefix = {161, 96, 33, 0}, out_prefix = {16, 64, 48, 32};
+  int64_t converted = 0, pairs = 0;
+  for (size_t n = 0; n < 4; ++n) {
+    converted += conv_macs(s, in_prefix[n], out_prefix[n]);
+    pairs += conv_macs(s, in_prefix[n], out_prefix[n]) / std::max(1, in_prefix[n]) * ((in_prefix[n] + 1) / 2 * 2);
+  }
+  on_every_isa([&](const std::string& isa) {
+    const int64_t wanted = isa == "avx512bf16" ? pairs : converted;
+    CHECK_EQUAL(counted(s, in_prefix, out_prefix, 1, 0, DType::kBFloat16), wanted) << isa;
+    CHECK_EQUAL(counted(s, in_prefix, out_prefix, 3, 0, DType::kBFloat16), wanted) << isa << ", 3 threads";
+  });
 }
 
 TEST(winograd_executes_the_products_of_its_tiles) {

@@ -139,7 +139,7 @@ def test_mixed_actions_meet_their_speedup():
 
 
 def test_limits_are_positive_and_the_roofline_is_the_slower_of_two():
-    assert machine.fma_peak(1, seconds=0.01) > 0.1
+    assert machine.fma_peak(1, seconds=0.01) > 0.1 and machine.fma_peak(1, seconds=0.01, dtype=torch.bfloat16) > 0.1
     assert machine.copy_bandwidth(megabytes=1, rounds=2) > 0.01
     limits = machine.Limits(1, gflops=10.0, gbytes=5.0)
     assert limits.seconds(20e9, 5e9) == 2.0 and limits.seconds(1e9, 50e9) == 10.0
@@ -155,10 +155,31 @@ def test_the_command_runs_a_part_and_writes_a_report(tmp_path: Path, capsys: pyt
     assert {file.name for file in tmp_path.iterdir()} == {"results.json", "results.txt", "index.html"}
 
 
+def test_layers_in_bfloat16_stand_beside_our_own_float32(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["bench", "layer", "--dtype", "bfloat16", "--quick", "--only", "tiny_4x4", "--threads", "1"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+    (found,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert found["dtype"] == "bfloat16" and {"eager", "full", "own", "float32 own", "1/2"} <= found["speedup"].keys()
+
+
+def test_layers_in_bfloat16_pass_the_gate_first(monkeypatch: pytest.MonkeyPatch):
+    chosen = BY_NAME["tiny_4x4"]
+    right = rivals.ours
+
+    def wrong(*arguments: Any, activation: str = "none", **more: Any) -> Any:
+        run = right(*arguments, activation=activation, **more)
+        return run if activation == "none" else lambda: 1.05 * run()
+
+    monkeypatch.setattr(rivals, "ours", wrong)
+    with pytest.raises(gate.WrongResult, match="tiny_4x4 b1, own: relative L2 error"):
+        rivals.convolution(chosen, 1, dtype=torch.bfloat16, widths=())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--threads", "0"], "must be at least 1"),
+        (["network", "--dtype", "bfloat16"], "--dtype bfloat16 needs part layer, got network"),
         (["--threads", "1", "2", "--clock", "cpu"], "--clock cpu needs --threads 1, got 1 2"),
         (["layer", "--quick", "--threads", "1", "--only", "no such row"], "no row's name contains 'no such row'"),
     ],

@@ -35,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name contains this")
     parser.add_argument("--quick", action="store_true", help="a few rows, to see that everything runs")
     parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of part layer (float32); bfloat16 beside our own float32 kernels",
+    )  # fmt: skip
+    parser.add_argument(
         "--clock", choices=sorted(CLOCKS), default="wall",
         help="cpu: this thread's CPU time, for a machine that others use too (one thread)",
     )  # fmt: skip
@@ -49,10 +53,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.clock == "cpu" and threads != (1,):
         print(f"rnp bench: --clock cpu needs --threads 1, got {' '.join(map(str, threads))}", file=sys.stderr)
         return 2
+    if arguments.dtype != "float32" and arguments.part != "layer":
+        print(f"rnp bench: --dtype {arguments.dtype} needs part layer, got {arguments.part}", file=sys.stderr)
+        return 2
+    dtype = getattr(torch, arguments.dtype)
     seconds, rounds, batches = arguments.seconds, arguments.rounds, tuple(arguments.batch)
     if arguments.quick:
         seconds, rounds, batches = 0.0, 2, (2,)
-    options = Options(seconds, rounds, arguments.clock, threads, batches, arguments.only, arguments.quick)
+    options = Options(seconds, rounds, arguments.clock, threads, batches, arguments.only, arguments.quick, dtype)
     results: dict[str, Any] = {
         "command": shlex.join(["rnp", "bench", *sys.argv[2:]]),
         "quick": arguments.quick,
@@ -65,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     before, start = torch.get_num_threads(), time.monotonic()
     for count in threads:
         torch.set_num_threads(count)
-        results["limits"].append(limits(arguments.clock).as_dict())
+        results["limits"].append(limits(arguments.clock, dtype).as_dict())
         progress(report.roof(results["limits"][-1]))
     torch.set_num_threads(before)
     arguments.out.mkdir(parents=True, exist_ok=True)

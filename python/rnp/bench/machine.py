@@ -14,7 +14,8 @@ from rnp_kernels import _C
 
 @dataclass(frozen=True)
 class Limits:
-    """``gflops``: FMA peak, two operations each; ``gbytes``: bytes read plus written per second by a copy."""
+    """``gflops``: peak of the dtype's multiply-adds, two operations each; ``gbytes``: bytes read plus written a second
+    by a copy."""
 
     threads: int
     gflops: float
@@ -28,15 +29,15 @@ class Limits:
         return asdict(self)
 
 
-def fma_peak(threads: int, clock: str = "wall", seconds: float = 0.3) -> float:
+def fma_peak(threads: int, clock: str = "wall", seconds: float = 0.3, dtype: torch.dtype = torch.float32) -> float:
     """GFLOP/s of multiply-adds on registers, ``threads`` at once, with the instruction set in use."""
     rounds, rates = 1 << 16, [0.0] * threads
-    now = CLOCKS[clock]
+    now, peak = CLOCKS[clock], _C.bfloat16_peak if dtype is torch.bfloat16 else _C.fma_peak
 
     def work(index: int, duration: float) -> None:
         start, count = now(), 0
         while now() - start < duration:
-            count += _C.fma_peak(rounds)
+            count += peak(rounds)
         rates[index] = 2 * count / (now() - start) / 1e9
 
     work(0, 0.05)  # a processor may need some time to reach its clock
@@ -59,7 +60,7 @@ def copy_bandwidth(clock: str = "wall", megabytes: int = 256, rounds: int = 7) -
     return 2 * source.nbytes / median(seconds) / 1e9
 
 
-def limits(clock: str = "wall") -> Limits:
+def limits(clock: str = "wall", dtype: torch.dtype = torch.float32) -> Limits:
     """The limits of torch's number of threads, now. ``clock`` as in :func:`rnp.bench.timing.measure`."""
     threads = torch.get_num_threads()
-    return Limits(threads, fma_peak(threads, clock), copy_bandwidth(clock))
+    return Limits(threads, fma_peak(threads, clock, dtype=dtype), copy_bandwidth(clock))

@@ -10,6 +10,8 @@ Sides that know no prefix compute the whole layer; what they are called says whi
 | ``full`` | ours, full width: what a module runs, Winograd and stock paths included |
 | ``3/4`` … ``mixed`` | ours, with prefixes, tails skipped as inside a converted network |
 | ``direct W`` | ours without Winograd, where the rule would use it |
+| ``own`` | in bfloat16: our own kernels at full width, where the rule may name a stock path; with a ReLU, which keeps the operator from it |
+| ``float32 own`` | in bfloat16: the same of our direct float32 kernels, on the same numbers |
 | ``masked W`` | eager, then both masks: what released systems do with widths W |
 | ``slices W`` | eager, sample by sample, on slices of input and weight |
 | ``per width W`` | prepacked oneDNN for every pair of widths; the samples of each pair lie ready side by side, in dense tensors of their width: the grouping is not in its time |
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 
 import rnp_kernels
 from rnp.bench import runtimes
-from rnp.bench.gate import require_close
+from rnp.bench.gate import LIMITS, require_close
 from rnp.bench.layers import Layer
 from rnp_kernels import _C
 
@@ -68,18 +70,19 @@ def eager(layer: Layer, x: Tensor, w: Tensor) -> Callable[[], Tensor]:
 
 
 def ours(
-    layer: Layer, x: Tensor, w: Tensor, i: Tensor | None = None, o: Tensor | None = None, direct: bool = False
-) -> Callable[[], Tensor]:
+    layer: Layer, x: Tensor, w: Tensor, i: Tensor | None = None, o: Tensor | None = None, direct: bool = False,
+    activation: str = "none",
+) -> Callable[[], Tensor]:  # fmt: skip
     """The operator with its weights packed once, and transformed where the rule may ask for it; tails are skipped.
 
-    ``direct``: without Winograd.
+    ``direct``: without Winograd. ``activation``: "relu" also keeps the operator from a stock path.
     """
     packed, tile = rnp_kernels.pack_weight(w, layer.groups), 0 if direct else winograd_tile(layer, w.dtype)
     transformed = torch.ops.rnp.pack_winograd(w, tile) if tile else None
     operator, strides, pads = torch.ops.rnp.prefix_conv2d, [layer.stride] * 2, [layer.padding] * 4
     tail = "zero" if o is None else "skip"
     return lambda: operator(
-        x, w, None, strides, pads, [1, 1], layer.groups, i, o, None, None, None, "none", tail, False, packed,
+        x, w, None, strides, pads, [1, 1], layer.groups, i, o, None, None, None, activation, tail, False, packed,
         transformed,
     )[0]  # fmt: skip
 
@@ -174,6 +177,11 @@ def convolution(
     truth = case.sides[BASELINE].run()
     for name in list(case.sides)[1:]:
         require_close(f"{case.name}, {name}", case.sides[name].run(), truth)
+    if dtype is torch.bfloat16:
+        for name, to in (("own", dtype), ("float32 own", torch.float32)):
+            side = ours(layer, x.to(to), w.to(to), direct=True, activation="relu")
+            require_close(f"{case.name}, {name}", side(), truth.relu(), LIMITS[dtype])
+            case.sides[name] = Side(side)
     if dense and dtype is torch.float32:
         conv = nn.Conv2d(layer.c_in, layer.c_out, layer.kernel, layer.stride, layer.padding, 1, layer.groups, False)
         conv.weight.data = w

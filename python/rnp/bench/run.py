@@ -24,6 +24,7 @@ class Options:
     batches: tuple[int, ...] = (1, 8)
     only: str = ""
     quick: bool = False
+    dtype: torch.dtype = torch.float32  # of part layer
 
     @property
     def all_threads(self) -> int:

@@ -19,20 +19,20 @@ def jobs(options: Options) -> list[Job]:
     """Every layer at every batch and number of threads; the runtimes with all threads only."""
     chosen = [BY_NAME[name] for name in QUICK] if options.quick else LAYERS
     return [
-        job(layer, batch, threads, dense=threads == options.all_threads)
+        job(layer, batch, threads, threads == options.all_threads, options.dtype)
         for threads in options.threads
         for batch in options.batches
         for layer in chosen
     ]
 
 
-def job(layer: Layer, batch: int, threads: int, dense: bool = False) -> Job:
+def job(layer: Layer, batch: int, threads: int, dense: bool = False, dtype: torch.dtype = torch.float32) -> Job:
     """One layer."""
 
     def make() -> Case:
-        return convolution(layer, batch, dense=dense, threads=threads)
+        return convolution(layer, batch, dtype=dtype, dense=dense, threads=threads)
 
-    return Job("layer", f"{layer.name} b{batch}", make, threads, facts=facts(layer, batch))
+    return Job("layer", f"{layer.name} b{batch}", make, threads, facts=facts(layer, batch, dtype))
 
 
 def facts(layer: Layer, batch: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
