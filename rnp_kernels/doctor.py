@@ -97,17 +97,17 @@ def _isa(name: str) -> Iterator[None]:
         _C.set_isa(before)
 
 
-def _check(case: testing.Case, device: str) -> None:
+def _check(case: testing.Case, device: str, dtype: torch.dtype) -> None:
     """AssertionError where the backend in force is less accurate than native torch; errors of the call pass through."""
-    arguments = testing.make(case, device=device)
+    arguments = testing.make(case, dtype, device)
     conformance.check_output(case, arguments, *conformance.call(case, arguments))
 
 
-def _failures(device: str) -> list[dict[str, str]]:
+def _failures(device: str, dtype: torch.dtype) -> list[dict[str, str]]:
     failures = []
     for name in _SELF_TEST:
         try:
-            _check(testing.case(name), device)
+            _check(testing.case(name), device, dtype)
         except Exception as error:  # whatever goes wrong is what the doctor is asked to tell
             failures.append({"case": name, "error": f"{type(error).__name__}: {error}"})
     return failures
@@ -120,7 +120,8 @@ def _self_test(reasons: dict[str, str | None]) -> list[dict[str, Any]]:
         device = backends.device_of(name) or "cpu"
         for isa in _C.available_isas() if name == "cpu" else [None]:
             with backends.backend(name), _isa(isa) if isa else contextlib.nullcontext():
-                failures = _failures(device)
+                # What sets this one apart are its kernels for bfloat16; those for float32 are avx512's.
+                failures = _failures(device, torch.bfloat16 if isa == "avx512bf16" else torch.float32)
             rows.append({"backend": name, "isa": isa, "cases": len(_SELF_TEST), "failures": failures})
     return rows
 

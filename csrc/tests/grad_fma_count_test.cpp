@@ -22,7 +22,7 @@ using Prefixes = std::vector<int32_t>;
 
 int64_t vector_lanes() {
   const std::string name = cpu::isa_name(cpu::current_isa());
-  return name == "avx512" ? 16 : name == "avx2" ? 8 : 4;
+  return name.starts_with("avx512") ? 16 : name == "avx2" ? 8 : 4;
 }
 
 int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
