@@ -29,6 +29,7 @@ fi
 dry=
 if [ "${1:-}" = --dry-run ]; then
   dry=1
+  LIMIT[build]=1200  # on a machine that is not the GPU's: few cores, and no ten minutes to keep
   shift
 fi
 

@@ -49,6 +49,7 @@ void publish_barriers();
 void arrive(uint64_t* barrier);
 void expect_bytes(uint64_t* barrier, uint32_t bytes);
 void wait_barrier(uint64_t* barrier, uint32_t parity);
+void sync_warp();
 void sync_threads(int number, int threads);
 void publish_writes();
 void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier);

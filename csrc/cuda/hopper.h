@@ -61,6 +61,8 @@ RNP_DEVICE void wait_barrier(uint64_t* barrier, uint32_t parity) {
         : "memory");
   } while (!done);
 }
+// Orders what the lanes of a warp wrote before what any of them does next.
+RNP_DEVICE void sync_warp() { __syncwarp(); }
 // Among `threads` threads that use the same number, 1 … 15.
 RNP_DEVICE void sync_threads(int number, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(number), "r"(threads) : "memory");
@@ -127,6 +129,7 @@ inline void publish_barriers() { emulator::publish_barriers(); }
 inline void arrive(uint64_t* barrier) { emulator::arrive(barrier); }
 inline void expect_bytes(uint64_t* barrier, uint32_t bytes) { emulator::expect_bytes(barrier, bytes); }
 inline void wait_barrier(uint64_t* barrier, uint32_t parity) { emulator::wait_barrier(barrier, parity); }
+inline void sync_warp() { emulator::sync_warp(); }
 inline void sync_threads(int number, int threads) { emulator::sync_threads(number, threads); }
 inline void publish_writes() { emulator::publish_writes(); }
 inline void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {

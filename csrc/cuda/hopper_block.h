@@ -60,10 +60,13 @@ struct HopperBlock {
   RNP_DEVICE char* weights_of(int stage) const { return input_of(stage) + Tile::BM * kPackBytes; }
   RNP_DEVICE Row* rows_of(int buffer) const { return rows_of_both + buffer * Tile::BM; }
 
+  RNP_DEVICE static bool first_lane() { return (thread_index() & 31) == 0; }
+
+  // One arrival for each warp that fills or empties a stage, or gives rows back; one for a tile's description.
   RNP_DEVICE void make_barriers() const {
     if (thread_index() == 0) {
-      for (int i = 0; i < Tile::kStages; ++i) init_barrier(full + i, kProducers), init_barrier(empty + i, kWarps);
-      for (int i = 0; i < 2; ++i) init_barrier(rows_full + i, kProducers), init_barrier(rows_empty + i, kWarps);
+      for (int i = 0; i < Tile::kStages; ++i) init_barrier(full + i, kProducers / 32), init_barrier(empty + i, kWarps);
+      for (int i = 0; i < 2; ++i) init_barrier(rows_full + i, 1), init_barrier(rows_empty + i, kWarps);
       publish_barriers();
     }
     sync_block();

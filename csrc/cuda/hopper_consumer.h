@@ -10,13 +10,13 @@ namespace rnp::cuda {
 template <typename Tile>
 struct HopperConsumer : HopperBlock<Tile> {
   using Base = HopperBlock<Tile>;
-  using Base::empty, Base::full, Base::input_of, Base::kProducers, Base::p, Base::rows_empty, Base::rows_full;
+  using Base::empty, Base::first_lane, Base::full, Base::input_of, Base::kProducers, Base::p, Base::rows_empty,
+      Base::rows_full;
   using Base::rows_of, Base::staging, Base::states, Base::weights_of;
   using typename Base::T;
 
   RNP_DEVICE static int consumer() { return thread_index() - kProducers; }
   RNP_DEVICE static int consumer_group() { return consumer() / 128; }
-  RNP_DEVICE static bool first_lane() { return (thread_index() & 31) == 0; }
 
   // Adds chunks first … end - 1 of K to the sums: all their taps. One stage's products are under way while the next
   // stage is waited for.

@@ -9,7 +9,8 @@ namespace rnp::cuda {
 template <typename Tile>
 struct HopperProducer : HopperBlock<Tile> {
   using Base = HopperBlock<Tile>;
-  using Base::empty, Base::full, Base::input_of, Base::kAhead, Base::kProducers, Base::longest, Base::map, Base::p;
+  using Base::empty, Base::first_lane, Base::full, Base::input_of, Base::kAhead, Base::kProducers, Base::longest,
+      Base::map, Base::p;
   using Base::rows_empty, Base::rows_full, Base::rows_of, Base::states, Base::weights_of;
   using typename Base::T;
 
@@ -47,7 +48,8 @@ struct HopperProducer : HopperBlock<Tile> {
   RNP_DEVICE void hand_over(Ring<Tile::kStages>& oldest) {
     wait_copies<kLeft>();
     publish_writes();
-    arrive(full + oldest.at);
+    sync_warp();
+    if (first_lane()) arrive(full + oldest.at);
     oldest.next();
   }
 
@@ -70,7 +72,8 @@ struct HopperProducer : HopperBlock<Tile> {
                       order_of(p).sample_at(first.place), static_cast<uint16_t>(p.x.delta[at.ix] - p.box_lower_w),
                       static_cast<uint16_t>(p.y.delta[at.iy] - p.box_lower_h));
         }
-        arrive(full + ring.at);
+        sync_warp();  // no lane may still wait for a phase that is over when the stage comes round again
+        if (first_lane()) arrive(full + ring.at);
       } else {
         if (thread_index() == 0) fetch_weights(s, cursor.group, at, ring.at, 0);
         fetch_rows(s, rows, at, ring.at);
@@ -117,16 +120,14 @@ struct HopperProducer : HopperBlock<Tile> {
       const bool straight = p.use_tma && longest[2] == 0 && whole;
       number = p.ticket ? block_count() + longest[3] : number + block_count();
       if (p.splits == 1 || s.first_chunk < s.end_chunk) {  // a split tile whose rows end before the segment has no work
-        if (thread == 0) states[buffer.at] = s;
-        arrive(rows_full + buffer.at);
+        if (thread == 0) states[buffer.at] = s, arrive(rows_full + buffer.at);
         fetch_tile(s, rows, at, place, straight, ring);
         buffer.next();
       }
       sync_threads(1, kProducers);  // `longest` has been read
     }
     wait_barrier(rows_empty + buffer.at, buffer.parity ^ 1);
-    if (thread == 0) states[buffer.at].width = 0;
-    arrive(rows_full + buffer.at);
+    if (thread == 0) states[buffer.at].width = 0, arrive(rows_full + buffer.at);
   }
 };
 

@@ -347,6 +347,7 @@ Statistics launch(int64_t blocks, int threads, size_t shared_bytes, uint64_t see
     m.fibers[static_cast<size_t>(i)].stack = static_cast<char*>(stacks) + static_cast<size_t>(i) * kStack;
     m.next.push_back(i);
   }
+  int asleep = 0, asleep_for = 0;
   for (m.block = 0; m.block < blocks && m.fault.empty(); ++m.block) {
     std::memset(m.shared, 0xff, shared_bytes);
     m.warps.assign(static_cast<size_t>(threads / kLanes), Warp{});
@@ -360,10 +361,16 @@ Statistics launch(int64_t blocks, int threads, size_t shared_bytes, uint64_t see
       const size_t turn = static_cast<size_t>(seed >> 33) % m.next.size();
       std::rotate(m.next.begin(), m.next.begin() + static_cast<std::ptrdiff_t>(turn), m.next.end());
       if (seed >> 63) std::reverse(m.next.begin(), m.next.end());
+      // Now and then one thread sleeps for a few rounds: nobody may rely on lanes or warps keeping pace.
+      if (asleep_for == 0 && (seed >> 41 & 3) == 0) {
+        asleep_for = 1 + static_cast<int>(seed >> 43 & 15);
+        asleep = static_cast<int>((seed >> 20) % static_cast<uint64_t>(threads));
+      }
       const int64_t before = m.progress;
       for (int i : m.next)
-        if (!m.fibers[static_cast<size_t>(i)].done && m.fault.empty()) enter(i);
-      const bool stuck = m.progress == before;
+        if (!m.fibers[static_cast<size_t>(i)].done && m.fault.empty() && !(asleep_for > 0 && i == asleep)) enter(i);
+      const bool stuck = m.progress == before && asleep_for == 0;
+      asleep_for = asleep_for > 0 ? asleep_for - 1 : 0;
       if (m.fault.empty() && !land_some(seed, stuck) && stuck && m.finished < threads)
         m.fault = "a barrier that not every thread reaches";
     }

@@ -181,6 +181,8 @@ void hopper_operation(Warp& w, const Operation& mine) {
     case 9:
       w.fenced = true;
       return;
+    case 10:
+      return;
     default:
       fail("an unknown operation");
   }
@@ -296,6 +298,7 @@ void copy_im2col(void* shared, const TensorMap& map, uint64_t* barrier, int32_t 
   issue(std::move(copy), barrier);
 }
 
+void sync_warp() { meet(operation(10)); }
 void begin_products() { meet(operation(9)); }
 void commit_products() { meet(operation(7)); }
 void wait_products(int most) {
