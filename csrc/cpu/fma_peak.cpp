@@ -37,10 +37,17 @@ __attribute__((target("avx512f"))) int64_t avx512(int64_t rounds) { return chain
 // The words hold 1/4 and 1/4, so that a sum grows by 1/8 until rounding keeps it where it is.
 __attribute__((target("avx512f"))) int64_t avx512bf16(int64_t rounds) {
   constexpr int kChains = 24;
-  V512 sum[kChains] = {}, words = V512{} + std::bit_cast<float>(uint32_t{0x3e803e80});
+  V512 sum[kChains];
+#pragma GCC unroll 32
+  for (int c = 0; c < kChains; ++c) sum[c] = V512{};
+  V512 words = V512{} + std::bit_cast<float>(uint32_t{0x3e803e80});
   for (int64_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 32
-    for (int c = 0; c < kChains; ++c) asm("vdpbf16ps %1, %1, %0" : "+v"(sum[c]) : "v"(words));
+    for (int c = 0; c < kChains; ++c) {
+      V512 next = sum[c];  // an operand in the array itself would keep the array in memory
+      asm("vdpbf16ps %1, %1, %0" : "+v"(next) : "v"(words));
+      sum[c] = next;
+    }
   }
 #pragma GCC unroll 32
   for (int c = 0; c < kChains; ++c) asm volatile("" ::"m"(sum[c]));
