@@ -9,8 +9,27 @@ constexpr int64_t kInputBytes = 384 * 1024;     // of a 1 MB L2: the rest is for
 constexpr int64_t kPointwiseBytes = 64 * 1024;  // 1x1: the next item's input is fetched into L2 while one computes
 constexpr int64_t kMaxPixels = 1024;            // sums of 32 channels: 128 KB
 constexpr int kItemsPerThread = 4;              // enough for "longest first" to balance mixed prefixes
+constexpr double kCostOfItem = 12500;           // an item has some hundred cycles of its own
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+double cost_of(const ConvShape& s, double pixels, int64_t in_live, int64_t out_live) {
+  return pixels * static_cast<double>(s.kh * s.kw * in_live) * static_cast<double>(out_live) / 16 +
+         pixels * static_cast<double>(in_live);
+}
+
+// Items to cut the call into: more would cost more than they balance.
+int64_t items_wanted(const PrefixConv2dParams& p, int threads) {
+  if (threads <= 1) return 1;
+  const ConvShape& s = p.shape;
+  double cost = 0;
+  for (int64_t n = 0; n < s.n; ++n)
+    for (int64_t g = 0; g < s.groups && !(p.elsewhere && p.elsewhere[n]); ++g)
+      cost += cost_of(s, static_cast<double>(s.out_h * s.out_w), live_in_group(p.in_live(n), g, s.group_in()),
+                      live_in_group(p.out_live(n), g, s.group_out()));
+  const double most = static_cast<double>(threads) * kItemsPerThread;
+  return static_cast<int64_t>(std::clamp<double>(cost / kCostOfItem, threads, most));
+}
 
 }  // namespace
 
@@ -27,7 +46,7 @@ int64_t band_rows(const ConvShape& s, int64_t in_live) {
 
 std::vector<WorkItem> schedule(const PrefixConv2dParams& p, int threads) {
   const ConvShape& s = p.shape;
-  const int64_t wanted = threads > 1 ? static_cast<int64_t>(threads) * kItemsPerThread : 1;
+  const int64_t wanted = items_wanted(p, threads);
   std::vector<WorkItem> items;
   for (int64_t n = 0; n < s.n; ++n) {
     if (p.elsewhere && p.elsewhere[n]) continue;
@@ -37,7 +56,10 @@ std::vector<WorkItem> schedule(const PrefixConv2dParams& p, int threads) {
       const int64_t blocks = ceil_div(out_live, PackedLayout::kLanes);
       int64_t rows = band_rows(s, in_live);
       int64_t bands = ceil_div(s.out_h, rows), ranges = 1;
-      const int64_t needed = ceil_div(wanted, s.n * s.groups);  // items that each (sample, group) should give
+      int64_t needed = ceil_div(wanted, s.n * s.groups);  // items that each (sample, group) should give
+      // Every range of channels reads, and may copy, all pixels: few of them where that is most of what is moved.
+      if (s.kh * s.kw == 1 && (!weights_stay(in_live, out_live) || pixels_share_a_set(p)))
+        needed = std::min<int64_t>(needed, ceil_div(2 * threads, s.n * s.groups));
       if (bands < needed) ranges = std::clamp<int64_t>(ceil_div(needed, bands), 1, std::max<int64_t>(1, blocks));
       if (bands * ranges < needed) {
         rows = std::max<int64_t>(1, s.out_h / ceil_div(needed, ranges));
@@ -54,10 +76,9 @@ std::vector<WorkItem> schedule(const PrefixConv2dParams& p, int threads) {
                         r == ranges - 1,
                         0};
           const double pixels = static_cast<double>((item.row1 - item.row0) * s.out_w);
-          const double lanes = static_cast<double>(std::min(out_live, item.block1 * PackedLayout::kLanes) -
-                                                   item.block0 * PackedLayout::kLanes);
-          item.cost = pixels * static_cast<double>(s.kh * s.kw * in_live) * lanes / 16 +
-                      pixels * static_cast<double>(in_live) +
+          const int64_t lanes =
+              std::min(out_live, item.block1 * PackedLayout::kLanes) - item.block0 * PackedLayout::kLanes;
+          item.cost = cost_of(s, pixels, in_live, lanes) +
                       (item.tail ? pixels * static_cast<double>(s.group_out() - out_live) / 8 : 0);
           items.push_back(item);
         }

@@ -20,6 +20,16 @@ struct WorkItem {
   double cost;             // about cycles of a vector unit; decides only the order
 };
 
+// Whether a sample's live weights of a 1x1 kernel stay in L2 (of 1 MB), whatever else passes. Otherwise they are read
+// past a band's pixels once.
+inline bool weights_stay(int64_t in_live, int64_t out_live) {
+  return in_live * out_live * static_cast<int64_t>(sizeof(float)) <= 512 * 1024;
+}
+
+// 1x1: whether neighbouring output pixels read 4 KB apart, hence from one set of L1. Their live channels are then
+// copied side by side first.
+inline bool pixels_share_a_set(const PrefixConv2dParams& p) { return p.shape.stride_w * p.input_stride.w % 1024 == 0; }
+
 // How many output rows a band may have so that its input (live channels only, with halo) and its sums stay in L2.
 // `in_live`: channels of float32, or words of two bfloat16.
 int64_t band_rows(const ConvShape& shape, int64_t in_live);

@@ -21,6 +21,9 @@ inline bool streams_past_caches(const PrefixConv2dParams& p) {
   return !p.pooled && s.n * s.c_out * s.out_h * s.out_w * element > kStreamAbove;
 }
 
+// Rows of fewer pixels are not worth tiles of their own.
+constexpr int64_t kFewestRowPixels = 7;
+
 struct Call {
   const PrefixConv2dParams& p;
   PackedLayout layout;
@@ -28,6 +31,7 @@ struct Call {
   bool direct_output;  // tiles store their results; otherwise they leave sums, and finish_block does the rest
   bool flat;           // 1x1: a band is one long row of pixels
   bool direct_input;   // tiles read the input tensor itself
+  bool panels;         // 1x1: items whose weights stay in L2 copy their pixels tile by tile
   bool stream;         // tiles may store past the caches
   int64_t element;     // bytes of an element of input, residual and output
 
@@ -41,10 +45,14 @@ struct Call {
     direct_output = own_type && p.output_stride.c == 1 && (!p.residual || p.residual_stride.c == 1) &&
                     (!flat || (flat_output && flat_residual));
     const bool padded = s.pad_top + s.pad_bottom + s.pad_left + s.pad_right > 0;
-    // Pixels 2 KB apart share a few sets of L1: then the live channels are copied side by side first.
-    const bool aliased = p.input_stride.w * element % 2048 == 0;
-    direct_input = own_type && (f32 || whole_words()) && flat && !aliased && !padded && s.stride_h == 1 &&
-                   s.stride_w == 1 && p.input_stride.c == 1 && p.input_stride.h == s.w * p.input_stride.w;
+    const bool readable = own_type && (f32 || whole_words()) && flat && !padded && p.input_stride.c == 1;
+    if (f32) {
+      direct_input =
+          readable && !pixels_share_a_set(p) && (contiguous_pixels() || (direct_output && s.out_w >= kFewestRowPixels));
+    } else {  // Pixels 2 KB apart share a few sets of L1.
+      direct_input = readable && contiguous_pixels() && p.input_stride.w * element % 2048 != 0;
+    }
+    panels = f32 && readable && !direct_input && direct_output && kernels.copy_panel;
     // Every pixel of a group begins a cache line.
     const bool aligned = reinterpret_cast<uintptr_t>(p.output) % 64 == 0 && p.output_stride.w % 16 == 0 &&
                          p.output_stride.h % 16 == 0 && p.output_stride.n % 16 == 0 && layout.ocg % 16 == 0;
@@ -66,12 +74,26 @@ struct Call {
     return !odd;
   }
 
+  // One step leads from each pixel of a sample to the next.
+  bool contiguous_pixels() const {
+    const ConvShape& s = p.shape;
+    return s.stride_h == 1 && s.stride_w == 1 && p.input_stride.h == s.w * p.input_stride.w;
+  }
   int64_t in_words(const WorkItem& item) const { return p.words(live_in_group(p.in_live(item.n), item.g, layout.icg)); }
   int64_t band_floats(const WorkItem& item) const {
     if (direct_input) return 0;
     const int64_t live = in_words(item);
+    if (uses_panels(item)) return 2 * panel_floats(live);
     return (BandGeometry(p.shape, item.row0, item.row1).pixels() * live + 15) / 16 * 16;
   }
+  int64_t panel_floats(int64_t in_live) const {
+    return (in_live + kPanelChunk - 1) / kPanelChunk * kPanelChunk * kMaxCols;
+  }
+  bool weights_stay(const WorkItem& item) const {
+    return rnp::weights_stay(live_in_group(p.in_live(item.n), item.g, layout.icg),
+                             live_in_group(p.out_live(item.n), item.g, layout.ocg));
+  }
+  bool uses_panels(const WorkItem& item) const { return panels && weights_stay(item); }
   // Whether a pass of a tile may: it must fill whole lines.
   bool streams(int64_t live) const { return stream && live >= 16 && live % 16 == 0; }
   int64_t sum_floats(const WorkItem& item) const {

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "cpu/microkernel_tile.h"
+#include "cpu/pointwise_tile.h"
 #include "cpu/winograd_transform.h"
 
 namespace rnp::cpu {
@@ -47,6 +48,7 @@ struct V256 {
 template <int NV>
 void add_tiles(TileWidth& width) {
   add_columns<V256, NV, 6>(width);
+  add_pointwise<V256, NV, 6>(width);
   add_shape<V256, NV, 2, 3>(width);
   add_shape<V256, NV, 3, 2>(width);
   add_shape<V256, NV, 2, 2>(width);

@@ -7,6 +7,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
 #include "cpu/microkernel_tile.h"
+#include "cpu/pointwise_tile.h"
 #include "cpu/winograd_transform.h"
 
 namespace rnp::cpu {
@@ -65,6 +66,12 @@ struct V512 {
     }
     return acc;
   }
+  template <int kBytes>
+  static RNP_INLINE T fma_broadcast_at(const char* x, T w, T acc) {
+    const float& pixel = *reinterpret_cast<const float*>(x + kBytes);
+    asm("vfmadd231ps %1%{1to16%}, %2, %0" : "+v"(acc) : "m"(pixel), "v"(w));
+    return acc;
+  }
 };
 
 // Half a vector, for the last 8 channels of a prefix: two such multiply-adds run in the time of one of 16 channels.
@@ -99,11 +106,18 @@ struct V512Half {
     }
     return acc;
   }
+  template <int kBytes>
+  static RNP_INLINE T fma_broadcast_at(const char* x, T w, T acc) {
+    const float& pixel = *reinterpret_cast<const float*>(x + kBytes);
+    asm("vfmadd231ps %1%{1to8%}, %2, %0" : "+v"(acc) : "m"(pixel), "v"(w));
+    return acc;
+  }
 };
 
 template <class V, int NV>
 void add_tiles(TileWidth& width) {
   add_columns<V, NV, 14>(width);
+  add_pointwise<V, NV, 14>(width);
   add_shape<V, NV, 2, 7>(width);
   add_shape<V, NV, 2, 6>(width);
   add_shape<V, NV, 2, 5>(width);
@@ -128,6 +142,9 @@ const Kernels& avx512_kernels() {
     add_tiles<V512Half, 1>(k.width[0]);
     add_tiles<V512, 1>(k.width[1]);
     add_tiles<V512, 2>(k.width[2]);
+    add_panels<V512Half, V512, 14>(k.width[0]);
+    add_panels<V512, V512, 14>(k.width[1]);
+    k.copy_panel = &copy_panel<V512>;
     k.depthwise_row = &depthwise_row<V512>;
     k.copy_pixels = &copy_pixels<V512>;
     k.winograd = winograd_kernels<V512>();

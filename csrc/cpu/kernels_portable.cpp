@@ -1,6 +1,7 @@
 // Portable kernels: the compiler's 4-wide vectors, at the baseline instruction set. Up to 5 pixels x 8 channels: 10
 // accumulators, 2 weights, 1 broadcast and 1 product of 16 registers.
 #include "cpu/microkernel_tile.h"
+#include "cpu/pointwise_tile.h"
 #include "cpu/winograd_transform.h"
 
 namespace rnp::cpu {
@@ -51,6 +52,8 @@ const Kernels& portable_kernels() {
     k.sum_kernel_rows = true;
     add_columns<V128, 1, 5>(k.width[0]);
     add_columns<V128, 2, 5>(k.width[1]);
+    add_pointwise<V128, 1, 5>(k.width[0]);
+    add_pointwise<V128, 2, 5>(k.width[1]);
     k.depthwise_row = &depthwise_row<V128>;
     k.copy_pixels = &copy_pixels<V128>;
     k.winograd = winograd_kernels<V128>();

@@ -50,6 +50,25 @@ struct TileArgs {
 
 using TileKernel = void (*)(const TileArgs&);
 
+// A tile of a 1x1 kernel (pointwise_tile.h): `count` input channels of each pixel, `tile.runs` is not used.
+constexpr int64_t kPanelChunk = 16;
+struct PointwiseArgs {
+  TileArgs tile;
+  int64_t count;
+
+  // In place: the first pixel of a tile whose lines are fetched into L2 meanwhile, or null.
+  const float* ahead;
+
+  // From a panel: `tile.x` is its chunk of the first of these channels, and `tile.x_col_step` is not used. The same
+  // channels, `offset` floats from each pixel's first, of another tile are copied meanwhile (`to` null: not), and those
+  // of a later one fetched (`ahead_pixels` null: not). `from` and `ahead_pixels` name as many pixels as the tile has.
+  int64_t offset;
+  float* to;
+  const float* const* from;
+  const float* const* ahead_pixels;
+};
+using PointwiseKernel = void (*)(const PointwiseArgs&);
+
 // Channels of a panel of the depthwise band: whole vectors of every ISA, and one cache line, so that neighbouring
 // pixels never share a cache set.
 constexpr int64_t kDepthwisePanel = 16;
@@ -81,6 +100,7 @@ struct TileWidth {
   int lanes;
   // tile[rows - 1][cols - 1]; null where the shape is not instantiated. One-row tiles of 1…max_cols always are.
   TileKernel tile[kMaxRows][kMaxCols];
+  PointwiseKernel pointwise[kMaxCols], panel[kMaxCols];  // [cols - 1]; panel: where there is a copy_panel
 };
 
 struct Kernels {
@@ -93,6 +113,8 @@ struct Kernels {
   bool streams;  // knows TileArgs::stream, for tiles of 16 channels or more
   void (*depthwise_row)(const DepthwiseArgs&);
   CopyPixels copy_pixels;
+  // Fills a panel with `count` channels of kMaxCols pixels. Null: no panels, and `pointwise` alone.
+  void (*copy_panel)(const float* const* from, int64_t count, float* to);
   WinogradKernels winograd;
 
   const TileWidth& widest() const { return width[widths - 1]; }

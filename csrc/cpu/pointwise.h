@@ -4,32 +4,42 @@
 #include <vector>
 
 #include "cpu/call.h"
-#include "cpu/prefetch.h"
 
 namespace rnp::cpu {
 
-// One work item of a call whose tiles store their results. `band` holds the item's pixels: the input tensor from the
-// item's first pixel on, or copy_band's result; `sums` is scratch (Call::sum_floats).
+// One work item of a call whose tiles store their results. `scratch` is the item's (Call::band_floats, and behind them
+// Call::sum_floats); where the call copies its pixels, they lie there. `following` is the thread's next item, or null:
+// its pixels are fetched meanwhile.
 class Pointwise {
  public:
-  Pointwise(const Call& call, const WorkItem& item, int64_t in_live, int64_t out_live, const float* band, float* sums);
-
-  int64_t steps() const { return tiles_ * static_cast<int64_t>(passes_.size()); }  // of the prefetcher
-  void run(Prefetcher prefetcher);
+  Pointwise(const Call& call, const WorkItem& item, const WorkItem* following, float* scratch);
+  void run();
 
  private:
   // One pass of a tile: a block of input channels into up to `lanes` output channels. Its pointers move along with the
   // pixels.
   struct Pass {
-    Run run;
-    TileArgs args;
+    PointwiseArgs args;
     const TileWidth* width;
+    bool first;  // of those that read these input channels
   };
 
-  static void run_tile(Pass& pass, int64_t cols);
+  void list_passes(float* sums);
+  void run_tile(Pass& pass, int64_t cols, int64_t row_extra);
+  void run_in_place();
+  void run_streaming();
+  void run_panels();
+  // The tiles of a row differ by at most one pixel: the first of them have one more.
+  int64_t cols_of(int64_t tile) const { return row_pixels_ / row_tiles_ + (tile < row_pixels_ % row_tiles_); }
 
-  int64_t pixels_, tiles_;
-  bool weights_stay_;  // in L2, whatever else passes
+  const Call& call_;
+  const WorkItem& item_;
+  const WorkItem* following_;
+  float* scratch_;
+  int64_t in_live_, out_live_;
+  int64_t rows_, row_pixels_, row_tiles_;  // of one pixel step: all pixels, or those of a row of the image
+  int64_t x_row_extra_;                    // floats from the end of a row to the next
+  bool panels_;
   std::vector<Pass> passes_;
   std::vector<float> tables_;  // scale and bias of a last block with fewer channels than lanes
 };

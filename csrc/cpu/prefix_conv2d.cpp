@@ -143,25 +143,22 @@ void run_item(const Call& call, const WorkItem& item, const WorkItem* following,
     } else if (p.pairs) {
       copy_band_pairs(p, geometry, item.n, item.g * l.icg, live_in_group(p.in_live(item.n), item.g, l.icg), l.ic_block,
                       call.kernels.copy_pixels, scratch);
-    } else {
+    } else if (!call.uses_panels(item)) {
       copy_band(p, geometry, item.n, item.g * l.icg, in_live, in_live, l.ic_block, call.kernels.copy_pixels, scratch);
     }
-    float* sums = scratch + call.band_floats(item);
-    const auto prefetcher = [&](int64_t steps) {
-      if (!following || following->block0 >= following->block1) return Prefetcher();
-      return Prefetcher(p, *following, following->g * l.icg,
-                        live_in_group(p.in_live(following->n), following->g, l.icg), call.element, steps);
-    };
     if (call.flat && call.direct_output && !p.pairs) {
-      Pointwise pointwise(call, item, in_live, out_live, band, sums);
-      pointwise.run(prefetcher(pointwise.steps()));
+      Pointwise(call, item, following, scratch).run();
     } else {
       TilePlan plan(p.shape, geometry, call.kernels, item.row0, item.row1, call.flat);
       const int64_t ic_blocks = std::max<int64_t>(1, (in_live + l.ic_block - 1) / l.ic_block);
-      Prefetcher next = prefetcher(static_cast<int64_t>(plan.row_tiles.size() * plan.col_tiles.size()) *
-                                   (item.block1 - item.block0) * ic_blocks);
+      Prefetcher next;
+      if (following && following->block0 < following->block1)
+        next = Prefetcher(p, *following, following->g * l.icg,
+                          live_in_group(p.in_live(following->n), following->g, l.icg), call.element,
+                          static_cast<int64_t>(plan.row_tiles.size() * plan.col_tiles.size()) *
+                              (item.block1 - item.block0) * ic_blocks);
       for (int64_t b = item.block0; b < item.block1; ++b)
-        convolve_block(call, item, in_live, b, out_live, plan, geometry, band, sums, next);
+        convolve_block(call, item, in_live, b, out_live, plan, geometry, band, scratch + call.band_floats(item), next);
     }
   }
   if (item.tail) fill_tail(p, item.n, item.row0, item.row1, group0 + out_live, group0 + l.ocg);

@@ -1,0 +1,140 @@
+// Register tiles of 1x1 kernels. Input channels pass in chunks of 16, one cache line of each pixel, and between two
+// chunks a tile does what later tiles need: it asks for the lines of a tile to come, or copies those of the next one.
+//
+// Why here: multiply-adds leave two thirds of the issue slots empty, so a line now and then is free. Fifty prefetches
+// before a tile are not: they fill the miss buffers that the tile's own loads wait for, and cost 4 to 9 % of a layer.
+#pragma once
+
+#include "cpu/microkernel_tile.h"
+
+namespace rnp::cpu {
+namespace {
+
+constexpr int64_t kChunk = kPanelChunk;
+
+// Pixels read where they lie in the input tensor.
+template <class V, int C, int NV>
+struct PointwiseTile {
+  using T = typename V::T;
+  using Plain = Tile<V, 1, C, NV>;
+
+  static RNP_INLINE void clear(T (&acc)[1][C][NV], const TileArgs& a) {
+    RNP_UNROLL
+    for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NV; ++v) acc[0][c][v] = V::zero();
+    if (a.last && !a.stream) {  // the lines to be written arrive while the sums are computed
+      Plain::each_pixel(0, a.out_col_step, [&](int, int, int64_t pixel) RNP_LAMBDA {
+        RNP_UNROLL
+        for (int v = 0; v < NV; v += 16 / V::kWidth) __builtin_prefetch(Plain::at(a.out, pixel, v), 1);
+      });
+    }
+    asm volatile("" ::: "memory");  // see Tile::compute
+  }
+
+  static void compute(const PointwiseArgs& p) {
+    const TileArgs& a = p.tile;
+    T acc[1][C][NV];
+    clear(acc, a);
+    const char* x[1] = {reinterpret_cast<const char*>(a.x)};
+    const float* w = a.w;
+    const ColSteps s(a.x_col_step * static_cast<int64_t>(sizeof(float)));
+    for (;;) {
+      // What is rarely needed is read again, as in Tile::compute: there is no register for it.
+      asm volatile("" ::: "memory");
+      const int64_t done = (x[0] - reinterpret_cast<const char*>(a.x)) / static_cast<int64_t>(sizeof(float));
+      int64_t count = p.count - done;
+      if (count <= 0) break;
+      if (p.ahead) prefetch<0>(reinterpret_cast<const char*>(p.ahead + done), s);
+      for (count = count < kChunk ? count : kChunk; count > 0; --count) {
+        T weights[NV];
+        RNP_UNROLL
+        for (int v = 0; v < NV; ++v) weights[v] = V::load(w + v * V::kWidth);
+        Plain::template rows<0, 1, 0, C>(acc, x, weights, s);
+        x[0] += sizeof(float);
+        w += a.w_step;
+      }
+    }
+    Plain::finish(acc, a);
+  }
+
+  // Into L2: L1 holds what the tile itself reads, and pixels far apart share its sets.
+  template <int c>
+  static RNP_INLINE void prefetch(const char* pixel, const ColSteps& s) {
+    if constexpr (c < C) {
+      constexpr int scale = c == 0 ? 1 : c & -c;
+      __builtin_prefetch(pixel + (c == 0 ? 0 : s.odd<c / scale>() * scale), 0, 2);
+      prefetch<c + 1>(pixel, s);
+    }
+  }
+};
+
+template <class V, int NV, int C>
+RNP_INLINE void add_pointwise(TileWidth& width) {
+  width.pointwise[C - 1] = &PointwiseTile<V, C, NV>::compute;
+  if constexpr (C > 1) add_pointwise<V, NV, C - 1>(width);
+}
+
+// Pixels read from a panel, [chunk][pixel][16]: where they lie 4 KB apart they share one set of L1, and where a tile
+// spans rows of a strided layer no one step leads from each to the next. While a tile multiplies one panel it fills the
+// next tile's.
+
+// One chunk of each of C pixels; the channels from `left` on are not read, the panel holds zeros for them.
+template <class V, int C>
+RNP_INLINE void copy_chunk(const float* const* from, int64_t offset, int64_t left, float* to) {
+  static_assert(V::kWidth == kChunk);
+  const auto mask = V::mask(static_cast<int>(left < kChunk ? left : kChunk));
+  RNP_UNROLL
+  for (int c = 0; c < C; ++c) V::store(to + c * kChunk, V::masked_load(from[c] + offset, mask));
+}
+
+template <class V>
+void copy_panel(const float* const* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += kChunk, to += kChunk * kMaxCols) copy_chunk<V, kMaxCols>(from, i, count - i, to);
+}
+
+// V: the vector of output channels. VC: that of the copies.
+template <class V, class VC, int C>
+struct PanelTile {
+  using T = typename V::T;
+
+  template <int c>
+  static RNP_INLINE void columns(T (&row)[1][C][1], const char* x, const T w) {
+    if constexpr (c < C) {
+      RNP_COUNT_FMA(V::kWidth);
+      row[0][c][0] = V::template fma_broadcast_at<c * kChunk * sizeof(float)>(x, w, row[0][c][0]);
+      columns<c + 1>(row, x, w);
+    }
+  }
+
+  static void compute(const PointwiseArgs& p) {
+    const TileArgs& a = p.tile;
+    T acc[1][C][1];
+    PointwiseTile<V, C, 1>::clear(acc, a);
+    const float* w = a.w;
+    for (int64_t chunk = 0;; ++chunk) {
+      asm volatile("" ::: "memory");  // see above
+      int64_t left = p.count - chunk * kChunk;
+      if (left <= 0) break;
+      if (p.to) copy_chunk<VC, C>(p.from, p.offset + chunk * kChunk, left, p.to + chunk * kChunk * kMaxCols);
+      if (p.ahead_pixels) {
+        RNP_UNROLL
+        for (int c = 0; c < C; ++c) __builtin_prefetch(p.ahead_pixels[c] + p.offset + chunk * kChunk, 0, 2);
+      }
+      const char* x = reinterpret_cast<const char*>(a.x + chunk * kChunk * kMaxCols);
+      for (left = left < kChunk ? left : kChunk; left > 0; --left) {
+        columns<0>(acc, x, V::load(w));
+        x += sizeof(float);
+        w += a.w_step;
+      }
+    }
+    Tile<V, 1, C, 1>::finish(acc, a);
+  }
+};
+
+template <class V, class VC, int C>
+RNP_INLINE void add_panels(TileWidth& width) {
+  width.panel[C - 1] = &PanelTile<V, VC, C>::compute;
+  if constexpr (C > 1) add_panels<V, VC, C - 1>(width);
+}
+
+}  // namespace
+}  // namespace rnp::cpu
