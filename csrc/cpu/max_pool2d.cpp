@@ -12,6 +12,10 @@
 namespace rnp::cpu {
 namespace {
 
+constexpr int64_t kLine = 16;         // channels of a cache line
+constexpr int64_t kPixelsAhead = 16;  // that are asked for: the live channels of pruned samples lie in pieces, which no
+                                      // hardware prefetcher follows
+
 // out[c] = max(out[c], v[c]); NaN wins.
 RNP_INLINE void take_larger(float* __restrict out, const float* __restrict v, int64_t channels) {
   for (int64_t c = 0; c < channels; ++c) out[c] = ((v[c] > out[c]) | (v[c] != v[c])) ? v[c] : out[c];
@@ -29,6 +33,12 @@ RNP_INLINE void some_rows(const MaxPoolParams& p, int64_t begin, int64_t end) {
       const int64_t first_w = std::max<int64_t>(left, 0), last_w = std::min(left + p.kernel_w, p.w);
       const float* window = image + first_h * row_stride + first_w * p.c;
       float* out = p.output + (row * p.out_w + x) * p.c;
+      if (live < p.c) {
+        for (int64_t i = 0; i < last_h - first_h; ++i)
+          for (int64_t j = 0; j < p.stride_w; ++j)
+            for (int64_t c = 0; c < live; c += kLine)
+              __builtin_prefetch(window + i * row_stride + (kPixelsAhead + j) * p.c + c);
+      }
       std::memcpy(out, window, static_cast<size_t>(live) * sizeof(float));
       for (int64_t i = 0; i < last_h - first_h; ++i)
         for (int64_t j = i == 0 ? 1 : 0; j < last_w - first_w; ++j)
