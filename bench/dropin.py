@@ -3,21 +3,19 @@
     python bench/dropin.py [--threads 1] [--clock wall|cpu] [--filter NAME] [--batch 1 8] [--dtype float32]
 
 One line per layer, layout and batch: the median of nn.Conv2d in microseconds, the median ratio ours / theirs of runs
-taken in turn, its p20 and p80, and the path (ours, or a stock one by the rule in csrc/core/stock.cpp). The swap must
-never cost more than 3 %. --clock cpu counts the time of this thread alone, for a machine that others use too (one
-thread only).
+taken in turn (rnp.bench.timing), its p20 and p80, the same of nn.Conv2d against itself (differences below that say
+nothing), and the path (ours, or a stock one by the rule in csrc/core/stock.cpp). The swap must never cost more than
+3 %. --clock cpu counts the time of this thread alone, for a machine that others use too (one thread only).
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from rnp.bench.timing import AGAIN, CLOCKS, measure, ratio, spread
 from rnp_kernels import PrefixConv2d, stock
 
 # name: in, out, kernel, input side, stride, groups
@@ -45,7 +43,17 @@ LAYERS = {
     "MobileNet depthwise 14": (512, 512, 3, 14, 1, 512),
     "MobileNet depthwise 7": (1024, 1024, 3, 7, 1, 1024),
     "MobileNet pointwise 14": (512, 512, 1, 14, 1, 1),
+    "MobileNetV3 5x5 28 down": (72, 72, 5, 56, 2, 72),
+    "MobileNetV3 5x5 28": (120, 120, 5, 28, 1, 120),
+    "EfficientNet 5x5 14": (480, 480, 5, 14, 1, 480),
+    "EfficientNet 5x5 7": (1152, 1152, 5, 7, 1, 1152),
+    "ConvNeXt 7x7 28": (192, 192, 7, 28, 1, 192),
+    "depthwise, multiplier 2": (64, 128, 3, 28, 1, 64),
     "ResNeXt grouped 56": (128, 128, 3, 56, 1, 32),
+    "ResNeXt grouped 56 down": (256, 256, 3, 56, 2, 32),
+    "ResNeXt grouped 28": (256, 256, 3, 28, 1, 32),
+    "ResNeXt grouped 14": (512, 512, 3, 14, 1, 32),
+    "ResNeXt grouped 7": (1024, 1024, 3, 7, 1, 32),
     "squeeze 1x1 map": (512, 32, 1, 1, 1, 1),
     "excite 1x1 map": (32, 512, 1, 1, 1, 1),
     "tiny 4x4 map": (64, 64, 3, 4, 1, 1),
@@ -66,17 +74,10 @@ def gate(name: str, ours: Tensor, conv: nn.Conv2d, x: Tensor) -> None:
         raise SystemExit(f"{name}: wrong by up to {(ours.double() - truth).abs().max().item():.3g}")
 
 
-def seconds(clock: Callable[[], float], call: Callable[[], object], repeats: int) -> float:
-    start = clock()
-    for _ in range(repeats):
-        call()
-    return (clock() - start) / repeats
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--filter", default="", help="only layers whose name contains this")
     parser.add_argument("--batch", type=int, nargs="+", default=(1, 8))
     parser.add_argument("--dtype", default="float32")
@@ -84,7 +85,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.clock == "cpu" and options.threads != 1:
         parser.error("--clock cpu needs --threads 1")
-    clock = time.perf_counter if options.clock == "wall" else time.thread_time
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
     worst = (0.0, "")
@@ -103,17 +103,16 @@ def main() -> None:
                     gate(name, result, theirs, x)
                     path = PATHS[stock.route(ours, x, ours.weight, ours.padding).path]
                     del result
-                    calls = (lambda: theirs(x)), (lambda: ours(x))  # noqa: B023 (called in this iteration only)
-                    repeats = max(1, int(2e-3 / seconds(clock, calls[0], 3)))
-                    pairs = [[seconds(clock, call, repeats) for call in calls] for _ in range(options.rounds)]
-                ratios = sorted(b / a for a, b in pairs)
-                ratio = statistics.median(ratios)
-                low, high = ratios[len(ratios) // 5], ratios[-1 - len(ratios) // 5]
+                    sides = {"theirs": lambda: theirs(x), "ours": lambda: ours(x)}  # noqa: B023 (called in this iteration only)
+                    times = measure(sides, "theirs", seconds=0.0, rounds=options.rounds, clock=options.clock)
+                ours_by_theirs, noise = ratio(times, "ours", "theirs"), ratio(times, AGAIN, "theirs")
                 label = f"{str(layout).removeprefix('torch.'):17} batch {batch}  {name:28}"
-                worst = max(worst, (ratio, label))
+                worst = max(worst, (ours_by_theirs["median"], label))
                 print(
-                    f"{label} {1e6 * statistics.median(a for a, _ in pairs):10.1f} us  ratio {ratio:5.3f}"
-                    f"  [{low:5.3f} {high:5.3f}]  {path}{'  OVER 1.03' if ratio > 1.03 else ''}",
+                    f"{label} {1e6 * spread(times['theirs'])['median']:10.1f} us  ratio {ours_by_theirs['median']:5.3f}"
+                    f"  [{ours_by_theirs['p20']:5.3f} {ours_by_theirs['p80']:5.3f}]"
+                    f"  noise [{noise['p20']:5.3f} {noise['p80']:5.3f}]  {path}"
+                    f"{'  OVER 1.03' if ours_by_theirs['median'] > 1.03 else ''}",
                     flush=True,
                 )
     print(f"worst ratio {worst[0]:.3f}: {' '.join(worst[1].split())}")

@@ -13,6 +13,7 @@
 #include "core/stock.h"
 #include "cpu/fma_peak.h"
 #include "cpu/isa.h"
+#include "cpu/layer_call.h"
 #include "cpu/pack_weight.h"
 #include "cpu/prefix_conv2d.h"
 #include "cuda/plan.h"
@@ -158,6 +159,18 @@ std::string describe_kernel(std::array<int64_t, 3> input, std::array<int64_t, 4>
   return rnp::cpu::describe_kernel(s, dtype_of(dtype));
 }
 
+rnp::Strides4 strides_of(const std::array<int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
+
+rnp::cpu::LayerCall layer_call(std::array<int64_t, 4> input, std::array<int64_t, 4> weight,
+                               std::array<int64_t, 2> stride, std::array<int64_t, 4> padding,
+                               std::array<int64_t, 2> dilation, int64_t groups, std::array<int64_t, 4> input_stride,
+                               std::array<int64_t, 4> weight_stride, std::array<int64_t, 4> output_stride,
+                               int64_t tile) {
+  rnp::ConvShape s = shape_of({input[1], input[2], input[3]}, weight, stride, padding, dilation, groups);
+  s.n = input[0];
+  return {s, strides_of(input_stride), strides_of(weight_stride), strides_of(output_stride), tile};
+}
+
 std::string describe_cuda_kernel(std::array<int64_t, 4> input, std::array<int64_t, 4> weight,
                                  std::array<int64_t, 2> stride, std::array<int64_t, 4> padding,
                                  std::array<int64_t, 2> dilation, int64_t groups, const std::string& dtype,
@@ -225,6 +238,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("describe_kernel", &describe_kernel, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
         py::arg("dilation"), py::arg("groups"), py::arg("dtype"),
         "The CPU operator's own kernel for this layer, in words: instruction set and register tile.");
+  py::class_<rnp::cpu::LayerCall>(
+      m, "LayerCall", "A float32 layer at one input shape: called with addresses, as csrc/cpu/layer_call.h says.")
+      .def(py::init(&layer_call), py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
+           py::arg("dilation"), py::arg("groups"), py::arg("input_stride"), py::arg("weight_stride"),
+           py::arg("output_stride"), py::arg("tile"))
+      .def(
+          "__call__",
+          [](const rnp::cpu::LayerCall& call, uintptr_t input, uintptr_t output, uintptr_t in_prefix,
+             uintptr_t out_prefix, uintptr_t weight, uintptr_t bias, uintptr_t packed, uintptr_t transformed) {
+            return static_cast<int>(call(input, output, in_prefix, out_prefix, weight, bias, packed, transformed));
+          },
+          py::call_guard<py::gil_scoped_release>(),
+          "Addresses, 0 for what is absent; returns 0 done, 1 the weights or the algorithm changed, 2 a prefix out of "
+          "range.\nOnly after 0 the output is written.");
   m.def("describe_cuda_kernel", &describe_cuda_kernel, py::arg("input"), py::arg("weight"), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("dtype"), py::arg("channels_last"),
         py::arg("tf32"), py::arg("multiprocessors"), py::arg("hopper") = false,

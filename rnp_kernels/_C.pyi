@@ -51,6 +51,33 @@ def choose_algorithm(
     in_prefix: int,
     out_prefix: int,
 ) -> int: ...
+
+class LayerCall:
+    def __init__(
+        self,
+        input: Sequence[int],
+        weight: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        input_stride: Sequence[int],
+        weight_stride: Sequence[int],
+        output_stride: Sequence[int],
+        tile: int,
+    ) -> None: ...
+    def __call__(
+        self,
+        input: int,
+        output: int,
+        in_prefix: int,
+        out_prefix: int,
+        weight: int,
+        bias: int,
+        packed: int,
+        transformed: int,
+    ) -> int: ...
+
 def describe_cuda_kernel(
     input: Sequence[int],
     weight: Sequence[int],

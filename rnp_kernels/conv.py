@@ -12,10 +12,11 @@ from torch.overrides import has_torch_function_unary
 from . import backends, stock
 from .algorithms import get_algorithm
 from .checks import DTYPES
+from .layer_call import SETTINGS, LayerCall
 from .ops import needs_autograd, prefix_conv2d, run_below_autograd
 from .packing import PackCache
 
-_CACHES = ("_packs", "_routes")
+_CACHES = ("_packs", "_routes", "_calls")
 _COMPUTED = object()
 _MOST_ROUTES = 64  # kept by a module that sees many input shapes
 _HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
@@ -54,6 +55,18 @@ class PrefixConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor, in_prefix: Tensor | None = None, out_prefix: Tensor | None = None) -> Tensor:
         """input (N, C_in, H, W) or (C_in, H, W); prefixes int32 (N,) or None for full width. See `prefix_conv2d`."""
+        if not torch.compiler.is_compiling() and type(input) is Tensor:
+            state = self.__dict__
+            calls = state.get("_calls")
+            call = None if calls is None else calls.get(input.shape)
+            if call is not None:
+                output = call(state, input, in_prefix, out_prefix)
+                if output is not None:
+                    return output
+        return self._checked_forward(input, in_prefix, out_prefix)
+
+    def _checked_forward(self, input: Tensor, in_prefix: Tensor | None, out_prefix: Tensor | None) -> Tensor:
+        """The long way: every rule is looked at."""
         parameters = self._parameters
         weight = parameters.get("weight")
         if weight is None:
@@ -97,14 +110,29 @@ class PrefixConv2d(nn.Conv2d):
             route = None
         if route is not None and route.tile and not needs_autograd(input, weight, bias):
             winograd = self._pack_cache().transformed(weight, route.tile)
+        output = None
         if in_prefix is None and out_prefix is None and route is not None:
             output = self._run_full_width(input, weight, bias, route, winograd)
-            if output is not None:
-                return output
-        return prefix_conv2d(
-            input, weight, bias, self.stride, padding, self.dilation, self.groups, in_prefix=in_prefix,
-            out_prefix=out_prefix, packed=self._pack_cache().get(weight, self.groups), winograd=winograd,
-        )  # fmt: skip
+        if output is None:
+            output = prefix_conv2d(
+                input, weight, bias, self.stride, padding, self.dilation, self.groups, in_prefix=in_prefix,
+                out_prefix=out_prefix, packed=self._pack_cache().get(weight, self.groups), winograd=winograd,
+            )  # fmt: skip
+        if route is not None:
+            self._keep_call(input, weight, bias, route, output)
+        return output
+
+    def _keep_call(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, route: stock.Route, output: Tensor
+    ) -> None:
+        call = LayerCall.prepare(self, input, weight, bias, route, self._pack_cache(), output)
+        calls = self.__dict__.setdefault("_calls", {})
+        if call is None:
+            calls.pop(input.shape, None)
+            return
+        if len(calls) >= _MOST_ROUTES:
+            calls.clear()
+        calls[input.shape] = call
 
     def _route(self, input: Tensor, weight: Tensor, padding: Any) -> stock.Route | None:
         state = self.__dict__
@@ -152,10 +180,12 @@ class PrefixConv2d(nn.Conv2d):
 
     def forget_packed_weight(self) -> None:
         """Drop the packed and the transformed weights; the next calls make them anew."""
-        self.__dict__.pop("_packs", None)
+        for name in ("_packs", "_calls"):
+            self.__dict__.pop(name, None)
 
     def forget_transformed_weight(self) -> None:
         """Drop the weights transformed for Winograd; the next call that needs them makes them anew."""
+        self.__dict__.pop("_calls", None)
         cache = self.__dict__.get("_packs")
         if cache is not None:
             cache.forget_transformed()
@@ -165,6 +195,11 @@ class PrefixConv2d(nn.Conv2d):
         if cache is None:
             cache = self.__dict__["_packs"] = PackCache()
         return cache
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in SETTINGS:
+            self.__dict__.pop("_calls", None)
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PrefixConv2d:
         self.forget_packed_weight()

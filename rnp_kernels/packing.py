@@ -18,7 +18,7 @@ _STALE_WORD = 15  # of the pack's int32 header; the operator sets it where it fi
 _PACKED = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _identity(weight: Tensor) -> tuple[Any, ...]:
+def identity_of(weight: Tensor) -> tuple[Any, ...]:
     """Changes when the tensor is written in place, resized, converted or given other data.
 
     Writing through `weight.data` changes nothing here: on a CPU the operator compares samples of the weights for that.
@@ -55,7 +55,7 @@ class PackedWeight:
         self.weight = weight
         self.tile = tile
         self.groups = groups
-        self.identity = _identity(weight)
+        self.identity = identity_of(weight)
         self._held = weight.detach()
         self.data = pack_winograd(weight, tile) if tile else pack_weight(weight, groups)
         if weight.is_cpu:
@@ -70,7 +70,7 @@ class PackedWeight:
             weight is self.weight
             and groups == self.groups
             and not self._stale.value
-            and _identity(weight) == self.identity
+            and identity_of(weight) == self.identity
             and (self._stream is None or self._stream == _stream_of(weight))
         )
 
@@ -101,7 +101,7 @@ class PackCache:
         if weight.dtype not in _PACKED or (not weight.is_cpu and _stream_of(weight) is None):
             return None
         if not now:
-            seen = (id(weight), _identity(weight))
+            seen = (id(weight), identity_of(weight))
             if seen != self._seen:
                 self._seen = seen
                 return None
@@ -124,6 +124,16 @@ class PackCache:
             return None
         transformed = self._transformed = PackedWeight(weight, 1, tile)
         return transformed.data
+
+    def kept(self, weight: Tensor, groups: int, tile: int) -> tuple[Tensor | None, Tensor | None]:
+        """The pack and the transform (None for tile 0) of `weight`, each None where none stands ready."""
+        packed, transformed = self._packed, self._transformed
+        return (
+            packed.data if packed is not None and packed.belongs_to(weight, groups) else None,
+            transformed.data
+            if tile and transformed is not None and transformed.tile == tile and transformed.belongs_to(weight, 1)
+            else None,
+        )
 
     def forget_transformed(self) -> None:
         self._transformed = None

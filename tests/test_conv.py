@@ -59,11 +59,14 @@ ROUTES = {  # input, output channels, kernel, groups, channels_last, dtype: one 
     "oneDNN, NCHW": ((3, 12, 12, 11), 20, 3, 1, False, torch.float32),
     "one product, NCHW": ((3, 12, 12, 11), 20, 1, 1, False, torch.float32),
     "oneDNN, large NCHW": ((3, 64, 19, 20), 20, 3, 1, False, torch.float32),
-    "oneDNN, depthwise": ((3, 40, 9, 9), 40, 3, 40, True, torch.float32),
+    "ours, depthwise": ((3, 40, 9, 9), 40, 3, 40, True, torch.float32),
+    "ours, depthwise, NCHW": ((3, 20, 30, 30), 20, 5, 20, False, torch.float32),
+    "ours, groups of 4": ((3, 24, 9, 9), 24, 3, 6, True, torch.float32),
+    "oneDNN, depthwise": ((3, 40, 9, 9), 40, 3, 40, False, torch.float32),
     "oneDNN, grouped": ((3, 24, 9, 9), 12, 3, 3, False, torch.float32),
     "oneDNN, large map": ((3, 8, 58, 57), 16, 3, 1, True, torch.float32),
     "bfloat16": ((3, 24, 9, 9), 12, 3, 1, True, torch.bfloat16),
-    "one product a sample": ((3, 64, 1, 1), 40, 1, 1, True, torch.float32),
+    "ours, 1x1 map": ((3, 64, 1, 1), 40, 1, 1, True, torch.float32),
 }
 
 

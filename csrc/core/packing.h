@@ -5,8 +5,8 @@
 //
 // Lanes are 32 output channels; the last block of a group has 16 where 16 or fewer channels are left. Unused lanes hold
 // 0. An ic block is sized so that a panel (ic block x kh x kw x 32 floats, about 73 KB at 3x3) stays in L2 while the
-// output pixels of a band pass over it. Depthwise weights (one input and one output channel per group) are
-// [kh][kw][channel] instead. All ISAs read this one layout.
+// output pixels of a band pass over it. Where groups are small (small_groups) lanes are the channels of neighbouring
+// groups instead: [16 output channels][kh][kw][ic of the group][16]. All ISAs read this one layout.
 //
 // For kernels that multiply bfloat16 in pairs (kernels_avx512bf16.cpp) a float of the data is a *word* instead: the
 // bfloat16 weights of input channels 2i and 2i + 1, the first in the low half; the second of an odd last channel is 0.
@@ -24,7 +24,7 @@ struct PackedLayout {
   static constexpr int64_t kLanes = 32, kHalfLanes = 16;
   static constexpr int64_t kHeaderWords = 16;
   static constexpr int64_t kStaleWord = 15;  // of the header: not 0 once a call found the pack older than its weight
-  static constexpr int32_t kMagic = 0x524e5057, kVersion = 1;
+  static constexpr int32_t kMagic = 0x524e5057, kVersion = 2;
 
   bool pairs;  // words of two bfloat16 channels
   int64_t groups, icg, ocg, kh, kw;
@@ -52,7 +52,12 @@ struct PackedLayout {
     return area == 1 ? 256 : area <= 9 ? 64 : area <= 25 ? 32 : 16;
   }
 
-  bool depthwise() const { return icg == 1 && ocg == 1 && groups > 1; }
+  static constexpr int64_t kSmallGroup = 8;  // channels; tiles of 16 lanes would leave half of themselves empty
+  bool small_groups() const { return groups > 1 && icg <= kSmallGroup && ocg <= kSmallGroup; }
+  // Of small groups: floats of 16 output channels, and the place of tap 0 of the first input channel of output channel
+  // c.
+  int64_t lane_block() const { return area() * icg * kHalfLanes; }
+  int64_t lane_at(int64_t c) const { return data_at() + c / kHalfLanes * lane_block() + c % kHalfLanes; }
   int64_t area() const { return kh * kw; }
   int64_t oc_blocks() const { return (ocg + kLanes - 1) / kLanes; }
   int64_t ic_blocks() const { return (icw + ic_block - 1) / ic_block; }
@@ -66,7 +71,9 @@ struct PackedLayout {
     return full * icw * area();
   }
   int64_t total_floats() const {
-    return data_at() + (ocg == 0 || icg == 0 ? 0 : depthwise() ? groups * area() : groups * group_floats());
+    return data_at() + (ocg == 0 || icg == 0 ? 0
+                        : small_groups()     ? (groups * ocg + 15) / 16 * lane_block()
+                                             : groups * group_floats());
   }
 
   // First float of a panel: [kh][kw][ic][lanes] of one (group, oc block, ic block).

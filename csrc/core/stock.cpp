@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "core/packing.h"
+
 namespace rnp {
 namespace {
 
@@ -11,6 +13,27 @@ constexpr int64_t kMaxSample = int64_t{1} << 26;
 
 std::atomic<bool> has_float32{false}, has_float16{false};
 std::atomic<StockBFloat16> its_bfloat16{StockBFloat16::kNone};
+
+// Larger groups are many small convolutions for ours.
+Stock grouped_path(const ConvShape& s, bool channels_last) {
+  if (!PackedLayout(s).small_groups()) return Stock::kOneDnn;
+  const bool depthwise = s.group_in() == 1 && s.group_out() == 1;
+  if (channels_last) {
+    // What the kernels whose lanes are channels can do (cpu/grouped_tile.h); the rest would be transposed twice.
+    const bool groups =
+        depthwise || (s.kw == 3 && (s.group_in() == s.group_out() ? (s.group_in() & (s.group_in() - 1)) == 0
+                                                                  : s.group_in() == 1 && s.group_out() == 2));
+    const bool lanes =
+        (((s.kw == 3 || s.kw == 5) && s.stride_w <= 2) || (s.kw == 7 && s.stride_w == 1)) && s.dilation_w == 1;
+    return groups && lanes ? Stock::kNone : Stock::kOneDnn;
+  }
+  // Lanes are positions: unaligned loads, and on small maps short runs (14x14 and 7x7, one thread: 1.2 to 3 times
+  // oneDNN's time; 7x7 kernels and groups of 8 about 1.3; stride 2 from 56x56 0.8 to 1.15).
+  if (s.stride_w > 2) return Stock::kOneDnn;
+  if (depthwise)
+    return s.out_w >= 28 && s.kh * s.kw <= 25 && s.stride_h * s.stride_w == 1 ? Stock::kNone : Stock::kOneDnn;
+  return s.group_in() < 8 ? Stock::kNone : Stock::kOneDnn;
+}
 
 }  // namespace
 
@@ -48,10 +71,10 @@ Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, bool pairs
   if (dtype == DType::kFloat32 && !has_float32) return Stock::kNone;
   // The same rule for bfloat16, with oneDNN in place of the matrix product.
   const Stock gemm = dtype == DType::kBFloat16 ? Stock::kOneDnn : Stock::kGemm;
-  // Depthwise, and groups of a few channels, leave most lanes of a tile empty.
-  if (s.groups > 1) return Stock::kOneDnn;
-  // Squeeze and excitation: the way through the operator costs more than the product.
-  if (s.h * s.w * s.kh * s.kw * s.stride_h * s.stride_w == 1 && s.pad_top + s.pad_left == 0) return gemm;
+  if (s.groups > 1) return dtype == DType::kFloat32 ? grouped_path(s, channels_last) : Stock::kOneDnn;
+  // Squeeze and excitation: a float32 module goes around the operator (cpu/layer_call.h), others do not.
+  const bool map_of_one = s.h * s.w * s.kh * s.kw * s.stride_h * s.stride_w == 1 && s.pad_top + s.pad_left == 0;
+  if (dtype != DType::kFloat32 && map_of_one) return gemm;
   // Large maps of few channels: the traffic decides, and oneDNN's is the smaller by some percent.
   if (channels_last && s.kh * s.kw > 1 && s.c_in <= 128 && s.out_h * s.out_w >= 56 * 56) return Stock::kOneDnn;
   // 1x1 on large maps of few channels: so few products per value moved that the same holds (64 -> 64 at 56x56: ours at

@@ -70,10 +70,14 @@ void pack_turned(const PrefixConv2dGradParams& p, const Phase& rows, const Phase
     for (int64_t j = l.kw - 1; j >= 0; --j)
       offset.push_back((rows.tap + i * rows.tap_step) * st.h + (cols.tap + j * cols.tap_step) * st.w);
   const T* w = static_cast<const T*>(p.weight);
-  if (l.depthwise()) {
-    float* to = packed + l.data_at();
-    for (const int64_t tap : offset)
-      for (int64_t c = 0; c < l.groups; ++c) *to++ = to_float(w[c * st.n + tap]);
+  if (l.small_groups()) {
+    std::fill(packed + l.data_at(), packed + l.total_floats(), 0.0f);
+    for (int64_t c = 0; c < l.groups * l.ocg; ++c) {
+      float* to = packed + l.lane_at(c);
+      for (const int64_t tap : offset)
+        for (int64_t ic = 0; ic < l.icg; ++ic, to += PackedLayout::kHalfLanes)
+          *to = to_float(w[(c / l.ocg * l.icg + ic) * st.n + c % l.ocg * st.c + tap]);
+    }
     return;
   }
   // l's inputs are the forward's outputs, and the lanes its inputs.

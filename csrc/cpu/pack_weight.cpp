@@ -1,5 +1,6 @@
 #include "cpu/pack_weight.h"
 
+#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cstring>
@@ -88,11 +89,15 @@ void pack_typed(const T* w, const Strides4& st, const PackedLayout& l, float* pa
   const int64_t c_out = l.groups * l.ocg;
   float* samples = packed + l.fingerprint_at();
   for_samples(w, st, l, [&](int64_t oc, float value) { samples[oc] = value; });
-  if (l.depthwise()) {
-    float* to = packed + l.data_at();
-    for (int64_t i = 0; i < l.kh; ++i)
-      for (int64_t j = 0; j < l.kw; ++j)
-        for (int64_t c = 0; c < c_out; ++c) *to++ = static_cast<float>(to_float(w[c * st.n + i * st.h + j * st.w]));
+  if (l.small_groups()) {
+    std::fill(packed + l.data_at(), packed + l.total_floats(), 0.0f);
+    for (int64_t c = 0; c < c_out; ++c) {
+      float* to = packed + l.lane_at(c);
+      for (int64_t i = 0; i < l.kh; ++i)
+        for (int64_t j = 0; j < l.kw; ++j)
+          for (int64_t ic = 0; ic < l.icg; ++ic, to += PackedLayout::kHalfLanes)
+            *to = static_cast<float>(to_float(w[c * st.n + ic * st.c + i * st.h + j * st.w]));
+    }
     return;
   }
   const int64_t blocks = l.groups * l.oc_blocks();
@@ -147,7 +152,7 @@ auto with_type(const WeightView& weight, F&& f) {
 PackedLayout layout_in_use(const ConvShape& s, DType dtype) {
   const PackedLayout words(s, true);
   const bool whole = s.groups == 1 || words.icg % 2 == 0;
-  const bool pairs = dtype == DType::kBFloat16 && current_isa() == Isa::kAvx512Bf16 && whole && !words.depthwise();
+  const bool pairs = dtype == DType::kBFloat16 && current_isa() == Isa::kAvx512Bf16 && whole && !words.small_groups();
   return pairs ? words : PackedLayout(s);
 }
 

@@ -11,8 +11,8 @@
 
 #include "cpu/band.h"
 #include "cpu/call.h"
-#include "cpu/depthwise.h"
 #include "cpu/epilogue.h"
+#include "cpu/grouped.h"
 #include "cpu/isa.h"
 #include "cpu/microkernel.h"
 #include "cpu/pack_weight.h"
@@ -189,8 +189,8 @@ void prefix_conv2d(const PrefixConv2dParams& p, const Threads& threads) {
   std::vector<float> row_sums(p.pooled ? static_cast<size_t>(s.n * s.out_h * s.c_out) : 0);
   float* sums = p.pooled ? row_sums.data() : nullptr;
   const Call call(p, kernels);
-  if (call.layout.depthwise()) {
-    depthwise(p, kernels, threads, [](size_t floats) { return scratch.get(floats); }, sums);
+  if (call.layout.small_groups()) {
+    grouped_conv2d(p, threads, [](size_t floats) { return scratch.get(floats); }, sums);
   } else {
     const std::vector<WorkItem> items = schedule(p, threads.count);
     int64_t need = 0;
@@ -229,7 +229,7 @@ std::string describe_kernel(const ConvShape& s, DType dtype) {
   const bool converted = dtype != DType::kFloat32 && !layout_in_use(s, dtype).pairs;
   const std::string name =
       std::string(isa_name(current_isa())) + " kernels, " + (converted ? "converted to float32, " : "");
-  if (PackedLayout(s).depthwise()) return name + "depthwise";
+  if (PackedLayout(s).small_groups()) return name + (s.group_in() * s.group_out() == 1 ? "depthwise" : "small groups");
   const bool pairs = layout_in_use(s, dtype).pairs;
   const Kernels& kernels = kernels_of(current_isa(), pairs);
   const int64_t rows = std::min(s.out_h, band_rows(s, pairs ? (s.group_in() + 1) / 2 : s.group_in()));

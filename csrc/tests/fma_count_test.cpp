@@ -1,12 +1,13 @@
 // The work is counted: kernels execute the multiply-adds of the prefixes and of nothing else, up to this rounding.
 //
 //   output channels   up to a narrow tile: the multiples of 8 (AVX-512, AVX2) or 4 (portable) are exact, and no width
-//                     costs more than the next of them; depthwise: whole vectors of channels
+//                     costs more than the next of them; small groups: whole vectors of channels (channels_last) or
+//                     of positions of a band with its row ends padded (contiguous)
 //   Winograd          (m + 2)^2 products for each tile of m x m outputs, instead of 9 m^2; the last tile of a row or
 //                     column is computed whole
 //   input channels    bfloat16 multiplied in pairs: up to an even number
-//   padding           taps in the padding are left out; in blocks of fewer than 16 live input channels, and depthwise,
-//                     only whole kernel rows are
+//   padding           taps in the padding are left out; in blocks of fewer than 16 live input channels only whole
+//                     kernel rows are; contiguous small groups: none
 //
 // The counts come from the instrumented build (RNP_COUNT_FMAS), the expectation from the definition alone.
 #include <algorithm>
@@ -34,7 +35,7 @@ int64_t vector_lanes() {
 
 // Multiply-adds of one call with these prefixes. `winograd`: 0, or the tile to compute with.
 int64_t counted(const ConvShape& s, const std::vector<int32_t>& in_prefix, const std::vector<int32_t>& out_prefix,
-                int threads = 1, int64_t winograd = 0, DType dtype = DType::kFloat32) {
+                int threads = 1, int64_t winograd = 0, DType dtype = DType::kFloat32, bool channels_last = true) {
   const PackedLayout l = cpu::layout_in_use(s, dtype);
   std::vector<float> input(static_cast<size_t>(s.n * s.c_in * s.h * s.w), 0.5f);
   std::vector<float> weight(static_cast<size_t>(s.c_out * l.icg * s.kh * s.kw), 0.25f);
@@ -45,8 +46,8 @@ int64_t counted(const ConvShape& s, const std::vector<int32_t>& in_prefix, const
   p.dtype = dtype;  // a bfloat16 needs half of the memory, and every bit pattern here is a number
   p.pairs = l.pairs;
   p.weight_stride = strides_of(l.icg, s.kh, s.kw, false);
-  p.input_stride = strides_of(s.c_in, s.h, s.w, true);
-  p.output_stride = strides_of(s.c_out, s.out_h, s.out_w, true);
+  p.input_stride = strides_of(s.c_in, s.h, s.w, channels_last);
+  p.output_stride = strides_of(s.c_out, s.out_h, s.out_w, channels_last);
   cpu::pack_weight({weight.data(), p.dtype, p.weight_stride}, l, packed.data(), {});
   p.input = input.data(), p.weight = weight.data(), p.packed = packed.data(), p.output = output.data();
   p.in_prefix = in_prefix.data(), p.out_prefix = out_prefix.data();
@@ -209,16 +210,44 @@ TEST(winograd_executes_the_products_of_its_tiles) {
   });
 }
 
-TEST(depthwise_computes_whole_vectors_of_live_channels) {
+// Lanes are output channels; each executes one multiply-add for each tap and input channel of its group.
+TEST(small_groups_compute_whole_vectors_of_live_channels) {
   on_every_isa([](const std::string& isa) {
-    for (const int64_t kernel : {3, 5}) {
-      const ConvShape s = square("depthwise", 37, 8, 37, kernel, 2, 37).shape();
-      const std::vector<int32_t> in_prefix = {37, 5, 37, 20}, out_prefix = {37, 37, 9, 0};
-      int64_t wanted = 0;
-      for (const int32_t live : out_prefix)
-        wanted += (live + vector_lanes() - 1) / vector_lanes() * vector_lanes() * s.out_h * s.out_w * kernel * kernel;
-      CHECK_EQUAL(counted(s, in_prefix, out_prefix), wanted) << isa << ", kernel " << kernel;
-    }
+    for (const int64_t group : {1, 2, 4})
+      for (const int64_t kernel : {3, 5}) {
+        if (kernel == 5 && group > 1) continue;
+        const int64_t all = 36;
+        const ConvShape s = square("small groups", all, 9, all, kernel, 2, all / group).shape();
+        const std::vector<int32_t> in_prefix = {36, 5, 36, 20}, out_prefix = {36, 36, 9, 0};
+        const int64_t rows = valid_taps(s.out_h, s.h, s.kh, s.stride_h, s.pad_top, s.dilation_h);
+        const int64_t cols = valid_taps(s.out_w, s.w, s.kw, s.stride_w, s.pad_left, s.dilation_w);
+        int64_t wanted = 0;
+        for (size_t n = 0; n < in_prefix.size(); ++n)
+          for (int64_t c = 0; c < out_prefix[n]; c += vector_lanes())
+            if (c / group * group < in_prefix[n]) wanted += vector_lanes() * group * rows * cols;
+        CHECK_EQUAL(counted(s, in_prefix, out_prefix), wanted)
+            << isa << ", kernel " << kernel << ", groups of " << group;
+        CHECK_EQUAL(counted(s, in_prefix, out_prefix, 3), wanted) << isa << ", 3 threads, groups of " << group;
+      }
+  });
+}
+
+// Lanes are positions of one band (the maps are small), rows of `pitch`, the last vector whole.
+TEST(contiguous_small_groups_compute_whole_vectors_of_positions) {
+  on_every_isa([](const std::string& isa) {
+    for (const int64_t group : {1, 3})
+      for (const int64_t stride : {1, 2}) {
+        const ConvShape s = square("contiguous", 12, 9, 12, 3, stride, 12 / group).shape();
+        const std::vector<int32_t> in_prefix = {12, 5, 12, 0}, out_prefix = {12, 12, 4, 12};
+        const int64_t pitch = s.out_w + 2 / stride, length = (s.out_h - 1) * pitch + s.out_w;
+        const int64_t lanes = (length + vector_lanes() - 1) / vector_lanes() * vector_lanes();
+        int64_t wanted = 0;
+        for (size_t n = 0; n < in_prefix.size(); ++n)
+          for (int64_t g = 0; g < s.groups; ++g)
+            wanted += lanes * 9 * live_in_group(in_prefix[n], g, group) * live_in_group(out_prefix[n], g, group);
+        CHECK_EQUAL(counted(s, in_prefix, out_prefix, 1, 0, DType::kFloat32, false), wanted)
+            << isa << ", groups of " << group;
+      }
   });
 }
 

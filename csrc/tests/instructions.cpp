@@ -34,6 +34,7 @@ struct Case {
   int in_quarters, out_quarters;  // live channels
   int winograd = 0;               // the tile to compute with
   Pass pass = Pass::kForward;
+  bool contiguous = false;  // NCHW
 };
 
 // Small, and together every path of the driver: edges, in-place and copied 1x1, strides, few channels, widths.
@@ -50,6 +51,10 @@ const Case kCases[] = {
     {"7x7_stem", 1, 3, 56, 32, 7, 2, 1, 4, 4},
     {"grouped", 1, 64, 14, 64, 3, 1, 4, 4, 4},
     {"depthwise", 1, 64, 28, 64, 3, 1, 64, 4, 4},
+    {"depthwise_5x5_stride_2", 1, 64, 28, 64, 5, 2, 64, 4, 4},
+    {"depthwise_contiguous", 1, 64, 28, 64, 3, 1, 64, 4, 4, 0, Pass::kForward, true},
+    {"groups_of_4", 1, 64, 28, 64, 3, 1, 16, 4, 4},
+    {"groups_of_4_contiguous", 1, 64, 28, 64, 3, 1, 16, 4, 4, 0, Pass::kForward, true},
     {"winograd_4x4", 1, 64, 28, 64, 3, 1, 1, 4, 4, 4},
     {"winograd_4x4_half", 1, 64, 28, 64, 3, 1, 1, 2, 2, 4},
     {"winograd_2x2", 1, 64, 14, 64, 3, 1, 1, 4, 4, 2},
@@ -79,6 +84,10 @@ void run(const Case& c) {
   p.weight_stride = {l.icg * s.kh * s.kw, s.kh * s.kw, s.kw, 1};
   p.input_stride = {s.c_in * s.h * s.w, 1, s.w * s.c_in, s.c_in};
   p.output_stride = {s.c_out * s.out_h * s.out_w, 1, s.out_w * s.c_out, s.c_out};
+  if (c.contiguous) {
+    p.input_stride = {s.c_in * s.h * s.w, s.h * s.w, s.w, 1};
+    p.output_stride = {s.c_out * s.out_h * s.out_w, s.out_h * s.out_w, s.out_w, 1};
+  }
   cpu::pack_weight({weight.data(), p.dtype, p.weight_stride}, l, packed.data(), {});
   p.input = input.data(), p.weight = weight.data(), p.packed = packed.data(), p.output = output.data();
   p.in_prefix = in_prefix.data(), p.out_prefix = out_prefix.data(), p.bias = bias.data();

@@ -21,7 +21,7 @@ TEST(packed_weights_hold_every_weight_once_and_zeros_elsewhere) {
     CHECK(seen.count(-1.0f) == 0) << c.name << ": unwritten floats";
     for (float w : weight) CHECK(seen[w] == 1) << c.name << ": weight " << w << " appears " << seen[w] << " times";
     // The place of some weights, from the documented layout: [kh][kw][ic][lanes] within a panel.
-    if (l.depthwise()) continue;
+    if (l.small_groups()) continue;
     for (int64_t oc = 0; oc < s.c_out; oc += 7) {
       for (int64_t k = 0; k < l.icg * s.kh * s.kw; k += 5) {
         const int64_t ic = k / l.area(), tap = k % l.area(), g = oc / l.ocg, o = oc % l.ocg, ib = ic / l.ic_block;
@@ -97,7 +97,7 @@ TEST(batch_of_one_feeds_two_threads) {
     p.shape = c.shape();
     p.shape.n = 1;
     if (p.shape.out_h == 1 && p.shape.group_out() <= 32) continue;  // one row of one block is one item
-    if (PackedLayout(p.shape).depthwise()) continue;                // cut by rows in depthwise.cpp
+    if (PackedLayout(p.shape).small_groups()) continue;             // cut in grouped.cpp
     CHECK(schedule(p, 2).size() >= 2) << c.name;
   }
 }

@@ -1,0 +1,44 @@
+// AVX-512 kernels of convolutions with few channels a group.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+// GCC 12 warns about its own _mm512_undefined_ps.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+#include "cpu/grouped_tile.h"
+
+namespace rnp::cpu {
+namespace {
+
+struct V512 {
+  using T = __m512;
+  using Mask = __mmask16;
+  static constexpr int kWidth = 16, kRegisters = 32;
+  static constexpr bool kMasksAreFree = true;
+
+  static RNP_INLINE T zero() { return _mm512_setzero_ps(); }
+  static RNP_INLINE T load(const float* p) { return _mm512_loadu_ps(p); }
+  static RNP_INLINE void store(float* p, T v) { _mm512_storeu_ps(p, v); }
+  static RNP_INLINE T set1(float v) { return _mm512_set1_ps(v); }
+  static RNP_INLINE T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
+  static RNP_INLINE T add(T a, T b) { return _mm512_add_ps(a, b); }
+  static RNP_INLINE T mul(T a, T b) { return _mm512_mul_ps(a, b); }
+  // maxps returns its second operand where either is NaN.
+  static RNP_INLINE T relu(T v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
+  static RNP_INLINE Mask mask(int live) {
+    return static_cast<Mask>(live >= 16 ? 0xffff : (1u << (live < 0 ? 0 : live)) - 1);
+  }
+  static RNP_INLINE Mask range(int first, int last) { return static_cast<Mask>(mask(last) & ~mask(first)); }
+  static RNP_INLINE T masked_load(const float* p, Mask m) { return _mm512_maskz_loadu_ps(m, p); }
+  static RNP_INLINE void masked_store(float* p, Mask m, T v) { _mm512_mask_storeu_ps(p, m, v); }
+};
+
+}  // namespace
+
+const GroupedKernels& avx512_grouped_kernels() {
+  static const GroupedKernels kernels = grouped_kernels<V512>();
+  return kernels;
+}
+
+}  // namespace rnp::cpu
+#endif

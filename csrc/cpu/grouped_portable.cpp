@@ -1,0 +1,48 @@
+// Portable kernels of convolutions with few channels a group: the compiler's 4-wide vectors.
+#include "cpu/grouped_tile.h"
+
+namespace rnp::cpu {
+namespace {
+
+struct V128 {
+  typedef float T __attribute__((vector_size(16)));
+  typedef float Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
+  struct Mask {
+    int first, last;  // lanes first…last - 1, within 0…4
+    bool full() const { return first == 0 && last == 4; }
+  };
+  static constexpr int kWidth = 4, kRegisters = 13;  // of 16: gcc needs three for products
+  static constexpr bool kMasksAreFree = false;
+
+  static RNP_INLINE T zero() { return T{}; }
+  static RNP_INLINE T load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+  static RNP_INLINE void store(float* p, T v) { *reinterpret_cast<Unaligned*>(p) = v; }
+  static RNP_INLINE T set1(float v) { return T{v, v, v, v}; }
+  static RNP_INLINE T fma(T a, T b, T c) { return c + a * b; }
+  static RNP_INLINE T add(T a, T b) { return a + b; }
+  static RNP_INLINE T mul(T a, T b) { return a * b; }
+  static RNP_INLINE T relu(T v) { return v < zero() ? zero() : v; }  // a NaN is not below zero: it stays
+  static RNP_INLINE Mask mask(int live) { return {0, live < 0 ? 0 : (live > 4 ? 4 : live)}; }
+  static RNP_INLINE Mask range(int first, int last) { return {first, last}; }
+  static RNP_INLINE T masked_load(const float* p, Mask m) { return m.full() ? load(p) : part_load(p, m); }
+  static RNP_INLINE void masked_store(float* p, Mask m, T v) { m.full() ? store(p, v) : part_store(p, m, v); }
+
+  // Rare, and long where they would be repeated for every pixel of every tile.
+  static __attribute__((noinline)) T part_load(const float* p, Mask m) {
+    T out = zero();
+    for (int i = m.first; i < m.last; ++i) out[i] = p[i];
+    return out;
+  }
+  static __attribute__((noinline)) void part_store(float* p, Mask m, T v) {
+    for (int i = m.first; i < m.last; ++i) p[i] = v[i];
+  }
+};
+
+}  // namespace
+
+const GroupedKernels& portable_grouped_kernels() {
+  static const GroupedKernels kernels = grouped_kernels<V128>();
+  return kernels;
+}
+
+}  // namespace rnp::cpu
