@@ -53,7 +53,7 @@ struct PackedLayout {
   }
 
   static constexpr int64_t kSmallGroup = 8;  // channels; tiles of 16 lanes would leave half of themselves empty
-  bool small_groups() const { return groups > 1 && icg <= kSmallGroup && ocg <= kSmallGroup; }
+  bool small_groups() const { return !pairs && groups > 1 && icg <= kSmallGroup && ocg <= kSmallGroup; }
   // Of small groups: floats of 16 output channels, and the place of tap 0 of the first input channel of output channel
   // c.
   int64_t lane_block() const { return area() * icg * kHalfLanes; }

@@ -24,7 +24,10 @@ struct V128 {
   static RNP_INLINE T relu(T v) { return v < zero() ? zero() : v; }  // a NaN is not below zero: it stays
   static RNP_INLINE Mask mask(int live) { return {0, live < 0 ? 0 : (live > 4 ? 4 : live)}; }
   static RNP_INLINE Mask range(int first, int last) { return {first, last}; }
-  static RNP_INLINE T masked_load(const float* p, Mask m) { return m.full() ? load(p) : part_load(p, m); }
+  static RNP_INLINE T masked_load(const float* p, Mask m) {
+    asm volatile("" : "+r"(m.last));  // or loops are written twice, with what the call needs on the stack
+    return m.full() ? load(p) : part_load(p, m);
+  }
   static RNP_INLINE void masked_store(float* p, Mask m, T v) { m.full() ? store(p, v) : part_store(p, m, v); }
 
   // Rare, and long where they would be repeated for every pixel of every tile.
