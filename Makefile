@@ -31,7 +31,7 @@ SOURCES := $(shell find csrc cmake rnp_kernels python -type f ! -name '*.so' ! -
            pyproject.toml setup.py CMakeLists.txt MANIFEST.in README.md LICENSE constraints.txt
 CPP_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test bench ctest pytest lint sanitize proof count-tests instructions record-instructions wheel clean
+.PHONY: help demo test bench cpp-build ctest pytest lint sanitize proof count-tests instructions record-instructions wheel clean
 help:
 	@sed -n '4,12s/^#//p' Makefile
 
@@ -98,10 +98,13 @@ $(STAMPS)/lint: $(STAMPS)/venv pyproject.toml
 CMAKE_CONFIGURE = $(VENV)/bin/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DRNP_BUILD_EXTENSION=OFF
 CMAKE_BUILD = $(VENV)/bin/cmake --build $(1) --parallel $${MAX_JOBS:-$$(nproc)}
 
-ctest: $(STAMPS)/cmake
-	@echo "== C++ tests"
+cpp-build: $(STAMPS)/cmake
+	@echo "== building the C++ tests"
 	$(CMAKE_CONFIGURE) -B $(BUILD)/cpp-tests > /dev/null
 	$(call CMAKE_BUILD,$(BUILD)/cpp-tests)
+
+ctest: cpp-build
+	@echo "== C++ tests"
 	$(VENV)/bin/ctest --test-dir $(BUILD)/cpp-tests --output-on-failure --no-tests=error
 
 pytest: $(STAMPS)/test $(STAMPS)/cmake
@@ -124,7 +127,7 @@ count-tests: $(STAMPS)/cmake
 	$(BUILD)/count/rnp_count_tests
 
 # Skipped, with the reason, where valgrind is not installed; RNP_REQUIRE_PROOF=1 makes that a failure.
-instructions record-instructions: ctest
+instructions record-instructions: cpp-build
 	@echo "== instructions of every kernel, under callgrind"
 	$(VENV)/bin/python tests/proof/instructions.py $(BUILD)/cpp-tests/rnp_instructions $(if $(findstring record,$@),--record)
 
