@@ -7,7 +7,8 @@ namespace rnp {
 
 enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 enum class Activation : int32_t { kNone, kRelu };
-enum class Tail : int32_t { kZero, kSkip };
+// kKeep (segments only): the channels beyond the prefix hold already what they would receive.
+enum class Tail : int32_t { kZero, kSkip, kKeep };
 
 // Sizes of one convolution. With groups, c_in and c_out count all groups' channels.
 struct ConvShape {
@@ -74,10 +75,27 @@ struct PrefixConv2dParams {
   Strides4 output_stride;
   float* pooled = nullptr;  // (n, c_out)
 
+  // Maps of a segment whose samples keep their live channels only (cpu/segment_layout.h): (n,) elements from one pixel
+  // of a sample to the next, instead of the strides' w and h; a multiple of 16 and not of 512. Null: all as the strides
+  // say.
+  const int32_t* input_pixel = nullptr;
+  const int32_t* residual_pixel = nullptr;
+  const int32_t* output_pixel = nullptr;
+  const int32_t* output_live = nullptr;  // (n,) where a kept tail ends; null: at c_out
+
   int64_t in_live(int64_t i) const { return in_prefix ? in_prefix[i] : shape.c_in; }
   int64_t out_live(int64_t i) const { return out_prefix ? out_prefix[i] : shape.c_out; }
+  int64_t tail_end(int64_t i) const { return output_live ? output_live[i] : shape.c_out; }
+  Strides4 input_at(int64_t i) const { return of_sample(input_stride, input_pixel, i, shape.w); }
+  Strides4 residual_at(int64_t i) const { return of_sample(residual_stride, residual_pixel, i, shape.out_w); }
+  Strides4 output_at(int64_t i) const { return of_sample(output_stride, output_pixel, i, shape.out_w); }
   // What the kernels step through: input channels of a group, or pairs of them.
   int64_t words(int64_t channels) const { return pairs ? (channels + 1) / 2 : channels; }
+
+ private:
+  static Strides4 of_sample(Strides4 all, const int32_t* pixel, int64_t i, int64_t w) {
+    return pixel ? Strides4{all.n, all.c, w * pixel[i], pixel[i]} : all;
+  }
 };
 
 }  // namespace rnp

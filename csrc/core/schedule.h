@@ -28,7 +28,9 @@ inline bool weights_stay(int64_t in_live, int64_t out_live) {
 
 // 1x1: whether neighbouring output pixels read 4 KB apart, hence from one set of L1. Their live channels are then
 // copied side by side first.
-inline bool pixels_share_a_set(const PrefixConv2dParams& p) { return p.shape.stride_w * p.input_stride.w % 1024 == 0; }
+inline bool pixels_share_a_set(const PrefixConv2dParams& p) {
+  return !p.input_pixel && p.shape.stride_w * p.input_stride.w % 1024 == 0;
+}
 
 // How many output rows a band may have so that its input (live channels only, with halo) and its sums stay in L2.
 // `in_live`: channels of float32, or words of two bfloat16.

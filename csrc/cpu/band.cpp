@@ -83,7 +83,7 @@ template <typename T>
 void copy_typed(const PrefixConv2dParams& p, const BandGeometry& g, int64_t n, int64_t first_channel, int64_t live,
                 int64_t channels, int64_t ic_block, CopyPixels copy_pixels, float* to) {
   const ConvShape& s = p.shape;
-  const Strides4& st = p.input_stride;
+  const Strides4 st = p.input_at(n);
   const T* input = static_cast<const T*>(p.input) + n * st.n + first_channel * st.c;
   const auto [left, right] = inside(s, g);
   for (int64_t c0 = 0; c0 < channels; c0 += ic_block) {
@@ -109,7 +109,7 @@ void copy_typed(const PrefixConv2dParams& p, const BandGeometry& g, int64_t n, i
 void copy_band_pairs(const PrefixConv2dParams& p, const BandGeometry& g, int64_t n, int64_t first_channel, int64_t live,
                      int64_t ic_block, CopyPixels copy_pixels, float* to) {
   const ConvShape& s = p.shape;
-  const Strides4& st = p.input_stride;
+  const Strides4 st = p.input_at(n);
   const uint16_t* input = static_cast<const uint16_t*>(p.input) + n * st.n + first_channel * st.c;
   const int64_t all = s.c_in - first_channel;
   const auto [left, right] = inside(s, g);

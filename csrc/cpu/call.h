@@ -1,6 +1,7 @@
 // What the items of one call share.
 #pragma once
 
+#include <numeric>
 #include <type_traits>
 
 #include "core/schedule.h"
@@ -14,11 +15,17 @@ namespace rnp::cpu {
 // not asked, since under a hypervisor it can be ten times too large.
 constexpr int64_t kStreamAbove = int64_t{16} << 20;
 
+// Channels between the pixels of all samples together.
+inline int64_t output_channels(const PrefixConv2dParams& p) {
+  return p.output_pixel ? std::accumulate(p.output_pixel, p.output_pixel + p.shape.n, int64_t{0})
+                        : p.shape.n * p.shape.c_out;
+}
+
 // Whether that holds for this call. The means read the output again.
 inline bool streams_past_caches(const PrefixConv2dParams& p) {
   const ConvShape& s = p.shape;
   const int64_t element = p.dtype == DType::kFloat64 ? 8 : p.dtype == DType::kFloat32 ? 4 : 2;
-  return !p.pooled && s.n * s.c_out * s.out_h * s.out_w * element > kStreamAbove;
+  return !p.pooled && output_channels(p) * s.out_h * s.out_w * element > kStreamAbove;
 }
 
 // Rows of fewer pixels are not worth tiles of their own.
@@ -40,8 +47,8 @@ struct Call {
     const ConvShape& s = p.shape;
     const bool f32 = p.dtype == DType::kFloat32, own_type = f32 || p.pairs;  // of tensors that the tiles read and write
     flat = s.kh == 1 && s.kw == 1;
-    const bool flat_output = p.output_stride.h == s.out_w * p.output_stride.w;
-    const bool flat_residual = !p.residual || p.residual_stride.h == s.out_w * p.residual_stride.w;
+    const bool flat_output = p.output_pixel || p.output_stride.h == s.out_w * p.output_stride.w;
+    const bool flat_residual = !p.residual || p.residual_pixel || p.residual_stride.h == s.out_w * p.residual_stride.w;
     direct_output = own_type && p.output_stride.c == 1 && (!p.residual || p.residual_stride.c == 1) &&
                     (!flat || (flat_output && flat_residual));
     const bool padded = s.pad_top + s.pad_bottom + s.pad_left + s.pad_right > 0;
@@ -54,8 +61,9 @@ struct Call {
     }
     panels = f32 && readable && !direct_input && direct_output && kernels.copy_panel;
     // Every pixel of a group begins a cache line.
-    const bool aligned = reinterpret_cast<uintptr_t>(p.output) % 64 == 0 && p.output_stride.w % 16 == 0 &&
-                         p.output_stride.h % 16 == 0 && p.output_stride.n % 16 == 0 && layout.ocg % 16 == 0;
+    const bool aligned = reinterpret_cast<uintptr_t>(p.output) % 64 == 0 && p.output_stride.n % 16 == 0 &&
+                         layout.ocg % 16 == 0 &&
+                         (p.output_pixel || (p.output_stride.w % 16 == 0 && p.output_stride.h % 16 == 0));
     stream = kernels.streams && direct_output && aligned && streams_past_caches(p);
   }
 
@@ -77,7 +85,7 @@ struct Call {
   // One step leads from each pixel of a sample to the next.
   bool contiguous_pixels() const {
     const ConvShape& s = p.shape;
-    return s.stride_h == 1 && s.stride_w == 1 && p.input_stride.h == s.w * p.input_stride.w;
+    return s.stride_h == 1 && s.stride_w == 1 && (p.input_pixel || p.input_stride.h == s.w * p.input_stride.w);
   }
   int64_t in_words(const WorkItem& item) const { return p.words(live_in_group(p.in_live(item.n), item.g, layout.icg)); }
   int64_t band_floats(const WorkItem& item) const {

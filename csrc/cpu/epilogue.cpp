@@ -16,13 +16,13 @@ namespace {
 
 template <typename T>
 const T* residual_at(const PrefixConv2dParams& p, int64_t n, int64_t row, int64_t channel) {
-  const Strides4& st = p.residual_stride;
+  const Strides4 st = p.residual_at(n);
   return p.residual ? static_cast<const T*>(p.residual) + n * st.n + channel * st.c + row * st.h : nullptr;
 }
 
 template <typename T>
 T* output_at(const PrefixConv2dParams& p, int64_t n, int64_t row, int64_t channel) {
-  const Strides4& st = p.output_stride;
+  const Strides4 st = p.output_at(n);
   return static_cast<T*>(p.output) + n * st.n + channel * st.c + row * st.h;
 }
 
@@ -33,9 +33,10 @@ void with_flag(bool flag, F&& f) {
 }
 
 template <typename T>
-void finish_row(const PrefixConv2dParams& p, const float* scale, const float* bias, const T* residual,
+void finish_row(const PrefixConv2dParams& p, int64_t n, const float* scale, const float* bias, const T* residual,
                 const float* sums, int64_t col_step, int64_t count, T* out) {
-  const int64_t oc = p.output_stride.c, ow = p.output_stride.w, rc = p.residual_stride.c, rw = p.residual_stride.w;
+  const Strides4 to = p.output_at(n), from = p.residual_at(n);
+  const int64_t oc = to.c, ow = to.w, rc = from.c, rw = from.w;
   const int64_t cols = p.shape.out_w;
   with_flag(p.activation == Activation::kRelu, [&](auto relu) {
     with_flag(residual != nullptr, [&](auto has_residual) {
@@ -85,8 +86,9 @@ void clear_pixels(T* out, int64_t pixels, int64_t step, int64_t count, [[maybe_u
 }
 
 template <typename T>
-void fill_row(const PrefixConv2dParams& p, const T* residual, int64_t count, T* out) {
-  const int64_t oc = p.output_stride.c, ow = p.output_stride.w, rc = p.residual_stride.c, rw = p.residual_stride.w;
+void fill_row(const PrefixConv2dParams& p, int64_t n, const T* residual, int64_t count, T* out) {
+  const Strides4 to = p.output_at(n), from = p.residual_at(n);
+  const int64_t oc = to.c, ow = to.w, rc = from.c, rw = from.w;
   const int64_t cols = p.shape.out_w;
   const bool relu = p.activation == Activation::kRelu;
   if (!residual) {
@@ -112,8 +114,9 @@ void fill_row(const PrefixConv2dParams& p, const T* residual, int64_t count, T* 
 }
 
 template <typename T>
-void sum_row(const PrefixConv2dParams& p, const T* out, int64_t count, float* sums) {
-  const int64_t oc = p.output_stride.c, ow = p.output_stride.w, cols = p.shape.out_w;
+void sum_row(const PrefixConv2dParams& p, int64_t n, const T* out, int64_t count, float* sums) {
+  const Strides4 st = p.output_at(n);
+  const int64_t oc = st.c, ow = st.w, cols = p.shape.out_w;
   if constexpr (std::is_same_v<T, float>) {
     if (oc == 1) return sum_pixels(out, ow, cols, count, sums);
   }
@@ -139,17 +142,17 @@ void finish_block(const PrefixConv2dParams& p, int64_t n, int64_t row0, int64_t 
   with_type(p.dtype, [&](auto tag) {
     using T = decltype(tag);
     for (int64_t r = row0; r < row1; ++r)
-      finish_row<T>(p, scale, bias, residual_at<T>(p, n, r, channel0), view.sums + (r - row0) * view.row_step,
+      finish_row<T>(p, n, scale, bias, residual_at<T>(p, n, r, channel0), view.sums + (r - row0) * view.row_step,
                     view.col_step, count, output_at<T>(p, n, r, channel0));
   });
 }
 
 void fill_tail(const PrefixConv2dParams& p, int64_t n, int64_t row0, int64_t row1, int64_t channel0, int64_t channel1) {
-  if (p.tail == Tail::kSkip || channel0 >= channel1) return;
+  if (p.tail != Tail::kZero || channel0 >= channel1) return;
   with_type(p.dtype, [&](auto tag) {
     using T = decltype(tag);
     for (int64_t r = row0; r < row1; ++r)
-      fill_row<T>(p, residual_at<T>(p, n, r, channel0), channel1 - channel0, output_at<T>(p, n, r, channel0));
+      fill_row<T>(p, n, residual_at<T>(p, n, r, channel0), channel1 - channel0, output_at<T>(p, n, r, channel0));
   });
 #if defined(__x86_64__)
   if (streams_past_caches(p)) _mm_sfence();  // streamed stores are not ordered with the one that ends the work item
@@ -163,7 +166,7 @@ void sum_rows(const PrefixConv2dParams& p, int64_t n, int64_t row0, int64_t row1
     for (int64_t r = row0; r < row1; ++r) {
       float* sums = row_sums + (n * p.shape.out_h + r) * p.shape.c_out + channel0;
       std::fill(sums, sums + (channel1 - channel0), 0.0f);
-      sum_row<T>(p, output_at<T>(p, n, r, channel0), channel1 - channel0, sums);
+      sum_row<T>(p, n, output_at<T>(p, n, r, channel0), channel1 - channel0, sums);
     }
   });
 }

@@ -22,27 +22,30 @@ RNP_INLINE void take_larger(float* __restrict out, const float* __restrict v, in
 }
 
 RNP_INLINE void some_rows(const MaxPoolParams& p, int64_t begin, int64_t end) {
-  const int64_t row_stride = p.w * p.c;
+  const int64_t input_sample = p.input_sample > 0 ? p.input_sample : p.h * p.w * p.c;
+  const int64_t output_sample = p.output_sample > 0 ? p.output_sample : p.out_h * p.out_w * p.c;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t sample = row / p.out_h, top = (row % p.out_h) * p.stride_h - p.pad_h;
     const int64_t first_h = std::max<int64_t>(top, 0), last_h = std::min(top + p.kernel_h, p.h);
     const int64_t live = p.prefix ? p.prefix[sample] : p.c;
-    const float* image = p.input + sample * p.h * row_stride;
-    for (int64_t x = 0; x < p.out_w; ++x) {
+    const int64_t from = p.input_pixel ? p.input_pixel[sample] : p.c, row_stride = p.w * from;
+    const int64_t to = p.output_pixel ? p.output_pixel[sample] : p.c;
+    const float* image = p.input + sample * input_sample;
+    float* out = p.output + sample * output_sample + row % p.out_h * p.out_w * to;
+    for (int64_t x = 0; x < p.out_w; ++x, out += to) {
       const int64_t left = x * p.stride_w - p.pad_w;
       const int64_t first_w = std::max<int64_t>(left, 0), last_w = std::min(left + p.kernel_w, p.w);
-      const float* window = image + first_h * row_stride + first_w * p.c;
-      float* out = p.output + (row * p.out_w + x) * p.c;
-      if (live < p.c) {
+      const float* window = image + first_h * row_stride + first_w * from;
+      if (live + kLine <= from) {
         for (int64_t i = 0; i < last_h - first_h; ++i)
           for (int64_t j = 0; j < p.stride_w; ++j)
             for (int64_t c = 0; c < live; c += kLine)
-              __builtin_prefetch(window + i * row_stride + (kPixelsAhead + j) * p.c + c);
+              __builtin_prefetch(window + i * row_stride + (kPixelsAhead + j) * from + c);
       }
       std::memcpy(out, window, static_cast<size_t>(live) * sizeof(float));
       for (int64_t i = 0; i < last_h - first_h; ++i)
         for (int64_t j = i == 0 ? 1 : 0; j < last_w - first_w; ++j)
-          take_larger(out, window + i * row_stride + j * p.c, live);
+          take_larger(out, window + i * row_stride + j * from, live);
       if (p.zero_tail && live < p.c) std::memset(out + live, 0, static_cast<size_t>(p.c - live) * sizeof(float));
     }
   }

@@ -8,8 +8,8 @@
 
 namespace rnp::cpu {
 
-// input (n, h, w, c), output (n, out_h, out_w, c), dense float32. Windows are clipped at the border. NaN wins, as in
-// torch.
+// input (n, h, w, c), output (n, out_h, out_w, c), float32, rows and pixels without gaps but those that the pixels' own
+// distance makes. Windows are clipped at the border. NaN wins, as in torch.
 struct MaxPoolParams {
   int64_t n = 0, c = 0, h = 0, w = 0, out_h = 0, out_w = 0;
   int64_t kernel_h = 0, kernel_w = 0, stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0;
@@ -17,6 +17,10 @@ struct MaxPoolParams {
   const int32_t* prefix = nullptr;  // (n), null: all channels
   bool zero_tail = false;           // write zeros beyond the prefix; otherwise leave it as it is
   float* output = nullptr;
+  int64_t input_sample = 0, output_sample = 0;  // floats from one sample to the next; 0: dense
+  // (n) floats from one pixel of a sample to the next; null: c.
+  const int32_t* input_pixel = nullptr;
+  const int32_t* output_pixel = nullptr;
 };
 
 // Rows begin … end − 1 of the n · out_h rows of the output.

@@ -15,8 +15,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const float* first_pixel(const Call& call, const WorkItem& item) {
   const PrefixConv2dParams& p = call.p;
-  return static_cast<const float*>(p.input) + item.n * p.input_stride.n + item.g * call.layout.icg * p.input_stride.c +
-         item.row0 * p.shape.stride_h * p.input_stride.h;
+  const Strides4 st = p.input_at(item.n);
+  return static_cast<const float*>(p.input) + item.n * st.n + item.g * call.layout.icg * st.c +
+         item.row0 * p.shape.stride_h * st.h;
 }
 
 // The pixels of an item where they lie in the input tensor, in the order of the output's.
@@ -25,8 +26,8 @@ class PixelWalk {
   PixelWalk(const Call& call, const WorkItem& item)
       : cols_(call.p.shape.out_w),
         left_((item.row1 - item.row0) * cols_),
-        step_(call.p.shape.stride_w * call.p.input_stride.w),
-        row_extra_(call.p.shape.stride_h * call.p.input_stride.h - cols_ * step_),
+        step_(call.p.shape.stride_w * call.p.input_at(item.n).w),
+        row_extra_(call.p.shape.stride_h * call.p.input_at(item.n).h - cols_ * step_),
         pixel_(first_pixel(call, item)) {}
 
   int64_t left() const { return left_; }
@@ -64,7 +65,8 @@ Pointwise::Pointwise(const Call& call, const WorkItem& item, const WorkItem* fol
   if (call.direct_input && !panels_ && !call.contiguous_pixels()) {
     rows_ = item.row1 - item.row0;
     row_pixels_ = p.shape.out_w;
-    x_row_extra_ = p.shape.stride_h * p.input_stride.h - row_pixels_ * p.shape.stride_w * p.input_stride.w;
+    const Strides4 st = p.input_at(item.n);
+    x_row_extra_ = p.shape.stride_h * st.h - row_pixels_ * p.shape.stride_w * st.w;
   }
   row_tiles_ = ceil_div(row_pixels_, call.kernels.max_cols);
   list_passes(scratch + call.band_floats(item));
@@ -92,11 +94,12 @@ void Pointwise::list_passes(float* sums) {
   PointwiseArgs args = {};
   TileArgs& a = args.tile;
   a.partial_col_step = PackedLayout::kLanes;
-  a.out_col_step = p.output_stride.w;
-  a.residual_col_step = p.residual_stride.w;
+  const Strides4 in = p.input_at(item_.n), out = p.output_at(item_.n), residual = p.residual_at(item_.n);
+  a.out_col_step = out.w;
+  a.residual_col_step = residual.w;
   a.relu = p.activation == Activation::kRelu;
-  const int64_t pixel0 = item_.n * p.output_stride.n + item_.row0 * p.output_stride.h + group0;
-  const int64_t residual0 = item_.n * p.residual_stride.n + item_.row0 * p.residual_stride.h + group0;
+  const int64_t pixel0 = item_.n * out.n + item_.row0 * out.h + group0;
+  const int64_t residual0 = item_.n * residual.n + item_.row0 * residual.h + group0;
   for (int64_t channel = first; channel < end;) {
     const int64_t block = channel / PackedLayout::kLanes, sub = channel % PackedLayout::kLanes;
     const int64_t left = std::min(end, (block + 1) * PackedLayout::kLanes) - channel;
@@ -116,7 +119,7 @@ void Pointwise::list_passes(float* sums) {
       args.count = std::clamp<int64_t>(in_live_ - args.offset, 0, l.ic_block);
       if (call_.direct_input) {
         a.x = first_pixel(call_, item_) + args.offset;
-        a.x_col_step = p.shape.stride_w * p.input_stride.w;
+        a.x_col_step = p.shape.stride_w * in.w;
       } else {  // copy_band's
         a.x = scratch_ + args.offset * row_pixels_;
         a.x_col_step = args.count;

@@ -29,12 +29,11 @@ class Prefetcher {
     const ConvShape& s = p.shape;
     const BandGeometry g(s, item.row0, item.row1);
     const int64_t y0 = std::max<int64_t>(0, g.y0), y1 = std::min(s.h, g.y0 + (g.rows_in - 1) * g.y_step + 1);
-    if (p.input_stride.c != 1 || y1 <= y0) return;
-    const char* from = static_cast<const char*>(p.input) +
-                       (item.n * p.input_stride.n + first_channel + y0 * p.input_stride.h) * element;
-    *this =
-        Prefetcher(from, (y1 - y0 + g.y_step - 1) / g.y_step, g.y_step * p.input_stride.h * element,
-                   (s.w + g.x_step - 1) / g.x_step, g.x_step * p.input_stride.w * element, in_live * element, calls);
+    const Strides4 st = p.input_at(item.n);
+    if (st.c != 1 || y1 <= y0) return;
+    const char* from = static_cast<const char*>(p.input) + (item.n * st.n + first_channel + y0 * st.h) * element;
+    *this = Prefetcher(from, (y1 - y0 + g.y_step - 1) / g.y_step, g.y_step * st.h * element,
+                       (s.w + g.x_step - 1) / g.x_step, g.x_step * st.w * element, in_live * element, calls);
   }
 
   void step() {

@@ -74,21 +74,21 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
   const bool has_scale = lanes_of(p.scale, p.scale_row_stride, scale);
   const bool has_bias = lanes_of(p.bias, p.bias_row_stride, bias);
 
+  const Strides4 in_step = p.input_at(item.n), out_step = p.output_at(item.n), residual_step = p.residual_at(item.n);
   float* out = nullptr;
   const float* residual = nullptr;
   if (call.direct_output) {
-    out = call.advance(static_cast<float*>(p.output),
-                       item.n * p.output_stride.n + item.row0 * p.output_stride.h + channel0);
+    out = call.advance(static_cast<float*>(p.output), item.n * out_step.n + item.row0 * out_step.h + channel0);
     if (p.residual)
       residual = call.advance(static_cast<const float*>(p.residual),
-                              item.n * p.residual_stride.n + item.row0 * p.residual_stride.h + channel0);
+                              item.n * residual_step.n + item.row0 * residual_step.h + channel0);
   }
   for (int64_t sub = 0, live = 0; sub < block_live; sub += live) {
     const TileWidth& width = call.kernels.width_for(block_live - sub);
     live = std::min<int64_t>(width.lanes, block_live - sub);
     for (int64_t ib = 0; ib < ic_blocks; ++ib) {
       const int64_t count = std::clamp<int64_t>(in_live - ib * l.ic_block, 0, l.ic_block);
-      const int64_t pixel = call.direct_input ? call.input_step(p.input_stride.w) : count;
+      const int64_t pixel = call.direct_input ? call.input_step(in_step.w) : count;
       const float* x = call.direct_input ? band + ib * l.ic_block : band + ib * l.ic_block * geometry.pixels();
       TileArgs args = {};
       args.w = p.packed + l.panel_at(item.g, block, ib) + sub;
@@ -96,12 +96,12 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
       args.live = static_cast<int32_t>(live);
       args.partial_col_step = PackedLayout::kLanes;
       args.partial_row_step = plan.cols * PackedLayout::kLanes;
-      args.out_row_step = p.output_stride.h;
-      args.out_col_step = p.output_stride.w;
+      args.out_row_step = out_step.h;
+      args.out_col_step = out_step.w;
       args.scale = has_scale ? scale + sub : nullptr;
       args.bias = has_bias ? bias + sub : nullptr;
-      args.residual_row_step = p.residual_stride.h;
-      args.residual_col_step = p.residual_stride.w;
+      args.residual_row_step = residual_step.h;
+      args.residual_col_step = residual_step.w;
       args.relu = p.activation == Activation::kRelu;
       args.x_row_step = geometry.row_step * plan.cols_in * pixel;
       args.x_col_step = geometry.col_step * pixel;
@@ -138,8 +138,8 @@ void run_item(const Call& call, const WorkItem& item, const WorkItem* following,
     const BandGeometry geometry(p.shape, item.row0, item.row1);
     const float* band = scratch;
     if (call.direct_input) {
-      band = call.advance(static_cast<const float*>(p.input),
-                          item.n * p.input_stride.n + item.g * l.icg + item.row0 * p.input_stride.h);
+      const Strides4 st = p.input_at(item.n);
+      band = call.advance(static_cast<const float*>(p.input), item.n * st.n + item.g * l.icg + item.row0 * st.h);
     } else if (p.pairs) {
       copy_band_pairs(p, geometry, item.n, item.g * l.icg, live_in_group(p.in_live(item.n), item.g, l.icg), l.ic_block,
                       call.kernels.copy_pixels, scratch);
@@ -165,7 +165,8 @@ void run_item(const Call& call, const WorkItem& item, const WorkItem* following,
   if (row_sums) {
     const int64_t first = group0 + item.block0 * PackedLayout::kLanes;
     const int64_t end = group0 + std::min(out_live, item.block1 * PackedLayout::kLanes);
-    const int64_t written = item.tail && p.tail == Tail::kZero ? group0 + l.ocg : end;
+    const int64_t written =
+        item.tail && p.tail != Tail::kSkip ? std::max(end, std::min(group0 + l.ocg, p.tail_end(item.n))) : end;
     if (first < written) sum_rows(p, item.n, item.row0, item.row1, first, written, row_sums);
   }
 }

@@ -11,6 +11,7 @@
 #include "cpu/max_pool2d.h"
 #include "cpu/pack_weight.h"
 #include "cpu/prefix_conv2d.h"
+#include "cpu/segment_layout.h"
 #include "cpu/segment_memory.h"
 #include "cpu/winograd.h"
 
@@ -51,12 +52,19 @@ class Runner {
  public:
   Runner(const SegmentProgram& program, const std::vector<MapShape>& shapes, const SegmentCall& call,
          const Threads& threads, int64_t group_bytes)
-      : p_(program), shapes_(shapes), call_(call), threads_(threads), memory_(program, shapes, call.n, group_bytes) {
+      : p_(program),
+        shapes_(shapes),
+        call_(call),
+        threads_(threads),
+        memory_(program, shapes, call.n, group_bytes),
+        compact_(compact_maps(program, memory_)) {
     maps_.resize(shapes.size());
-    for (size_t m = 0; m < maps_.size(); ++m)
-      maps_[m].stride = {shapes[m].floats(), 1, shapes[m].w * shapes[m].c, shapes[m].c};
+    for (size_t m = 0; m < maps_.size(); ++m) {
+      const int64_t sample = memory_.offset[m] < 0 ? shapes[m].floats() : sample_room(shapes[m]);
+      maps_[m].stride = {sample, 1, shapes[m].w * shapes[m].c, shapes[m].c};
+    }
     for (size_t i = 0; i < p_.map_in.size(); ++i)
-      maps_[slot(p_.map_in[i])] = {const_cast<float*>(call.map_in[i]), call.map_in_stride[i]};
+      maps_[slot(p_.map_in[i])] = {const_cast<float*>(call.map_in[i]), call.map_in_stride[i], nullptr, nullptr};
     indices_.resize(static_cast<size_t>(p_.indices));
     vectors_.resize(static_cast<size_t>(p_.vectors));
     for (size_t i = 0; i < p_.index_in.size(); ++i)
@@ -95,11 +103,18 @@ class Runner {
       if (!vectors_[v] && p_.vector_size[v] > 0) vectors.emplace_back(v, reserve(p_.vector_size[v]));
     for (size_t i = 0; i < indices_.size(); ++i)
       if (!indices_[i]) indices.emplace_back(i, reserve(1));
+    std::vector<std::pair<size_t, size_t>> layouts;
+    for (size_t m = 0; m < maps_.size(); ++m)
+      if (compact_[m]) layouts.emplace_back(m, reserve(2));
     BufferPool::Buffer buffer = pool().take(floats);
     for (auto [v, first] : vectors) vectors_[v] = buffer.data.get() + first;
     for (auto [i, first] : indices) indices_[i] = reinterpret_cast<int32_t*>(buffer.data.get() + first);
     for (size_t m = 0; m < maps_.size(); ++m)
       if (!maps_[m].data && memory_.offset[m] >= 0) maps_[m].data = buffer.data.get() + memory_.offset[m];
+    for (auto [m, first] : layouts) {
+      maps_[m].pixel = reinterpret_cast<int32_t*>(buffer.data.get() + first);
+      maps_[m].live = maps_[m].pixel + call_.n;
+    }
     for (const SegmentPhase& phase : memory_.phases)
       for (int64_t first = 0; first < call_.n; first += phase.samples)
         for (size_t i = phase.first; i < phase.end; ++i)
@@ -111,6 +126,9 @@ class Runner {
   struct Map {
     float* data = nullptr;
     Strides4 stride;
+    // Of a compact map (segment_layout.h), for every sample: elements between pixels, and channels that are kept.
+    int32_t* pixel = nullptr;
+    int32_t* live = nullptr;
   };
 
   static size_t slot(int64_t number) { return static_cast<size_t>(number); }
@@ -154,6 +172,10 @@ class Runner {
     const Map& map = maps_[slot(m)];
     return memory_.whole_batch[slot(m)] ? map.data + first * map.stride.n : map.data;
   }
+  const int32_t* pixel_at(int64_t m, int64_t first) const {
+    const int32_t* pixel = maps_[slot(m)].pixel;
+    return pixel ? pixel + first : nullptr;
+  }
   int32_t* index_at(int64_t i, int64_t first) const { return i < 0 ? nullptr : indices_[slot(i)] + first; }
   float* vector_at(int64_t v, int64_t first) const {
     return v < 0 ? nullptr : vectors_[slot(v)] + first * p_.vector_size[slot(v)];
@@ -191,6 +213,7 @@ class Runner {
     p.shape.n = count;
     p.input = map_at(s.x, first);
     p.input_stride = maps_[slot(s.x)].stride;
+    p.input_pixel = pixel_at(s.x, first);
     p.packed = call_.constants[slot(s.weight)].data;
     if (s.winograd >= 0) {
       const Constant& transformed = call_.constants[slot(s.winograd)];
@@ -204,25 +227,51 @@ class Runner {
     p.scale = s.scale >= 0 ? tables + s.scale : nullptr;
     p.bias = s.bias >= 0 ? tables + s.bias : nullptr;
     p.scale_row_stride = p.bias_row_stride = s.lines > 0 ? s.c_out : 0;
+    Map& y = maps_[slot(s.y)];
+    if (y.pixel) lay_out(s, first, count, p.out_prefix);
+    p.output_pixel = pixel_at(s.y, first);
     if (s.residual >= 0) {
-      p.residual = map_at(s.residual, first);
-      p.residual_stride = maps_[slot(s.residual)].stride;
+      const int64_t residual = y.pixel ? s.y : s.residual;  // lay_out has brought a compact one there
+      p.residual = map_at(residual, first);
+      p.residual_stride = maps_[slot(residual)].stride;
+      p.residual_pixel = p.output_pixel;
     }
     p.activation = s.relu > 0 ? Activation::kRelu : Activation::kNone;
     p.tail = s.skip > 0 ? Tail::kSkip : Tail::kZero;
     p.output = map_at(s.y, first);
-    p.output_stride = maps_[slot(s.y)].stride;
+    p.output_stride = y.stride;
     p.pooled = vector_at(s.mean, first);
-    // A sum written over its residual: the channels beyond the prefix hold already what they would receive.
-    if (p.residual == p.output && p.residual && !p.pooled && stays(s)) p.tail = Tail::kSkip;
+    if (y.pixel) {
+      p.tail = s.residual >= 0 ? Tail::kKeep : Tail::kSkip;
+      p.output_live = y.live + first;
+    } else if (p.residual == p.output && p.residual && residual_stays(p_, s)) {
+      p.tail = Tail::kKeep;
+    }
     prefix_conv2d(p, threads_);
   }
 
-  // Whether the activation leaves the residual as it is: there is none, or a ReLU has made it.
-  bool stays(const SegmentStep& s) const {
-    const int64_t maker = p_.first_use[slot(s.residual)];
-    return s.relu <= 0 ||
-           (maker >= 0 && p_.steps[slot(maker)].op == SegmentOp::kConv && p_.steps[slot(maker)].relu > 0);
+  // Gives samples of the compact map that a step writes their layout. Of a sum, its residual is brought there: in
+  // place, only samples that get wider are touched.
+  void lay_out(const SegmentStep& s, int64_t first, int64_t count, const int32_t* prefix) {
+    const Map& y = maps_[slot(s.y)];
+    const MapShape& shape = shapes_[slot(s.y)];
+    const Map* r = s.residual >= 0 ? &maps_[slot(s.residual)] : nullptr;
+    const float* from = r ? map_at(s.residual, first) : nullptr;
+    float* to = map_at(s.y, first);
+    std::vector<int64_t> moved;
+    for (int64_t n = first; n < first + count; ++n) {
+      y.live[n] = prefix ? prefix[n - first] : static_cast<int32_t>(shape.c);
+      if (r && (from != to || y.live[n] > r->live[n])) moved.push_back(n);
+      if (r) y.live[n] = std::max(y.live[n], r->live[n]);
+      y.pixel[n] = static_cast<int32_t>(compact_pixel(y.live[n]));
+    }
+    split(threads_, static_cast<int64_t>(moved.size()), 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = moved[slot(i)], at = n - first;
+        widen_pixels(from + at * r->stride.n, r->pixel[n], to + at * y.stride.n, y.pixel[n], shape.h * shape.w,
+                     r->live[n], y.live[n]);
+      }
+    });
   }
 
   void max_pool(const SegmentStep& s, int64_t first, int64_t count) {
@@ -233,8 +282,11 @@ class Runner {
     p.pad_h = s.pad_top, p.pad_w = s.pad_left;
     p.input = map_at(s.x, first);
     p.prefix = index_at(s.in, first);
-    p.zero_tail = s.skip <= 0;
+    p.zero_tail = s.skip <= 0 && !maps_[slot(s.y)].pixel;
     p.output = map_at(s.y, first);
+    if (maps_[slot(s.y)].pixel) lay_out(s, first, count, p.prefix);
+    p.input_sample = maps_[slot(s.x)].stride.n, p.output_sample = maps_[slot(s.y)].stride.n;
+    p.input_pixel = pixel_at(s.x, first), p.output_pixel = pixel_at(s.y, first);
     const int64_t row_reads = p.out_w * p.kernel_h * p.kernel_w * p.c;
     split(threads_, p.n * p.out_h, 65536 / std::max<int64_t>(1, row_reads) + 1,
           [&](int64_t begin, int64_t end, int) { max_pool2d(p, begin, end); });
@@ -243,8 +295,14 @@ class Runner {
   void add(const SegmentStep& s, int64_t first, int64_t count) {
     const float *a = map_at(s.x, first), *b = map_at(s.residual, first);
     float* to = map_at(s.y, first);
-    split(threads_, count * shapes_[slot(s.y)].floats(), 32768, [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i) to[i] = a[i] + b[i];
+    const int64_t rows = shapes_[slot(s.y)].h, floats = shapes_[slot(s.y)].floats() / rows;
+    const int64_t a_step = maps_[slot(s.x)].stride.n, b_step = maps_[slot(s.residual)].stride.n;
+    const int64_t to_step = maps_[slot(s.y)].stride.n;
+    split(threads_, count * rows, 32768 / floats + 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = i / rows, at = i % rows * floats;
+        for (int64_t c = at; c < at + floats; ++c) to[n * to_step + c] = a[n * a_step + c] + b[n * b_step + c];
+      }
     });
   }
 
@@ -279,6 +337,7 @@ class Runner {
   const SegmentCall& call_;
   const Threads& threads_;
   SegmentMemory memory_;
+  std::vector<bool> compact_;
   std::vector<Map> maps_;
   std::vector<int32_t*> indices_;
   std::vector<float*> vectors_;

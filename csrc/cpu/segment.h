@@ -42,8 +42,10 @@ struct SegmentCall {
 // The shape of every map slot. Throws std::invalid_argument where the inputs do not fit the program.
 std::vector<MapShape> segment_shapes(const SegmentProgram& program, const std::vector<MapShape>& map_in);
 
-// Bytes of maps that a group of samples may touch in a step.
-constexpr int64_t kGroupBytes = int64_t{64} << 20;
+// Bytes of maps that a group of samples should touch in a step, where the whole batch touches more than four times
+// that: what one core's caches hold, since the sums of a mixed batch wait for memory and not for multiply-adds
+// (bench/NOTES.md).
+constexpr int64_t kGroupBytes = int64_t{4} << 20;
 
 // Checks constants and the values of index inputs (std::invalid_argument), then computes the outputs.
 void run_segment(const SegmentProgram& program, const std::vector<MapShape>& shapes, const SegmentCall& call,

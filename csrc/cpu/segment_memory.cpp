@@ -2,13 +2,20 @@
 
 #include <algorithm>
 
+#include "core/winograd.h"
+
 namespace rnp::cpu {
 namespace {
 
 // Bytes of weights that a step reads.
 int64_t weight_bytes(const SegmentStep& s) {
-  return s.op == SegmentOp::kConv ? s.c_in / s.groups * s.c_out * s.kh * s.kw * int64_t{sizeof(float)} : 0;
+  if (s.op != SegmentOp::kConv) return 0;
+  const int64_t points = s.winograd >= 0 ? WinogradLayout{4, s.c_in, s.c_out}.points() : s.kh * s.kw;
+  return s.c_in / s.groups * s.c_out * points * int64_t{sizeof(float)};
 }
+
+// Maps of a whole batch that are not worth groups: so many times those of a group.
+constexpr int64_t kTogether = 4;
 
 // Samples that should pass through a step together: as many as keep its maps in the caches, yet enough to make the
 // weights, read once for each group, cost less than the maps.
@@ -17,6 +24,7 @@ int64_t wanted_samples(const SegmentStep& s, const std::vector<MapShape>& shapes
   int64_t maps = 0;
   for (int64_t slot : {s.x, s.y, s.residual})
     if (slot >= 0) maps += shapes[static_cast<size_t>(slot)].floats() * int64_t{sizeof(float)};
+  if (maps * n <= kTogether * group_bytes) return n;
   return std::clamp<int64_t>(std::max(group_bytes, weight_bytes(s)) / std::max<int64_t>(1, maps), 1, n);
 }
 
@@ -88,7 +96,7 @@ void SegmentMemory::place(const SegmentProgram& program, const std::vector<MapSh
       if (!inside(y)) continue;
       whole_batch[static_cast<size_t>(y)] = !grouped || last[static_cast<size_t>(y)] >= end;
       if (grouped && whole_batch[static_cast<size_t>(y)])
-        offset[static_cast<size_t>(y)] = room.take(n * shapes[static_cast<size_t>(y)].floats());
+        offset[static_cast<size_t>(y)] = room.take(n * sample_room(shapes[static_cast<size_t>(y)]));
     }
     for (size_t i = phase.first; i < phase.end; ++i) {
       const SegmentStep& s = program.steps[i];
@@ -101,7 +109,7 @@ void SegmentMemory::place(const SegmentProgram& program, const std::vector<MapSh
           offset[y] = offset[r];
           kept = s.residual;
         } else {
-          offset[y] = room.take((whole_batch[y] ? n : phase.samples) * shapes[y].floats());
+          offset[y] = room.take((whole_batch[y] ? n : phase.samples) * sample_room(shapes[y]));
         }
       }
       const int64_t residual = s.residual == s.x ? -1 : s.residual;

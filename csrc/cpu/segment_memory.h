@@ -7,6 +7,16 @@
 
 namespace rnp::cpu {
 
+// Elements from one pixel to the next of a sample that keeps `live` channels only: whole cache lines, and never a
+// multiple of 2 KB, so that neighbours at stride 1 or 2 do not share one set of L1.
+inline int64_t compact_pixel(int64_t live) {
+  const int64_t whole = live < 16 ? 16 : (live + 15) / 16 * 16;
+  return whole % 512 == 0 ? whole + 16 : whole;
+}
+
+// Floats of a sample's place in a map, however its channels lie.
+inline int64_t sample_room(const MapShape& shape) { return shape.h * shape.w * compact_pixel(shape.c); }
+
 // Steps first … end − 1, run for `samples` samples at a time.
 struct SegmentPhase {
   size_t first, end;

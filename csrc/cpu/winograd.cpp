@@ -45,8 +45,9 @@ void transform_input(const Work& work, const WinogradPiece& piece) {
   float* band = work.memory + piece.band;
   piece.for_samples(call.tiles(), [&](int64_t n, int64_t first, int64_t end, int64_t before) {
     // A window of the sample whose pixel (y0, x0) is at `base`.
-    const float* base = static_cast<const float*>(p.input) + n * p.input_stride.n;
-    int64_t y0 = 0, x0 = 0, rows = s.h, cols = s.w, row_step = p.input_stride.h, col_step = p.input_stride.w;
+    const Strides4 in = p.input_at(n);
+    const float* base = static_cast<const float*>(p.input) + n * in.n;
+    int64_t y0 = 0, x0 = 0, rows = s.h, cols = s.w, row_step = in.h, col_step = in.w;
     if (!call.direct_input) {
       const WinogradRows r(call, first, end - 1);
       const BandGeometry g(s, r.row0, r.row1);
@@ -114,10 +115,10 @@ void list_tiles(const Work& work, const WinogradPiece& piece) {
     const auto table = [&](const void* data, int64_t row_stride) {
       return data ? static_cast<const float*>(data) + line * row_stride : nullptr;
     };
+    const Strides4 o = p.output_at(n), r = p.residual_at(n);
     for (int64_t t = first; t < end; ++t, ++to) {
       const int64_t y = t / call.tiles_w * edge, x = t % call.tiles_w * edge;
-      to->out = static_cast<float*>(p.output) + n * p.output_stride.n + y * p.output_stride.h + x * p.output_stride.w;
-      const Strides4& r = p.residual_stride;
+      to->out = static_cast<float*>(p.output) + n * o.n + y * o.h + x * o.w;
       to->residual = p.residual ? static_cast<const float*>(p.residual) + n * r.n + y * r.h + x * r.w : nullptr;
       to->scale = table(p.scale, p.scale_row_stride);
       to->bias = table(p.bias, p.bias_row_stride);
@@ -164,8 +165,9 @@ void transform_output(const Work& work, const WinogradPiece& piece, int64_t bloc
     args.tiles = tiles;
     args.tile_count = piece.tiles();
     args.channel0 = block * kLanes;
-    args.out_row_step = p.output_stride.h, args.out_col_step = p.output_stride.w;
-    args.residual_row_step = p.residual_stride.h, args.residual_col_step = p.residual_stride.w;
+    const Strides4 o = p.output_at(piece.of->samples[0]), r = p.residual_at(piece.of->samples[0]);
+    args.out_row_step = o.h, args.out_col_step = o.w;
+    args.residual_row_step = r.h, args.residual_col_step = r.w;
     args.relu = p.activation == Activation::kRelu;
     args.stream = call.stream && live % 16 == 0;
     return transform(args);
@@ -188,7 +190,7 @@ void run_item(const Work& work) {
     const PrefixConv2dParams& p = work.call.p;
     const int64_t live = p.out_live(item.n);
     fill_tail(p, item.n, item.row0, item.row1, live, p.shape.c_out);
-    if (work.call.row_sums) sum_rows(p, item.n, item.row0, item.row1, live, p.shape.c_out, work.call.row_sums);
+    if (work.call.row_sums) sum_rows(p, item.n, item.row0, item.row1, live, p.tail_end(item.n), work.call.row_sums);
     return;
   }
   for (const WinogradPiece& piece : work) {

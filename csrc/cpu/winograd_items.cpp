@@ -1,6 +1,7 @@
 #include "cpu/winograd_items.h"
 
 #include <algorithm>
+#include <array>
 #include <map>
 
 #include "cpu/band.h"
@@ -49,9 +50,9 @@ WinogradCall::WinogradCall(const PrefixConv2dParams& params, const Kernels& k)
       direct_output(params.output_stride.c == 1 && (!params.residual || params.residual_stride.c == 1)) {
   const ConvShape& s = p.shape;
   const Strides4& o = p.output_stride;
-  const bool aligned =
-      reinterpret_cast<uintptr_t>(p.output) % 64 == 0 && o.w % 16 == 0 && o.h % 16 == 0 && o.n % 16 == 0;
-  const int64_t bytes = s.n * s.c_out * s.out_h * s.out_w * static_cast<int64_t>(sizeof(float));
+  const bool aligned = reinterpret_cast<uintptr_t>(p.output) % 64 == 0 && o.n % 16 == 0 &&
+                       (p.output_pixel || (o.w % 16 == 0 && o.h % 16 == 0));
+  const int64_t bytes = output_channels(p) * s.out_h * s.out_w * static_cast<int64_t>(sizeof(float));
   stream = k.streams && direct_output && aligned && bytes > kStreamAbove;
 }
 
@@ -60,9 +61,11 @@ WinogradRows::WinogradRows(const WinogradCall& call, int64_t first, int64_t last
       row1(std::min(call.p.shape.out_h, (last / call.tiles_w + 1) * call.layout.tile)) {}
 
 WinogradItems::WinogradItems(const WinogradCall& call, const std::vector<int64_t>& samples, int threads) {
-  std::map<std::pair<int64_t, int64_t>, std::vector<int64_t>> by_prefix;
-  for (int64_t n : samples) by_prefix[{-call.p.out_live(n), -call.p.in_live(n)}].push_back(n);
-  for (auto& [prefix, list] : by_prefix) classes.push_back({-prefix.second, -prefix.first, std::move(list)});
+  // One piece, one distance between its output's pixels, and its residual's.
+  std::map<std::array<int64_t, 4>, std::vector<int64_t>> by_prefix;
+  for (int64_t n : samples)
+    by_prefix[{-call.p.out_live(n), -call.p.in_live(n), call.p.output_at(n).w, call.p.residual_at(n).w}].push_back(n);
+  for (auto& [prefix, list] : by_prefix) classes.push_back({-prefix[1], -prefix[0], std::move(list)});
   cut_classes(call);
   share_blocks(call, threads);
   list_tails(call, samples);
@@ -153,12 +156,12 @@ void WinogradItems::share_blocks(const WinogradCall& call, int threads) {
 
 void WinogradItems::list_tails(const WinogradCall& call, const std::vector<int64_t>& samples) {
   const PrefixConv2dParams& p = call.p;
-  if (p.tail != Tail::kZero) return;
+  if (p.tail == Tail::kSkip || (p.tail == Tail::kKeep && !p.pooled)) return;
   for (int64_t n : samples)
-    for (int64_t row = 0; row < p.shape.out_h && p.out_live(n) < p.shape.c_out; row += kTailRows) {
+    for (int64_t row = 0; row < p.shape.out_h && p.out_live(n) < p.tail_end(n); row += kTailRows) {
       WinogradItem item = {};
       item.n = n, item.row0 = row, item.row1 = std::min(row + kTailRows, p.shape.out_h);
-      item.cost = static_cast<double>((item.row1 - row) * p.shape.out_w * (p.shape.c_out - p.out_live(n))) / 8;
+      item.cost = static_cast<double>((item.row1 - row) * p.shape.out_w * (p.tail_end(n) - p.out_live(n))) / 8;
       items.push_back(item);
     }
 }

@@ -1,9 +1,10 @@
 // How a Winograd call is cut into items: which tiles share a block, which output channels, and where everything lies in
 // a worker's scratch.
 //
-// A *class* is the samples of one (in, out) prefix. A large class is cut into items of its own; classes with few tiles
-// share items, so that the weights of a block of output channels are read once for all of them. Inside an item each
-// class is a *piece* with register tiles of its own: a sum over c never runs past an in-prefix, nor is it cut.
+// A *class* is the samples of one (in, out) prefix (and, where maps keep live channels only, one layout). A large class
+// is cut into items of its own; classes with few tiles share items, so that the weights of a block of output channels
+// are read once for all of them. Inside an item each class is a *piece* with register tiles of its own: a sum over c
+// never runs past an in-prefix, nor is it cut.
 #pragma once
 
 #include <vector>
