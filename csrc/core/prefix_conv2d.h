@@ -74,6 +74,7 @@ struct PrefixConv2dParams {
   void* output = nullptr;
   Strides4 output_stride;
   float* pooled = nullptr;  // (n, c_out)
+  bool max_pool = false;    // Winograd of a segment: the output is that of 2x2 max-pooling, stride 2, after the activation
 
   // Maps of a segment whose samples keep their live channels only (cpu/segment_layout.h): (n,) elements from one pixel
   // of a sample to the next, instead of the strides' w and h; a multiple of 16 and not of 512. Null: all as the strides
@@ -88,7 +89,8 @@ struct PrefixConv2dParams {
   int64_t tail_end(int64_t i) const { return output_live ? output_live[i] : shape.c_out; }
   Strides4 input_at(int64_t i) const { return of_sample(input_stride, input_pixel, i, shape.w); }
   Strides4 residual_at(int64_t i) const { return of_sample(residual_stride, residual_pixel, i, shape.out_w); }
-  Strides4 output_at(int64_t i) const { return of_sample(output_stride, output_pixel, i, shape.out_w); }
+  Strides4 output_at(int64_t i) const { return of_sample(output_stride, output_pixel, i, output_w()); }
+  int64_t output_w() const { return max_pool ? shape.out_w / 2 : shape.out_w; }
   // What the kernels step through: input channels of a group, or pairs of them.
   int64_t words(int64_t channels) const { return pairs ? (channels + 1) / 2 : channels; }
 

@@ -24,6 +24,9 @@ struct V256 {
   static RNP_INLINE T mul(T a, T b) { return _mm256_mul_ps(a, b); }
   // maxps returns its second operand where either is NaN.
   static RNP_INLINE T relu(T v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
+  static RNP_INLINE T larger(T a, T b) {  // NaN wins; vmaxps gives its second operand then
+    return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  }
   static RNP_INLINE Mask mask(int live) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(live), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }

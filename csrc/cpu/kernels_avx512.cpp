@@ -43,6 +43,9 @@ struct V512 {
   static RNP_INLINE T mul(T a, T b) { return _mm512_mul_ps(a, b); }
   // maxps returns its second operand where either is NaN.
   static RNP_INLINE T relu(T v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
+  static RNP_INLINE T larger(T a, T b) {  // NaN wins; vmaxps gives its second operand then
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_max_ps(a, b), a);
+  }
   static RNP_INLINE Mask mask(int live) {
     return static_cast<Mask>(live >= 16 ? 0xffff : (1u << (live < 0 ? 0 : live)) - 1);
   }
@@ -87,6 +90,9 @@ struct V512Half {
   static RNP_INLINE T add(T a, T b) { return _mm256_add_ps(a, b); }
   static RNP_INLINE T mul(T a, T b) { return _mm256_mul_ps(a, b); }
   static RNP_INLINE T relu(T v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
+  static RNP_INLINE T larger(T a, T b) {
+    return _mm256_mask_blend_ps(_mm256_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm256_max_ps(a, b), a);
+  }
   static RNP_INLINE Mask mask(int live) {
     return static_cast<Mask>(live >= 8 ? 0xff : (1u << (live < 0 ? 0 : live)) - 1);
   }

@@ -20,7 +20,8 @@ struct V128 {
   static RNP_INLINE T fma(T a, T b, T c) { return c + a * b; }
   static RNP_INLINE T add(T a, T b) { return a + b; }
   static RNP_INLINE T mul(T a, T b) { return a * b; }
-  static RNP_INLINE T relu(T v) { return v < zero() ? zero() : v; }  // a NaN is not below zero: it stays
+  static RNP_INLINE T larger(T a, T b) { return (a > b) | (a != a) ? a : b; }  // NaN wins
+  static RNP_INLINE T relu(T v) { return v < zero() ? zero() : v; }            // a NaN is not below zero: it stays
   static RNP_INLINE Mask mask(int live) { return live < 0 ? 0 : (live > 4 ? 4 : live); }
   static RNP_INLINE T masked_load(const float* p, Mask m) {
     if (m == 4) return load(p);

@@ -117,8 +117,15 @@ class Runner {
     }
     for (const SegmentPhase& phase : memory_.phases)
       for (int64_t first = 0; first < call_.n; first += phase.samples)
-        for (size_t i = phase.first; i < phase.end; ++i)
-          step(p_.steps[i], first, std::min(phase.samples, call_.n - first));
+        for (size_t i = phase.first; i < phase.end; ++i) {
+          const int64_t count = std::min(phase.samples, call_.n - first);
+          if (i + 1 < phase.end && pools(i, first, count)) {
+            convolve(p_.steps[i], first, count, &p_.steps[i + 1]);
+            ++i;
+          } else {
+            step(p_.steps[i], first, count);
+          }
+        }
     pool().give(std::move(buffer));
   }
 
@@ -207,7 +214,29 @@ class Runner {
     }
   }
 
-  void convolve(const SegmentStep& s, int64_t first, int64_t count) {
+  // Whether step i does the pooling of the next one too: every sample goes through Winograd, and the channels beyond
+  // the prefix are nobody's.
+  bool pools(size_t i, int64_t first, int64_t count) const {
+    if (!pooling_follows(p_, shapes_, i)) return false;
+    const SegmentStep &s = p_.steps[i], &next = p_.steps[i + 1];
+    if (!compact_[slot(next.y)] && next.skip <= 0 && s.out >= 0) return false;
+    PrefixConv2dParams p;
+    p.shape = conv_shape(s, shapes_[slot(s.x)]);
+    p.shape.n = count;
+    p.in_prefix = index_at(s.in, first), p.out_prefix = index_at(s.out, first);
+    set_winograd(p, s);
+    return WinogradSamples(p).all();
+  }
+
+  void set_winograd(PrefixConv2dParams& p, const SegmentStep& s) const {
+    if (s.winograd < 0) return;
+    const Constant& transformed = call_.constants[slot(s.winograd)];
+    p.winograd = transformed.data;
+    winograd_mismatch(transformed.data, transformed.floats, s.c_out, s.c_in, &p.winograd_tile);
+  }
+
+  // With `pool`, that step's max-pooling too.
+  void convolve(const SegmentStep& s, int64_t first, int64_t count, const SegmentStep* pool = nullptr) {
     PrefixConv2dParams p;
     p.shape = conv_shape(s, shapes_[slot(s.x)]);
     p.shape.n = count;
@@ -215,11 +244,7 @@ class Runner {
     p.input_stride = maps_[slot(s.x)].stride;
     p.input_pixel = pixel_at(s.x, first);
     p.packed = call_.constants[slot(s.weight)].data;
-    if (s.winograd >= 0) {
-      const Constant& transformed = call_.constants[slot(s.winograd)];
-      p.winograd = transformed.data;
-      winograd_mismatch(transformed.data, transformed.floats, s.c_out, s.c_in, &p.winograd_tile);
-    }
+    set_winograd(p, s);
     p.in_prefix = index_at(s.in, first);
     p.out_prefix = index_at(s.out, first);
     p.row = index_at(s.row, first);
@@ -227,9 +252,11 @@ class Runner {
     p.scale = s.scale >= 0 ? tables + s.scale : nullptr;
     p.bias = s.bias >= 0 ? tables + s.bias : nullptr;
     p.scale_row_stride = p.bias_row_stride = s.lines > 0 ? s.c_out : 0;
-    Map& y = maps_[slot(s.y)];
-    if (y.pixel) lay_out(s, first, count, p.out_prefix);
-    p.output_pixel = pixel_at(s.y, first);
+    const SegmentStep& writes = pool ? *pool : s;
+    p.max_pool = pool != nullptr;
+    const Map& y = maps_[slot(writes.y)];
+    if (y.pixel) lay_out(writes, first, count, p.out_prefix);
+    p.output_pixel = pixel_at(writes.y, first);
     if (s.residual >= 0) {
       const int64_t residual = y.pixel ? s.y : s.residual;  // lay_out has brought a compact one there
       p.residual = map_at(residual, first);
@@ -237,8 +264,8 @@ class Runner {
       p.residual_pixel = p.output_pixel;
     }
     p.activation = s.relu > 0 ? Activation::kRelu : Activation::kNone;
-    p.tail = s.skip > 0 ? Tail::kSkip : Tail::kZero;
-    p.output = map_at(s.y, first);
+    p.tail = writes.skip > 0 ? Tail::kSkip : Tail::kZero;
+    p.output = map_at(writes.y, first);
     p.output_stride = y.stride;
     p.pooled = vector_at(s.mean, first);
     if (y.pixel) {

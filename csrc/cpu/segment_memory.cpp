@@ -55,6 +55,20 @@ class Room {
 
 }  // namespace
 
+bool pooling_follows(const SegmentProgram& program, const std::vector<MapShape>& shapes, size_t i) {
+  if (i + 1 >= program.steps.size()) return false;
+  const SegmentStep &s = program.steps[i], &next = program.steps[i + 1];
+  if (s.op != SegmentOp::kConv || next.op != SegmentOp::kMaxPool || next.x != s.y || s.winograd < 0) return false;
+  const auto has = [&](const std::vector<int64_t>& slots) {
+    return std::find(slots.begin(), slots.end(), s.y) != slots.end();
+  };
+  const MapShape& y = shapes[static_cast<size_t>(s.y)];
+  const bool halves = next.kh == 2 && next.kw == 2 && next.stride_h == 2 && next.stride_w == 2 && next.pad_top == 0 &&
+                      next.pad_left == 0 && y.h % 2 == 0 && y.w % 2 == 0;
+  return halves && program.last_use[static_cast<size_t>(s.y)] == static_cast<int64_t>(i) + 1 && !has(program.map_out) &&
+         s.residual < 0 && s.mean < 0 && next.in == s.out;
+}
+
 SegmentMemory::SegmentMemory(const SegmentProgram& program, const std::vector<MapShape>& shapes, int64_t n,
                              int64_t group_bytes)
     : offset(shapes.size(), -1), whole_batch(shapes.size(), true) {
@@ -84,6 +98,14 @@ void SegmentMemory::place(const SegmentProgram& program, const std::vector<MapSh
   for (int64_t slot : program.map_out) outside[static_cast<size_t>(slot)] = true;
   std::vector<int64_t> last(shapes.size());
   for (size_t i = 0; i < last.size(); ++i) last[i] = std::max(program.last_use[i], program.first_use[i]);
+  // Both steps may be one: what the first reads must outlive what the second writes.
+  std::vector<bool> joined(program.steps.size(), false);
+  for (size_t i = 0; i < program.steps.size(); ++i)
+    if (pooling_follows(program, shapes, i)) {
+      joined[i + 1] = true;
+      int64_t& end_of_x = last[static_cast<size_t>(program.steps[i].x)];
+      end_of_x = std::max(end_of_x, static_cast<int64_t>(i) + 1);
+    }
   Room room;
   for (const SegmentPhase& phase : phases) {
     const bool grouped = phase.samples < n;
@@ -112,8 +134,8 @@ void SegmentMemory::place(const SegmentProgram& program, const std::vector<MapSh
           offset[y] = room.take((whole_batch[y] ? n : phase.samples) * sample_room(shapes[y]));
         }
       }
-      const int64_t residual = s.residual == s.x ? -1 : s.residual;
-      for (int64_t slot : {s.x, residual, s.y}) {
+      const int64_t residual = s.residual == s.x ? -1 : s.residual, before = joined[i] ? program.steps[i - 1].x : -1;
+      for (int64_t slot : {s.x, residual, s.y, before}) {
         if (!inside(slot) || slot == kept || last[static_cast<size_t>(slot)] != step) continue;
         const int64_t at = offset[static_cast<size_t>(slot)];
         grouped&& whole_batch[static_cast<size_t>(slot)] ? at_end.push_back(at) : room.give(at);

@@ -23,6 +23,10 @@ struct SegmentPhase {
   int64_t samples;
 };
 
+// Whether step i is a 3x3 convolution whose one reader is 2x2 max-pooling in the next step: Winograd's tiles can do
+// that themselves, and the larger map is neither written nor read.
+bool pooling_follows(const SegmentProgram& program, const std::vector<MapShape>& shapes, size_t i);
+
 struct SegmentMemory {
   std::vector<SegmentPhase> phases;
   std::vector<int64_t> offset;    // map slot → first float in the buffer, −1 for inputs and outputs

@@ -116,9 +116,10 @@ void list_tiles(const Work& work, const WinogradPiece& piece) {
       return data ? static_cast<const float*>(data) + line * row_stride : nullptr;
     };
     const Strides4 o = p.output_at(n), r = p.residual_at(n);
+    const int halved = p.max_pool ? 1 : 0;
     for (int64_t t = first; t < end; ++t, ++to) {
       const int64_t y = t / call.tiles_w * edge, x = t % call.tiles_w * edge;
-      to->out = static_cast<float*>(p.output) + n * o.n + y * o.h + x * o.w;
+      to->out = static_cast<float*>(p.output) + n * o.n + (y >> halved) * o.h + (x >> halved) * o.w;
       to->residual = p.residual ? static_cast<const float*>(p.residual) + n * r.n + y * r.h + x * r.w : nullptr;
       to->scale = table(p.scale, p.scale_row_stride);
       to->bias = table(p.bias, p.bias_row_stride);
@@ -169,6 +170,7 @@ void transform_output(const Work& work, const WinogradPiece& piece, int64_t bloc
     args.out_row_step = o.h, args.out_col_step = o.w;
     args.residual_row_step = r.h, args.residual_col_step = r.w;
     args.relu = p.activation == Activation::kRelu;
+    args.pool = p.max_pool;
     args.stream = call.stream && live % 16 == 0;
     return transform(args);
   }

@@ -52,7 +52,8 @@ WinogradCall::WinogradCall(const PrefixConv2dParams& params, const Kernels& k)
   const Strides4& o = p.output_stride;
   const bool aligned = reinterpret_cast<uintptr_t>(p.output) % 64 == 0 && o.n % 16 == 0 &&
                        (p.output_pixel || (o.w % 16 == 0 && o.h % 16 == 0));
-  const int64_t bytes = output_channels(p) * s.out_h * s.out_w * static_cast<int64_t>(sizeof(float));
+  const int64_t positions = p.max_pool ? s.out_h * s.out_w / 4 : s.out_h * s.out_w;
+  const int64_t bytes = output_channels(p) * positions * static_cast<int64_t>(sizeof(float));
   stream = k.streams && direct_output && aligned && bytes > kStreamAbove;
 }
 

@@ -23,7 +23,8 @@ struct WinogradTile {
   int32_t rows, cols;  // of the tile that lie inside the output
 };
 
-// A^T m A of each tile, then activation(scale * y + bias + residual), for one block of at most 32 output channels.
+// A^T m A of each tile, then activation(scale * y + bias + residual), for one block of at most 32 output channels; with
+// `pool`, 2x2 max-pooling after that.
 struct WinogradOutputArgs {
   const float* m;  // [point][tile][32]
   int64_t point_step;
@@ -33,6 +34,7 @@ struct WinogradOutputArgs {
   int32_t live;      // channels to store, 1…32
   int64_t out_row_step, out_col_step, residual_row_step, residual_col_step;
   bool relu;
+  bool pool;    // `out` receives the maxima of 2 x 2 outputs; rows and cols are even, no residual, no sum
   bool stream;  // store past the caches; whole vectors and aligned cache lines only (kernels whose `streams` says so)
 };
 

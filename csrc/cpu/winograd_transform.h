@@ -107,10 +107,8 @@ struct Winograd {
     }
   }
 
-  template <bool kStream>
-  static RNP_INLINE void output_vector(const WinogradOutputArgs& a, const WinogradTile& tile, const float* m, int64_t c,
-                                       typename V::Mask mask) {
-    T half[kTile][kEdge];
+  // A^T m of the columns of a tile.
+  static RNP_INLINE void output_columns(const WinogradOutputArgs& a, const float* m, T (&half)[kTile][kEdge]) {
     RNP_UNROLL
     for (int x = 0; x < kEdge; ++x) {
       T d[kEdge], y[kTile];
@@ -120,6 +118,48 @@ struct Winograd {
       RNP_UNROLL
       for (int i = 0; i < kTile; ++i) half[i][x] = y[i];
     }
+  }
+
+  // The maxima of 2 x 2 outputs. The activation is monotone, so the largest is activated instead of all four.
+  template <bool kStream>
+  static RNP_INLINE void pooled_vector(const WinogradOutputArgs& a, const WinogradTile& tile, const float* m, int64_t c,
+                                       typename V::Mask mask) {
+    T half[kTile][kEdge];
+    output_columns(a, m, half);
+    const T scale = tile.scale ? V::masked_load(tile.scale + c, mask) : V::zero();
+    const T bias = tile.bias ? V::masked_load(tile.bias + c, mask) : V::zero();
+    RNP_UNROLL
+    for (int i = 0; i < kTile; i += 2) {
+      if (i >= tile.rows) break;
+      T y[2][kTile];
+      output(half[i], y[0]);
+      output(half[i + 1], y[1]);
+      float* out = tile.out + i / 2 * a.out_row_step + c;
+      RNP_UNROLL
+      for (int j = 0; j < kTile; j += 2, out += a.out_col_step) {
+        if (j >= tile.cols) break;
+        RNP_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          T& value = y[k / 2][j + k % 2];
+          if (tile.scale) value = V::mul(value, scale);
+          if (tile.bias) value = V::add(value, bias);
+        }
+        T value = V::larger(V::larger(y[0][j], y[0][j + 1]), V::larger(y[1][j], y[1][j + 1]));
+        if (a.relu) value = V::relu(value);
+        if constexpr (kStream) {
+          V::stream(out, value);
+        } else {
+          V::masked_store(out, mask, value);
+        }
+      }
+    }
+  }
+
+  template <bool kStream>
+  static RNP_INLINE void output_vector(const WinogradOutputArgs& a, const WinogradTile& tile, const float* m, int64_t c,
+                                       typename V::Mask mask) {
+    T half[kTile][kEdge];
+    output_columns(a, m, half);
     const T scale = tile.scale ? V::masked_load(tile.scale + c, mask) : V::zero();
     const T bias = tile.bias ? V::masked_load(tile.bias + c, mask) : V::zero();
     T sum = V::zero();
@@ -147,20 +187,25 @@ struct Winograd {
     if (tile.sum) V::masked_store(tile.sum + c, mask, sum);
   }
 
-  template <bool kStream>
+  template <bool kStream, bool kPool>
   static RNP_INLINE void output_tiles(const WinogradOutputArgs& a) {
     for (int64_t t = 0; t < a.tile_count; ++t) {
       const float* m = a.m + t * PackedLayout::kLanes;
-      for (int c = 0; c < a.live; c += kWidth)
-        output_vector<kStream>(a, a.tiles[t], m + c, a.channel0 + c, V::mask(a.live - c));
+      for (int c = 0; c < a.live; c += kWidth) {
+        if constexpr (kPool) {
+          pooled_vector<kStream>(a, a.tiles[t], m + c, a.channel0 + c, V::mask(a.live - c));
+        } else {
+          output_vector<kStream>(a, a.tiles[t], m + c, a.channel0 + c, V::mask(a.live - c));
+        }
+      }
     }
   }
 
   static void transform_output(const WinogradOutputArgs& a) {
     if constexpr (V::kStreams) {
-      if (a.stream) return output_tiles<true>(a);
+      if (a.stream) return a.pool ? output_tiles<true, true>(a) : output_tiles<true, false>(a);
     }
-    output_tiles<false>(a);
+    a.pool ? output_tiles<false, true>(a) : output_tiles<false, false>(a);
   }
 };
 
