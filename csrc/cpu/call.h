@@ -14,6 +14,10 @@ namespace rnp::cpu {
 // not asked, since under a hypervisor it can be ten times too large.
 constexpr int64_t kStreamAbove = int64_t{16} << 20;
 
+// 1x1: so do outputs of calls that read and write pixels of more than this. The lines in between, beyond the prefixes,
+// count: the hardware fetches many of them.
+constexpr int64_t kStreamPointwiseAbove = int64_t{12} << 20;
+
 // Whether that holds for this call. The means read the output again.
 inline bool streams_past_caches(const PrefixConv2dParams& p) {
   const ConvShape& s = p.shape;
@@ -56,7 +60,13 @@ struct Call {
     // Every pixel of a group begins a cache line.
     const bool aligned = reinterpret_cast<uintptr_t>(p.output) % 64 == 0 && p.output_stride.w % 16 == 0 &&
                          p.output_stride.h % 16 == 0 && p.output_stride.n % 16 == 0 && layout.ocg % 16 == 0;
-    stream = kernels.streams && direct_output && aligned && streams_past_caches(p);
+    stream = kernels.streams && direct_output && aligned && (streams_past_caches(p) || input_displaces_output());
+  }
+
+  // Whether the call's own input would drive the output from the caches.
+  bool input_displaces_output() const {
+    const ConvShape& s = p.shape;
+    return flat && !p.pooled && s.n * s.out_h * s.out_w * (s.c_in + s.c_out) * element > kStreamPointwiseAbove;
   }
 
   // Tensors are addressed by bytes: input and output may hold bfloat16, whatever the pointers' type.
