@@ -14,9 +14,9 @@ namespace rnp::cpu {
 // not asked, since under a hypervisor it can be ten times too large.
 constexpr int64_t kStreamAbove = int64_t{16} << 20;
 
-// 1x1: so do outputs of calls that read and write pixels of more than this. The lines in between, beyond the prefixes,
-// count: the hardware fetches many of them.
-constexpr int64_t kStreamPointwiseAbove = int64_t{12} << 20;
+// 1x1: so are outputs of calls that read and write pixels of more than this, where more than kFewBytes of the output
+// are live. Dead lines between live ones count: the hardware fetches many of them.
+constexpr int64_t kStreamPointwiseAbove = int64_t{12} << 20, kFewBytes = int64_t{2} << 20;
 
 // Whether that holds for this call. The means read the output again.
 inline bool streams_past_caches(const PrefixConv2dParams& p) {
@@ -66,7 +66,11 @@ struct Call {
   // Whether the call's own input would drive the output from the caches.
   bool input_displaces_output() const {
     const ConvShape& s = p.shape;
-    return flat && !p.pooled && s.n * s.out_h * s.out_w * (s.c_in + s.c_out) * element > kStreamPointwiseAbove;
+    const int64_t pixel_bytes = s.out_h * s.out_w * element;
+    if (!flat || p.pooled || s.n * (s.c_in + s.c_out) * pixel_bytes <= kStreamPointwiseAbove) return false;
+    int64_t live = 0;
+    for (int64_t n = 0; n < s.n; ++n) live += p.out_live(n);
+    return live * pixel_bytes > kFewBytes;
   }
 
   // Tensors are addressed by bytes: input and output may hold bfloat16, whatever the pointers' type.
