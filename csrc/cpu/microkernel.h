@@ -56,12 +56,15 @@ struct PointwiseArgs {
   TileArgs tile;
   int64_t count;
 
-  // In place: the first pixel of a tile whose lines are fetched into L2 meanwhile, or null.
+  // Meanwhile `ahead_count` input channels (whole chunks) of a tile to come are fetched into L2. In place: from
+  // `ahead`, the first of them in that tile's first pixel.
+  int64_t ahead_count;
   const float* ahead;
 
-  // From a panel: `tile.x` is its chunk of the first of these channels, and `tile.x_col_step` is not used. The same
-  // channels, `offset` floats from each pixel's first, of another tile are copied meanwhile (`to` null: not), and those
-  // of a later one fetched (`ahead_pixels` null: not). `from` and `ahead_pixels` name as many pixels as the tile has.
+  // From a panel: `tile.x` is its chunk of the first of these channels, and `tile.x_col_step` is not used. Channels are
+  // counted from `offset` in each pixel: those of the pixels `ahead_pixels` are fetched, and `copy_count` of the pixels
+  // `from` are copied `to` another panel. Both name as many pixels as the tile has.
+  int64_t copy_count;
   int64_t offset;
   float* to;
   const float* const* from;

@@ -21,10 +21,12 @@ class Pointwise {
   struct Pass {
     PointwiseArgs args;
     const TileWidth* width;
-    bool first;  // of those that read these input channels
+    int64_t ic;     // its first input channel
+    int64_t share;  // input channels of tiles to come that it fetches, from args.offset
   };
 
   void list_passes(float* sums);
+  void share_out(int64_t passes, int64_t ic_blocks);
   void run_tile(Pass& pass, int64_t cols, int64_t row_extra);
   void run_in_place();
   void run_streaming();

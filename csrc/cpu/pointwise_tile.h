@@ -43,7 +43,7 @@ struct PointwiseTile {
       const int64_t done = (x[0] - reinterpret_cast<const char*>(a.x)) / static_cast<int64_t>(sizeof(float));
       int64_t count = p.count - done;
       if (count <= 0) break;
-      if (p.ahead) prefetch<0>(reinterpret_cast<const char*>(p.ahead + done), s);
+      if (done < p.ahead_count) prefetch<0>(reinterpret_cast<const char*>(p.ahead + done), s);
       for (count = count < kChunk ? count : kChunk; count > 0; --count) {
         T weights[NV];
         RNP_UNROLL
@@ -114,8 +114,10 @@ struct PanelTile {
       asm volatile("" ::: "memory");  // see above
       int64_t left = p.count - chunk * kChunk;
       if (left <= 0) break;
-      if (p.to) copy_chunk<VC, C>(p.from, p.offset + chunk * kChunk, left, p.to + chunk * kChunk * kMaxCols);
-      if (p.ahead_pixels) {
+      if (chunk * kChunk < p.copy_count)
+        copy_chunk<VC, C>(p.from, p.offset + chunk * kChunk, p.copy_count - chunk * kChunk,
+                          p.to + chunk * kChunk * kMaxCols);
+      if (chunk * kChunk < p.ahead_count) {
         RNP_UNROLL
         for (int c = 0; c < C; ++c) __builtin_prefetch(p.ahead_pixels[c] + p.offset + chunk * kChunk, 0, 2);
       }

@@ -1,9 +1,11 @@
 // Every instruction set's kernels against a double-precision reference, with NaN beyond every prefix; bitwise
 // invariance.
+#include <algorithm>
 #include <cstring>
 #include <string>
 
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
 #include "tests/check.h"
 #include "tests/conv_case.h"
 
@@ -207,6 +209,35 @@ void check_invariance(DType dtype) {
 TEST(a_sample_has_the_same_bits_alone_in_a_batch_and_with_any_threads) {
   check_invariance<float>(DType::kFloat32);
   check_invariance<BFloat16>(DType::kBFloat16);
+}
+
+// The batch spans enough for its output to be stored past the caches, a sample alone does not.
+TEST(stores_past_the_caches_change_no_bit) {
+  const ConvShape shape =
+      ConvCase{.name = "", .n = 8, .c_in = 64, .h = 56, .w = 56, .c_out = 64, .kh = 1, .kw = 1}.shape();
+  const std::vector<int32_t> in = {64, 17, 48, 0, 33, 64, 16, 5}, out = {64, 48, 16, 64, 20, 33, 64, 7};
+  const size_t sample = 64 * 56 * 56, all = 8 * sample;
+  cpu::ScratchMemory memory;  // whole cache lines, as streaming needs them
+  float *x = memory.get(3 * all), *batch = x + all, *alone = batch + all;
+  Random random(5);
+  for (size_t i = 0; i < all; ++i) x[i] = static_cast<float>(random.next());
+  std::fill(batch, batch + 2 * all, kNaN);
+  std::vector<float> weight, packed(static_cast<size_t>(PackedLayout(shape).total_floats()));
+  for (int i = 0; i < 64 * 64; ++i) weight.push_back(static_cast<float>(random.next()));
+  PrefixConv2dParams p;
+  p.shape = shape;
+  p.input_stride = p.output_stride = strides_of(64, 56, 56, true);
+  p.weight_stride = strides_of(64, 1, 1, false);
+  cpu::pack_weight({weight.data(), p.dtype, p.weight_stride}, PackedLayout(shape), packed.data(), {});
+  p.packed = packed.data();
+  p.input = x, p.output = batch, p.in_prefix = in.data(), p.out_prefix = out.data();
+  cpu::prefix_conv2d(p, std_threads(2));
+  p.shape.n = 1;
+  for (size_t n = 0; n < in.size(); ++n) {
+    p.input = x + n * sample, p.output = alone + n * sample, p.in_prefix = &in[n], p.out_prefix = &out[n];
+    cpu::prefix_conv2d(p, {});
+  }
+  CHECK(std::memcmp(batch, alone, all * sizeof(float)) == 0);
 }
 
 TEST(nan_and_infinity_of_live_channels_pass_through) {
