@@ -138,3 +138,24 @@ def test_outputs_that_are_stored_past_the_caches(
         alone = rnp_kernels.prefix_conv2d(x[n : n + 1], weight, out_prefix=out_prefix[n : n + 1], **options)
         assert torch.equal(whole[n : n + 1], alone)
         assert not whole[n, live:].any()
+
+
+@pytest.mark.parametrize(("channels", "groups", "stride"), [(48, 48, 1), (64, 64, 2), (256, 32, 1), (256, 64, 2)])
+def test_small_groups_that_come_from_memory(channels: int, groups: int, stride: int, isa: str, threads: None) -> None:
+    """More than 8 MB (kLargeBytes of csrc/cpu/grouped.cpp) go through the channels in another order than the same
+    samples alone, and ask for rows ahead; the bits stay."""
+    generator = torch.Generator().manual_seed(7)
+    size = 140 - channels // 3
+    x = torch.randn(4, channels, size, size, generator=generator).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(channels, channels // groups, 3, 3, generator=generator)
+    live = torch.tensor([channels, channels // 2 + 3, 5, channels], dtype=torch.int32)
+    options = {"stride": stride, "padding": 1, "groups": groups}
+    torch.set_num_threads(1)
+    whole = rnp_kernels.prefix_conv2d(x, weight, in_prefix=live, out_prefix=live.flip(0), **options)
+    assert (x.numel() + whole.numel()) * 4 > 8 << 20 > (x[0].numel() + whole[0].numel()) * 4
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        for n in range(4):
+            prefixes = {"in_prefix": live[n : n + 1], "out_prefix": live[3 - n : 4 - n]}
+            alone = rnp_kernels.prefix_conv2d(x[n : n + 1], weight, **prefixes, **options)
+            assert torch.equal(whole[n : n + 1], alone), f"{count} threads, sample {n}"

@@ -15,11 +15,12 @@
 namespace rnp::cpu {
 namespace {
 
-constexpr int64_t kBandBytes = 128 * 1024;  // of input that lanes of channels read again for the next vector
-constexpr int64_t kPlaneBytes = 64 * 1024;  // of planes and sums
-constexpr int64_t kTransposed = 16;         // channels copied at once where they, not columns, are contiguous
-constexpr double kCostOfItem = 2e4;         // about cycles: less is not worth an item of its own
-constexpr double kCostOfThread = 5e4;       // less is not worth waking a thread
+constexpr int64_t kBandBytes = 128 * 1024;         // of input that lanes of channels read again for the next vector
+constexpr int64_t kLargeBytes = int64_t{8} << 20;  // of a call's input and output: more comes from memory
+constexpr int64_t kPlaneBytes = 64 * 1024;         // of planes and sums
+constexpr int64_t kTransposed = 16;                // channels copied at once where they, not columns, are contiguous
+constexpr double kCostOfItem = 2e4;                // about cycles: less is not worth an item of its own
+constexpr double kCostOfThread = 5e4;              // less is not worth waking a thread
 
 const GroupedKernels& kernels_of(Isa isa) {
 #if defined(__x86_64__)
@@ -100,6 +101,10 @@ class GroupedCall {
     return std::clamp<int64_t>(kBandBytes / row_bytes, std::min<int64_t>(4, s_.out_h), s_.out_h);
   }
 
+  int64_t bytes() const {
+    return s_.n * (s_.h * s_.w * s_.c_in + s_.out_h * s_.out_w * s_.c_out) * static_cast<int64_t>(sizeof(float));
+  }
+
   // Rows [row0, row1) of sample n, all channels.
   void lanes(int64_t n, int64_t row0, int64_t row1) const {
     const int64_t live = p_.out_live(n), in_live = p_.in_live(n), line = p_.row ? p_.row[n] : 0;
@@ -117,9 +122,12 @@ class GroupedCall {
     a.residual_col_step = p_.residual_stride.w;
     a.relu = p_.activation == Activation::kRelu;
     // Pixels a multiple of 1 KB apart share a few sets of L1. Then a row's channels are taken in turn, so that what
-    // comes next lies in the next line; otherwise the rows, so that two of three input rows are still there.
-    const bool aliased = p_.input_stride.w % 256 == 0;
-    const int64_t step = aliased ? std::max<int64_t>(1, live) : kernels_.lanes;
+    // comes next lies in the next line; otherwise the rows, so that two of three input rows are still there. Depthwise
+    // layers that come from memory take the channels in turn too: so they read and write whole pixels.
+    const bool aliased = p_.input_stride.w % 256 == 0, large = bytes() > kLargeBytes;
+    const bool in_turn = aliased || (large && layout_.icg * layout_.ocg == 1);
+    const int64_t step = in_turn ? std::max<int64_t>(1, live) : kernels_.lanes;
+    a.ahead_row_step = p_.input_stride.h;
     for (int64_t c = 0; c < live; c += step) {
       const int64_t first = c / layout_.ocg * layout_.icg;  // the first input channel
       a.channel = c;
@@ -139,6 +147,11 @@ class GroupedCall {
         a.out = static_cast<float*>(p_.output) + n * p_.output_stride.n + r * p_.output_stride.h + c;
         if (p_.residual)
           a.residual = static_cast<const float*>(p_.residual) + n * p_.residual_stride.n + r * p_.residual_stride.h + c;
+        if (large && in_turn) {
+          const int64_t next = std::max<int64_t>(0, y + (s_.kh - 1) * s_.dilation_h + 1);
+          a.ahead = input + next * p_.input_stride.h + first;
+          a.ahead_rows = std::clamp<int64_t>(s_.h - next, 0, s_.stride_h);
+        }
         lane_row_(a);
       }
     }

@@ -25,6 +25,8 @@ struct LaneRowArgs {
   const float* residual;
   int64_t out_col_step, residual_col_step;
   bool relu;
+  const float* ahead;  // column 0 of the input rows that the next output row reads first, to be asked for meanwhile
+  int64_t ahead_rows, ahead_row_step;
 };
 using LaneRowKernel = void (*)(const LaneRowArgs&);
 
