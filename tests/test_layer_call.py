@@ -23,6 +23,7 @@ LAYERS = {  # channels in, out, kernel, side, groups, channels_last: kernels by 
     "groups of 4": (24, 24, 3, 9, 6, True),
     "conv2d": (64, 64, 3, 9, 4, True),
     "one product": (64, 20, 1, 12, 1, False),
+    "stem": (3, 20, 3, 12, 1, False),
 }
 
 
@@ -157,7 +158,7 @@ def test_what_must_see_operators_sees_them(taken: list[bool]) -> None:
 
 STOCK = {  # path of csrc/core/stock.h, and layers that take it
     "conv2d": (stock.CONV2D, (64, 64, 3, 9, 4, True)),
-    "oneDNN": (stock.ONEDNN, (32, 32, 1, 40, 1, True)),
+    "oneDNN": (stock.ONEDNN, (128, 32, 1, 14, 1, False)),
     "one product": (stock.GEMM, (64, 20, 1, 30, 1, False)),
 }
 

@@ -82,15 +82,16 @@ def test_a_live_sample_does_not_depend_on_poison(case: Case, isa: str) -> None:
 # Layers of every branch of csrc/core/stock.cpp: (C_in, size, C_out, kernel, stride, groups, channels_last).
 STOCK_LAYERS = {
     "3x3 on a large map": (16, 56, 32, 3, 1, 1, True),
-    "1x1 on a large map": (64, 28, 48, 1, 1, 1, True),
-    "1x1 with stride": (64, 56, 64, 1, 2, 1, True),
+    "contiguous 1x1 with stride": (64, 56, 64, 1, 2, 1, False),
     "large groups": (32, 14, 32, 3, 1, 2, True),
     "depthwise 9x9": (48, 14, 48, 9, 1, 48, True),
     "contiguous depthwise on a small map": (48, 14, 48, 3, 2, 48, False),
     "contiguous groups of 8": (32, 14, 32, 3, 1, 4, False),
     "contiguous 3x3": (32, 14, 48, 3, 1, 1, False),
     "contiguous 1x1": (64, 28, 96, 1, 1, 1, False),
-    "contiguous 1x1 on a small map": (64, 14, 96, 1, 1, 1, False),
+    "contiguous 1x1 on a small map": (128, 14, 96, 1, 1, 1, False),
+    "contiguous 1x1, small": (16, 14, 96, 1, 1, 1, False),
+    "contiguous stem": (3, 120, 32, 3, 2, 1, False),
 }
 
 

@@ -32,6 +32,11 @@ const GroupedKernels& kernels_of(Isa isa) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+bool columns_touch(const PrefixConv2dParams& p) {
+  return p.dtype == DType::kFloat32 && p.input_stride.w == 1 && p.output_stride.w == 1 &&
+         (!p.residual || p.residual_stride.w == 1);
+}
+
 // One call, and what its items share.
 class GroupedCall {
  public:
@@ -67,7 +72,7 @@ class GroupedCall {
         const int64_t bundles = ceil_div(layout_.groups, bundle_);
         const int64_t g0 = range * bundles / ranges * bundle_;
         const int64_t g1 = std::min(layout_.groups, (range + 1) * bundles / ranges * bundle_);
-        if (row0 >= row1) continue;
+        if (row0 >= row1 || (p_.elsewhere && p_.elsewhere[n])) continue;
         if (lane_row_) {
           lanes(n, row0, row1);
         } else {
@@ -172,10 +177,7 @@ class GroupedCall {
   int64_t sum_floats() const { return lines(PlaneGeometry(s_, rows_).length(rows_, s_.out_w) + kSlack); }
   int64_t plane_floats() const { return input_floats() + 4 * sum_floats() + lines(4 * s_.kh * s_.kw * layout_.icg); }
 
-  bool fast_planes() const {
-    return p_.dtype == DType::kFloat32 && p_.input_stride.w == 1 && p_.output_stride.w == 1 &&
-           (!p_.residual || p_.residual_stride.w == 1) && s_.stride_w <= 2;
-  }
+  bool fast_planes() const { return columns_touch(p_) && s_.stride_w <= 2; }
 
   // [tap][input channel of a group]: the first `inputs` of them.
   std::vector<int64_t> tap_offsets(const PlaneGeometry& g, int64_t inputs) const {
@@ -204,7 +206,14 @@ class GroupedCall {
     a.offset = offsets.data(), a.partial_offset = partial.data();
     a.area = layout_.area(), a.icg = layout_.icg, a.ocg = layout_.ocg, a.groups = g1 - g0;
     a.in_live = p_.in_live(n) - c0, a.out_live = p_.out_live(n) - o0;
-    a.w = p_.packed + layout_.data_at(), a.w_block = layout_.lane_block(), a.w_first = o0;
+    a.w = p_.packed + layout_.data_at(), a.w_first = o0;
+    if (layout_.small_groups()) {
+      a.w_lanes = a.w_narrow = PackedLayout::kHalfLanes, a.w_block = layout_.lane_block();
+    } else {  // one group, one block of input channels
+      const int64_t last = layout_.oc_blocks() - 1;
+      a.w_lanes = PackedLayout::kLanes, a.w_block = a.w_lanes * layout_.icg * layout_.area();
+      a.w_narrow = layout_.lanes(last) < a.w_lanes ? last * a.w_lanes : layout_.ocg;
+    }
     a.out = static_cast<float*>(p_.output) + n * out.n + o0 * out.c + row0 * out.h;
     a.out_channel_step = out.c, a.out_row_step = out.h;
     if (p_.scale) a.scale = static_cast<const float*>(p_.scale) + line * p_.scale_row_stride + o0;
@@ -311,6 +320,10 @@ class GroupedCall {
 };
 
 }  // namespace
+
+bool runs_in_planes(const PrefixConv2dParams& p) {
+  return few_channels(p.shape) && columns_touch(p) && p.output_stride.c != 1 && !p.sum_kernel_rows;
+}
 
 void grouped_conv2d(const PrefixConv2dParams& p, const Threads& threads, const std::function<float*(size_t)>& scratch,
                     float* row_sums) {

@@ -349,13 +349,15 @@ void plane_band(const PlaneBandArgs& a) {
       p.outputs = outputs - o >= 4 ? 4 : outputs - o >= 2 ? 2 : 1;
       float* w = a.weights;
       const float* filter[4];
+      int64_t step[4];
       for (int64_t i = 0; i < p.outputs; ++i) {
         const int64_t c = a.w_first + g * a.ocg + o + i;
-        filter[i] = a.w + c / 16 * a.w_block + c % 16;
+        filter[i] = a.w + c / a.w_lanes * a.w_block + c % a.w_lanes;
+        step[i] = c < a.w_narrow ? a.w_lanes : 16;
       }
       for (int64_t t = 0; t < a.area; ++t)
         for (int64_t ic = 0; ic < used; ++ic)
-          for (int64_t i = 0; i < p.outputs; ++i) *w++ = filter[i][(t * a.icg + ic) * 16];
+          for (int64_t i = 0; i < p.outputs; ++i) *w++ = filter[i][(t * a.icg + ic) * step[i]];
       planes<V>(p);
       for (int64_t i = 0; i < p.outputs; ++i) finish_plane<V>(a, g * a.ocg + o + i, a.sums + i * a.sums_step);
     }
