@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rnp.bench.timing import AGAIN, CLOCKS, measure, ratio, spread
 from rnp_kernels import PrefixConv2d, stock
 
-# name: in, out, kernel, input side, stride, groups
+# name: in, out, kernel, input side, stride, groups, and dilation where it is not 1
 LAYERS = {
     "VGG-16 conv1_1": (3, 64, 3, 224, 1, 1),
     "VGG-16 conv1_2": (64, 64, 3, 224, 1, 1),
@@ -59,6 +59,15 @@ LAYERS = {
     "tiny 4x4 map": (64, 64, 3, 4, 1, 1),
     "tiny 8x8 map": (16, 16, 3, 8, 1, 1),
     "CIFAR stem": (3, 16, 3, 32, 1, 1),
+    "CIFAR VGG stem": (3, 64, 3, 32, 1, 1),
+    "CIFAR 16 to 32": (16, 32, 3, 32, 2, 1),
+    "LeNet 5x5": (1, 6, 5, 28, 1, 1),
+    "few channels 56": (8, 8, 3, 56, 1, 1),
+    "1x1 from 3": (3, 64, 1, 56, 1, 1),
+    "1x1 small": (64, 64, 1, 14, 1, 1),
+    "ResNet-50 layer2 shortcut": (256, 512, 1, 56, 2, 1),
+    "DeepLab dilated": (256, 256, 3, 28, 1, 1, 2),
+    "MobileNet depthwise 112 down": (64, 64, 3, 112, 2, 64),
 }
 PATHS = {stock.OURS: "ours", stock.ONEDNN: "oneDNN", stock.CONV2D: "oneDNN", stock.GEMM: "gemm"}
 
@@ -90,11 +99,13 @@ def main() -> None:
     worst = (0.0, "")
     for layout in (torch.channels_last, torch.contiguous_format):
         for batch in options.batch:
-            for name, (c_in, c_out, kernel, side, stride, groups) in LAYERS.items():
+            for name, (c_in, c_out, kernel, side, stride, groups, *more) in LAYERS.items():
                 if options.filter not in name:
                     continue
                 torch.manual_seed(0)
-                theirs = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, dtype=dtype).eval()
+                dilation = more[0] if more else 1
+                theirs = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2 * dilation, dilation, groups, dtype=dtype)
+                theirs.eval()
                 ours = PrefixConv2d.from_conv2d(theirs)
                 x = torch.randn(batch, c_in, side, side).to(dtype).contiguous(memory_format=layout)
                 with torch.inference_mode():

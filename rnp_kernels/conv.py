@@ -12,13 +12,15 @@ from torch.overrides import has_torch_function_unary
 from . import backends, stock
 from .algorithms import get_algorithm
 from .checks import DTYPES
-from .layer_call import SETTINGS, LayerCall
+from .layer_call import SETTINGS
+from .layer_call import prepare as prepare_call
 from .ops import needs_autograd, prefix_conv2d, run_below_autograd
 from .packing import PackCache
 
 _CACHES = ("_packs", "_routes", "_calls")
 _COMPUTED = object()
 _MOST_ROUTES = 64  # kept by a module that sees many input shapes
+_is_compiling = torch.compiler.is_compiling
 _HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
 
 
@@ -55,14 +57,15 @@ class PrefixConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor, in_prefix: Tensor | None = None, out_prefix: Tensor | None = None) -> Tensor:
         """input (N, C_in, H, W) or (C_in, H, W); prefixes int32 (N,) or None for full width. See `prefix_conv2d`."""
-        if not torch.compiler.is_compiling() and type(input) is Tensor:
+        if not _is_compiling() and type(input) is Tensor:
             state = self.__dict__
             calls = state.get("_calls")
-            call = None if calls is None else calls.get(input.shape)
-            if call is not None:
-                output = call(state, input, in_prefix, out_prefix)
-                if output is not None:
-                    return output
+            if calls is not None:
+                call = calls.get(input.shape)
+                if call is not None:
+                    output = call(state, input, in_prefix, out_prefix)
+                    if output is not None:
+                        return output
         return self._checked_forward(input, in_prefix, out_prefix)
 
     def _checked_forward(self, input: Tensor, in_prefix: Tensor | None, out_prefix: Tensor | None) -> Tensor:
@@ -125,14 +128,14 @@ class PrefixConv2d(nn.Conv2d):
     def _keep_call(
         self, input: Tensor, weight: Tensor, bias: Tensor | None, route: stock.Route, output: Tensor
     ) -> None:
-        call = LayerCall.prepare(self, input, weight, bias, route, self._pack_cache(), output)
+        call = prepare_call(self, input, weight, bias, route, self._pack_cache(), output)
         calls = self.__dict__.setdefault("_calls", {})
         if call is None:
             calls.pop(input.shape, None)
             return
         if len(calls) >= _MOST_ROUTES:
             calls.clear()
-        calls[input.shape] = call
+        calls[input.shape] = call.__call__  # bound: Python calls a method without a detour through C
 
     def _route(self, input: Tensor, weight: Tensor, padding: Any) -> stock.Route | None:
         state = self.__dict__

@@ -1,10 +1,12 @@
 """The shortest way through a `PrefixConv2d` in eager mode: what was checked for an input shape is not checked again.
 
-A module keeps one `LayerCall` for each of the last input shapes it saw. It holds what every rule depends on, and a call
-compares: the same tensors with the same metadata, nothing in force that must see operators (tracing, transforms,
-autocast, a profiler, gradients). Then the kernel runs on the tensors' addresses, without a
-dispatcher, whose boxing costs more than a small layer; or torch's own convolution is called at once. Where anything
-differs it answers None, and the module goes the long way, which checks everything and prepares the next call.
+A module keeps one call for each of the last input shapes it saw. It holds what every rule depends on, compares that
+with what it is given, and answers None where anything differs: then the module goes the long way, which checks
+everything and prepares the next call.
+
+A `LayerCall` runs our kernel on the tensors' addresses, without a dispatcher, whose boxing costs more than a small
+layer; so nothing may be in force that must see operators (tracing, transforms, autocast, a profiler, gradients). A
+`StockCall` calls torch's own convolution, where the rule names that: all of them see it, and little is left to compare.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import _C, algorithms, backends, stock
+from . import _C, backends, stock
 from .packing import PackCache, identity_of
 
 # Setting one of them makes a module forget its calls.
@@ -30,60 +32,48 @@ _transform = torch._C._functorch.peek_interpreter_stack
 _profiling = torch.autograd._profiler_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
 _is_grad_enabled = torch.is_grad_enabled
+_float32 = torch.float32
+
+
+_algorithm = _C.algorithm
 
 
 def _metadata(tensor: Tensor | None) -> tuple[Any, ...] | None:
     return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
-class LayerCall:
-    """One module's call at one input shape; immutable, so that threads may share it."""
+def _requires_grad(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
+
+
+class StockCall:
+    """One module's call at one input shape that torch's own convolution answers; immutable."""
 
     __slots__ = (
-        "_addresses", "_algorithm", "_arguments", "_bias", "_bias_metadata", "_held", "_identity", "_input_strides",
-        "_kernel", "_output_size", "_output_strides", "_path", "_weight", "_weight_strides",
+        "_algorithm", "_arguments", "_bias", "_function", "_input_strides", "_plain", "_weight", "_weight_strides",
     )  # fmt: skip
 
     def __init__(
         self, module: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None, route: stock.Route,
-        cache: PackCache, output: Tensor,
+        algorithm: str | None,
     ) -> None:  # fmt: skip
-        """For a call with these arguments, which gave `output`."""
+        """`algorithm` must be in force; None: any will do."""
         self._weight, self._bias, self._weight_strides = weight, bias, weight.stride()
-        self._identity, self._bias_metadata = identity_of(weight), _metadata(bias)
-        self._algorithm = algorithms.get_algorithm()
-        self._input_strides = input.stride()
-        self._output_size, self._output_strides = output.shape, output.stride()
-        self._path = route.path
-        self._arguments = (route.stride, route.padding[::2], route.dilation, module.groups)
-        self._held = pack, transformed = cache.kept(weight, module.groups, route.tile)
-        # What the identities vouch for; of the weight, the bias, the pack and the transform.
-        self._addresses = tuple(0 if t is None else t.data_ptr() for t in (weight, bias, pack, transformed))
-        self._kernel = None
-        if transformed is not None or (route.path == stock.OURS and pack is not None and not route.tile):
-            self._kernel = _C.LayerCall(
-                tuple(input.shape), tuple(weight.shape), route.stride, route.padding, route.dilation, module.groups,
-                input.stride(), weight.stride(), output.stride(), route.tile,
-            )  # fmt: skip
-
-    @classmethod
-    def prepare(
-        cls, module: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None, route: stock.Route,
-        cache: PackCache, output: Tensor,
-    ) -> LayerCall | None:  # fmt: skip
-        """None where the long way has to be gone each time."""
-        if type(input) is not Tensor or type(weight) is not nn.Parameter or type(output) is not Tensor:
-            return None
-        if bias is not None and type(bias) is not nn.Parameter:
-            return None
-        if not all(isinstance(module.__dict__[name], (int, str, tuple)) for name in SETTINGS):
-            return None  # a list could be edited in place
-        if module.padding_mode != "zeros" or input.dtype is not torch.float32 or backends.LOG or 0 in input.shape:
-            return None
-        if weight.is_neg() or not (bias is None or (bias.dtype is torch.float32 and bias.is_contiguous())):
-            return None
-        call = cls(module, input, weight, bias, route, cache, output)
-        return call if call._kernel is not None or route.path != stock.OURS else None
+        self._input_strides, self._algorithm = input.stride(), algorithm
+        padding = route.padding[::2]
+        # torch.conv2d is right in every mode, with gradients or without; what is below it only in none.
+        self._plain = route.path != stock.CONV2D
+        if route.path == stock.GEMM:
+            self._function = lambda input, weight, bias: torch._C._nn.thnn_conv2d(
+                input, weight, route.kernel_size, bias, route.stride, padding
+            )
+            self._arguments: tuple[Any, ...] = ()
+        elif route.path == stock.ONEDNN:
+            self._function = torch.mkldnn_convolution
+            self._arguments = (padding, route.stride, route.dilation, module.groups)
+        else:
+            self._function = torch.conv2d
+            self._arguments = (route.stride, padding, route.dilation, module.groups)
 
     def __call__(
         self, state: dict[str, Any], input: Tensor, in_prefix: Tensor | None, out_prefix: Tensor | None
@@ -92,11 +82,75 @@ class LayerCall:
         weight, bias = self._weight, self._bias
         parameters = state["_parameters"]
         if (
+            in_prefix is not None
+            or out_prefix is not None
+            or parameters.get("weight") is not weight
+            or parameters.get("bias", self) is not bias
+            or input.stride() != self._input_strides
+            or weight.stride() != self._weight_strides
+            or input.dtype is not _float32
+            or weight.dtype is not _float32
+            or not input.is_cpu
+            or (backends._current != "auto" and backends._current != "cpu")
+            or _is_autocast_enabled("cpu")  # casts: the operator has rules of its own for other dtypes
+            or (self._algorithm is not None and _algorithm() != self._algorithm)
+            or (self._plain and self._is_seen(input))
+        ):
+            return None
+        return self._function(input, weight, bias, *self._arguments)
+
+    def _is_seen(self, input: Tensor) -> bool:
+        """Whether somebody must see the operator itself, or needs its gradient."""
+        return (
+            _dispatch_modes()
+            or _is_tracing()
+            or _transform() is not None
+            or forward_ad._current_level >= 0
+            or (_is_grad_enabled() and _requires_grad(input, self._weight, self._bias))
+        )
+
+
+class LayerCall:
+    """One module's call at one input shape that our kernel answers; immutable, so that threads may share it."""
+
+    __slots__ = (
+        "_addresses", "_bias", "_bias_metadata", "_held", "_identity", "_input_strides", "_kernel", "_output_size",
+        "_output_strides", "_stock", "_weight",
+    )  # fmt: skip
+
+    def __init__(
+        self, module: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None, route: stock.Route,
+        held: tuple[Tensor | None, Tensor | None], output: Tensor,
+    ) -> None:  # fmt: skip
+        """For a call with these arguments, which gave `output`; `held` are the pack and the transform."""
+        self._weight, self._bias = weight, bias
+        self._identity, self._bias_metadata = identity_of(weight), _metadata(bias)
+        self._input_strides = input.stride()
+        self._output_size, self._output_strides = output.shape, output.stride()
+        self._held = held
+        # What the identities vouch for; of the weight, the bias, the pack and the transform.
+        self._addresses = tuple(0 if t is None else t.data_ptr() for t in (weight, bias, *held))
+        self._kernel = _C.LayerCall(
+            tuple(input.shape), tuple(weight.shape), route.stride, route.padding, route.dilation, module.groups,
+            input.stride(), weight.stride(), output.stride(), route.tile,
+        )  # fmt: skip
+        # With gradients nothing is transformed, whatever the algorithm.
+        self._stock = StockCall(module, input, weight, bias, route, None) if route.path == stock.CONV2D else None
+
+    def __call__(
+        self, state: dict[str, Any], input: Tensor, in_prefix: Tensor | None, out_prefix: Tensor | None
+    ) -> Tensor | None:
+        """The output, or None where the long way must be gone; `state` is the module's __dict__."""
+        weight, bias = self._weight, self._bias
+        if _is_grad_enabled() and _requires_grad(input, weight, bias):
+            return None if self._stock is None else self._stock(state, input, in_prefix, out_prefix)
+        parameters = state["_parameters"]
+        if (
             parameters.get("weight") is not weight
             or parameters.get("bias", self) is not bias
             or backends._current not in ("auto", "cpu")
             or not input.is_cpu
-            or input.dtype is not torch.float32
+            or input.dtype is not _float32
             or input.stride() != self._input_strides
             or input.is_neg()
             or _dispatch_modes()
@@ -106,24 +160,9 @@ class LayerCall:
             or _profiling()
             or forward_ad._current_level >= 0
             or _is_autocast_enabled("cpu")
+            or identity_of(weight) != self._identity
+            or (bias is not None and _metadata(bias) != self._bias_metadata)
         ):
-            return None
-        gradients = _is_grad_enabled() and (
-            weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
-        )
-        kernel = self._kernel
-        if kernel is None or gradients:
-            if (
-                in_prefix is not None
-                or out_prefix is not None
-                or (gradients and self._path != stock.CONV2D)
-                or weight.stride() != self._weight_strides
-                or weight.dtype is not torch.float32
-                or (kernel is None and algorithms.get_algorithm() != self._algorithm)
-            ):
-                return None
-            return self._stock(input, weight, bias)
-        if identity_of(weight) != self._identity or (bias is not None and _metadata(bias) != self._bias_metadata):
             return None
         narrow_in = narrow_out = 0
         if in_prefix is not None:
@@ -135,19 +174,8 @@ class LayerCall:
             if not narrow_out:
                 return None
         output = input.new_empty_strided(self._output_size, self._output_strides)
-        done = kernel(input.data_ptr(), output.data_ptr(), narrow_in, narrow_out, *self._addresses)
+        done = self._kernel(input.data_ptr(), output.data_ptr(), narrow_in, narrow_out, *self._addresses)
         return output if done == _DONE else None
-
-    def _stock(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Torch's own convolution, which checks the tensors itself."""
-        stride, padding, dilation, groups = self._arguments
-        if self._path == stock.CONV2D:
-            return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-        if self._path == stock.ONEDNN:
-            return torch.mkldnn_convolution(input, weight, bias, padding, stride, dilation, groups)
-        if self._path == stock.GEMM:
-            return torch._C._nn.thnn_conv2d(input, weight, weight.shape[2:], bias, stride, padding)
-        return None
 
     def _address_of_prefix(self, prefix: Tensor, input: Tensor) -> int:
         """0 where the kernel cannot take it from here."""
@@ -161,3 +189,27 @@ class LayerCall:
         ):
             return 0
         return prefix.data_ptr()
+
+
+def prepare(
+    module: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None, route: stock.Route, cache: PackCache,
+    output: Tensor,
+) -> LayerCall | StockCall | None:  # fmt: skip
+    """For a call with these arguments, which gave `output`; None where the long way has to be gone each time."""
+    if type(input) is not Tensor or type(weight) is not nn.Parameter or type(output) is not Tensor:
+        return None
+    if bias is not None and type(bias) is not nn.Parameter:
+        return None
+    if not all(isinstance(module.__dict__[name], (int, str, tuple)) for name in SETTINGS):
+        return None  # a list could be edited in place
+    if module.padding_mode != "zeros" or input.dtype is not _float32 or backends.LOG or 0 in input.shape:
+        return None
+    if weight.is_neg() or not (bias is None or (bias.dtype is _float32 and bias.is_contiguous())):
+        return None
+    held = pack, transformed = cache.kept(weight, module.groups, route.tile)
+    if transformed is not None or (route.path == stock.OURS and pack is not None and not route.tile):
+        return LayerCall(module, input, weight, bias, route, held, output)
+    if route.path == stock.OURS:
+        return None
+    winograd_can = route.kernel_size == (3, 3) and route.stride == route.dilation == (1, 1) and module.groups == 1
+    return StockCall(module, input, weight, bias, route, _algorithm() if winograd_can else None)

@@ -65,10 +65,11 @@ def test_the_choice_decides_what_runs() -> None:
 def test_the_log_says_once_per_shape_what_was_chosen(tmp_path: Path) -> None:
     code = (
         "import torch, rnp_kernels\n"
-        "x, conv = torch.randn(1, 8, 5, 5), rnp_kernels.PrefixConv2d(8, 8, 3)\n"
-        "for _ in range(3): rnp_kernels.prefix_conv2d(x, conv.weight); conv(x); conv(torch.randn(1, 8, 30, 30))\n"
+        "x, conv = torch.randn(1, 12, 5, 5), rnp_kernels.PrefixConv2d(12, 12, 3)\n"
+        "for _ in range(3): rnp_kernels.prefix_conv2d(x, conv.weight); conv(x); conv(torch.randn(1, 12, 30, 30))\n"
+        "rnp_kernels.prefix_conv2d(x[:, :8], conv.weight[:, :8])\n"
         "with rnp_kernels.backend('reference'): conv(x)\n"
-        "conv(torch.randn(1, 8, 30, 30), out_prefix=torch.tensor([4], dtype=torch.int32))\n"
+        "conv(torch.randn(1, 12, 30, 30), out_prefix=torch.tensor([4], dtype=torch.int32))\n"
     )
     environment = os.environ | {"RNP_LOG": "1"}
     command = [sys.executable, "-c", code]
@@ -77,7 +78,7 @@ def test_the_log_says_once_per_shape_what_was_chosen(tmp_path: Path) -> None:
     assert len(lines) == len(set(lines)) and all(line.startswith("rnp: prefix_conv2d torch.float32") for line in lines)
     kernel = re.compile(r": backend cpu, \w+ kernels, tile \d+x\d+ pixels x \d+ channels$")
     assert any(kernel.search(line) for line in lines), lines
-    for chosen in ("full width: oneDNN", "backend reference"):
+    for chosen in ("channels; contiguous: planes", "full width: oneDNN", "backend reference"):
         assert any(line.endswith(chosen) for line in lines), lines
     assert any("full width: oneDNN; narrower: " in line for line in lines), lines
 

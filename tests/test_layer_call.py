@@ -12,7 +12,7 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnp_kernels
-from rnp_kernels import PrefixConv2d, layer_call
+from rnp_kernels import PrefixConv2d, layer_call, stock
 
 LAYERS = {  # channels in, out, kernel, side, groups, channels_last: kernels by address, and torch's own
     "direct": (12, 40, 3, 9, 1, True),
@@ -23,21 +23,22 @@ LAYERS = {  # channels in, out, kernel, side, groups, channels_last: kernels by 
     "groups of 4": (24, 24, 3, 9, 6, True),
     "conv2d": (64, 64, 3, 9, 4, True),
     "one product": (64, 20, 1, 12, 1, False),
+    "stem": (3, 20, 3, 12, 1, False),
 }
 
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """For every call of a LayerCall, whether it answered."""
+    """For every call that a module kept, whether it answered."""
     answers: list[bool] = []
-    real = layer_call.LayerCall.__call__
+    for kind in (layer_call.LayerCall, layer_call.StockCall):
 
-    def call(self: layer_call.LayerCall, *arguments: object) -> torch.Tensor | None:
-        output = real(self, *arguments)
-        answers.append(output is not None)
-        return output
+        def call(self: object, *arguments: object, real: Callable = kind.__call__) -> torch.Tensor | None:
+            output = real(self, *arguments)
+            answers.append(output is not None)
+            return output
 
-    monkeypatch.setattr(layer_call.LayerCall, "__call__", call)
+        monkeypatch.setattr(kind, "__call__", call)
     yield answers
 
 
@@ -153,6 +154,62 @@ def test_what_must_see_operators_sees_them(taken: list[bool]) -> None:
     with torch.no_grad(), rnp_kernels.backend("reference"):
         torch.testing.assert_close(conv(x), y, rtol=1e-4, atol=1e-4)
     assert not any(taken)
+
+
+STOCK = {  # path of csrc/core/stock.h, and layers that take it
+    "conv2d": (stock.CONV2D, (64, 64, 3, 9, 4, True)),
+    "oneDNN": (stock.ONEDNN, (128, 32, 1, 14, 1, False)),
+    "one product": (stock.GEMM, (64, 20, 1, 30, 1, False)),
+}
+
+
+@pytest.mark.parametrize(("path", "layer"), STOCK.values(), ids=STOCK.keys())
+def test_torchs_own_convolution_in_every_mode(path: int, layer: tuple, taken: list[bool]) -> None:
+    """torch.conv2d may be called at once in all of them; what lies below it only in none."""
+    conv, x = made(layer)
+    if stock.route(conv, x, conv.weight, conv.padding).path != path:
+        pytest.skip("this torch has another path here")
+    settle(conv, x)
+    taken.clear()
+    theirs = nn.functional.conv2d(x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)
+    at_once = path == stock.CONV2D
+
+    def check(y: torch.Tensor, expected: torch.Tensor = theirs) -> None:
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+    with torch.no_grad(), Seen() as seen:
+        check(conv(x))
+    assert taken == [at_once] and any("conv" in name for name in seen.names)
+    y = conv(x)
+    assert y.requires_grad and taken == [at_once] * 2
+    check(y)
+    ours, own = (torch.autograd.grad(v.square().sum(), (conv.weight, conv.bias)) for v in (y, theirs))
+    for mine, other in zip(ours, own, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-2)
+    with torch.no_grad():
+        traced = torch.jit.trace(conv, (x,), check_trace=False)
+        check(traced(-x), nn.functional.conv2d(-x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups))
+        taken.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert conv(x).dtype is torch.bfloat16
+        with rnp_kernels.backend("reference"):
+            check(conv(x))
+        assert not any(taken)
+        lines = int32(*[layer[1]] * 3)
+        check(conv(x, None, lines))  # what has prefixes is the operator's
+        assert not any(taken)
+        check(conv(x))
+        assert taken[-1]
+
+
+def test_torchs_own_convolution_under_transforms() -> None:
+    layer = STOCK["conv2d"][1]
+    conv, x = made(layer)
+    settle(conv, x)
+    theirs = nn.Conv2d(layer[0], layer[1], layer[2], padding=conv.padding, groups=conv.groups)
+    theirs.load_state_dict(conv.state_dict())
+    expected = torch.func.grad(lambda x: theirs(x).sum())
+    torch.testing.assert_close(torch.func.grad(lambda x: conv(x).sum())(x), expected(x), rtol=1e-4, atol=1e-3)
 
 
 def test_lazy_negation_is_resolved(taken: list[bool]) -> None:

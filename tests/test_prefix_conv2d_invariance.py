@@ -82,15 +82,16 @@ def test_a_live_sample_does_not_depend_on_poison(case: Case, isa: str) -> None:
 # Layers of every branch of csrc/core/stock.cpp: (C_in, size, C_out, kernel, stride, groups, channels_last).
 STOCK_LAYERS = {
     "3x3 on a large map": (16, 56, 32, 3, 1, 1, True),
-    "1x1 on a large map": (64, 28, 48, 1, 1, 1, True),
-    "1x1 with stride": (64, 56, 64, 1, 2, 1, True),
+    "contiguous 1x1 with stride": (64, 56, 64, 1, 2, 1, False),
     "large groups": (32, 14, 32, 3, 1, 2, True),
     "depthwise 9x9": (48, 14, 48, 9, 1, 48, True),
     "contiguous depthwise on a small map": (48, 14, 48, 3, 2, 48, False),
     "contiguous groups of 8": (32, 14, 32, 3, 1, 4, False),
     "contiguous 3x3": (32, 14, 48, 3, 1, 1, False),
     "contiguous 1x1": (64, 28, 96, 1, 1, 1, False),
-    "contiguous 1x1 on a small map": (64, 14, 96, 1, 1, 1, False),
+    "contiguous 1x1 on a small map": (128, 14, 96, 1, 1, 1, False),
+    "contiguous 1x1, small": (16, 14, 96, 1, 1, 1, False),
+    "contiguous stem": (3, 120, 32, 3, 2, 1, False),
 }
 
 
@@ -138,3 +139,24 @@ def test_outputs_that_are_stored_past_the_caches(
         alone = rnp_kernels.prefix_conv2d(x[n : n + 1], weight, out_prefix=out_prefix[n : n + 1], **options)
         assert torch.equal(whole[n : n + 1], alone)
         assert not whole[n, live:].any()
+
+
+@pytest.mark.parametrize(("channels", "groups", "stride"), [(48, 48, 1), (64, 64, 2), (256, 32, 1), (256, 64, 2)])
+def test_small_groups_that_come_from_memory(channels: int, groups: int, stride: int, isa: str, threads: None) -> None:
+    """More than 8 MB (kLargeBytes of csrc/cpu/grouped.cpp) go through the channels in another order than the same
+    samples alone, and ask for rows ahead; the bits stay."""
+    generator = torch.Generator().manual_seed(7)
+    size = 140 - channels // 3
+    x = torch.randn(4, channels, size, size, generator=generator).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(channels, channels // groups, 3, 3, generator=generator)
+    live = torch.tensor([channels, channels // 2 + 3, 5, channels], dtype=torch.int32)
+    options = {"stride": stride, "padding": 1, "groups": groups}
+    torch.set_num_threads(1)
+    whole = rnp_kernels.prefix_conv2d(x, weight, in_prefix=live, out_prefix=live.flip(0), **options)
+    assert (x.numel() + whole.numel()) * 4 > 8 << 20 > (x[0].numel() + whole[0].numel()) * 4
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        for n in range(4):
+            prefixes = {"in_prefix": live[n : n + 1], "out_prefix": live[3 - n : 4 - n]}
+            alone = rnp_kernels.prefix_conv2d(x[n : n + 1], weight, **prefixes, **options)
+            assert torch.equal(whole[n : n + 1], alone), f"{count} threads, sample {n}"

@@ -84,4 +84,11 @@ struct PackedLayout {
   bool operator==(const PackedLayout&) const = default;
 };
 
+// Layers of so few input channels that contiguous NCHW is better convolved plane by plane (cpu/grouped.h) than gathered
+// into pixels and scattered again. Longer sums would be less accurate in one chain.
+inline bool few_channels(const ConvShape& s) {
+  return s.groups == 1 && s.c_in <= PackedLayout::kSmallGroup && s.c_in * s.kh * s.kw <= 72 && s.kh * s.kw > 1 &&
+         s.stride_w <= 2;
+}
+
 }  // namespace rnp

@@ -11,6 +11,9 @@ namespace {
 // oneDNN widens a few NCHW channels to sixteen in a copy of its own: for larger samples that may not fit.
 constexpr int64_t kMaxSample = int64_t{1} << 26;
 
+// aten::convolution avoids oneDNN for a single sample that has no more values than this and a kernel of up to 3x3.
+constexpr int64_t kFewElements = 20480;
+
 std::atomic<bool> has_float32{false}, has_float16{false};
 std::atomic<StockBFloat16> its_bfloat16{StockBFloat16::kNone};
 
@@ -35,6 +38,12 @@ Stock grouped_path(const ConvShape& s, bool channels_last) {
     return s.out_w >= 28 && s.out_w <= 64 && s.kh * s.kw <= 25 && s.stride_h * s.stride_w == 1 ? Stock::kNone
                                                                                                : Stock::kOneDnn;
   return s.group_in() < 8 ? Stock::kNone : Stock::kOneDnn;
+}
+
+// Contiguous NCHW of few input channels: 0.4 to 0.9 of oneDNN's time (8 -> 8 at 56x56, 3 -> 64 at 224x224 and 32x32, 3
+// -> 16 at 32x32, 1 -> 6 with 5x5 at 28x28), level for large maps in steps of two (3 -> 32 from 224x224: 0.9 to 1.0).
+bool planes_win(const ConvShape& s) {
+  return few_channels(s) && (s.stride_h * s.stride_w == 1 || s.out_h * s.out_w <= 56 * 56);
 }
 
 }  // namespace
@@ -77,23 +86,29 @@ Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, bool pairs
   // Squeeze and excitation: a float32 module goes around the operator (cpu/layer_call.h), others do not.
   const bool map_of_one = s.h * s.w * s.kh * s.kw * s.stride_h * s.stride_w == 1 && s.pad_top + s.pad_left == 0;
   if (dtype != DType::kFloat32 && map_of_one) return gemm;
-  // Large maps of few channels: the traffic decides, and oneDNN's is the smaller by some percent.
-  if (channels_last && s.kh * s.kw > 1 && s.c_in <= 128 && s.out_h * s.out_w >= 56 * 56) return Stock::kOneDnn;
-  // 1x1 on large maps of few channels: so few products per value moved that the same holds (64 -> 64 at 56x56: ours at
-  // 0.95). With more on either side ours is the faster one (64 -> 256: 1.05 to 1.12; 256 -> 64: 1.1).
-  // In bfloat16 the products take half of the time: one narrow side is enough (64 -> 256 at 56x56: 0.91, 512 -> 128 at
-  // 28x28: 0.95).
-  const bool few = dtype == DType::kBFloat16 ? std::min(s.c_in, s.c_out) <= 128 : std::max(s.c_in, s.c_out) <= 64;
-  if (channels_last && s.kh * s.kw == 1 && few && s.out_h * s.out_w >= 28 * 28) return Stock::kOneDnn;
+  // Large maps of few channels: the traffic decides, and oneDNN's is the smaller by some percent, but for vectors half
+  // empty (8 out at 56x56 to 224x224: ours 0.5 to 0.9 of its time).
+  const bool wide_maps = s.c_in <= 128 && s.out_h * s.out_w >= 56 * 56;
+  if (channels_last && s.kh * s.kw > 1 && wide_maps && (s.c_out > 8 || dtype != DType::kFloat32)) return Stock::kOneDnn;
+  // 1x1 in bfloat16: the products take half of the time, so on large maps the same holds where one side is narrow (64
+  // -> 256 at 56x56: 0.91, 512 -> 128 at 28x28: 0.95). In float32 ours is the faster one (one thread: 0.5 to 0.86 of
+  // its time at 64 -> 64, 3 -> 64 and 24 -> 64, where oneDNN's own call is 1.0 to 2.3 of conv2d's on maps below 56x56).
+  if (channels_last && s.kh * s.kw == 1 && dtype == DType::kBFloat16 && std::min(s.c_in, s.c_out) <= 128 &&
+      s.out_h * s.out_w >= 28 * 28)
+    return Stock::kOneDnn;
   // A 1x1 kernel on NCHW is that product as it stands; oneDNN would reorder both operands first. Where the map is small
-  // beside its channels that is soon done, and oneDNN's product the faster one (14x14: by 4 to 11 %; 28x28: slower by
-  // as much).
-  const bool product =
-      s.out_h * s.out_w >= 20 * 20 && s.kh * s.kw == 1 && s.stride_h * s.stride_w == 1 && s.pad_top + s.pad_left == 0;
+  // beside its channels that is soon done, and oneDNN's product the faster one (512 channels at 14x14: by 4 to 11 %;
+  // 28x28: slower by as much). Its call costs 40 us, though: more than a small sample, for which torch does not make
+  // it.
+  const bool small_sample = s.c_in * s.h * s.w <= kFewElements;
+  const bool product = s.kh * s.kw == 1 && s.stride_h * s.stride_w == 1 && s.pad_top + s.pad_left == 0 &&
+                       (s.out_h * s.out_w >= 20 * 20 || small_sample);
   // NCHW: ours gathers pixels on the way in and scatters them on the way out. On small maps the weights, which oneDNN
   // repacks at every call, outweigh that.
   const bool small = s.out_h * s.out_w <= 64 && !(pairs && s.kh * s.kw == 1);
   if (channels_last || small) return Stock::kNone;
+  if (dtype == DType::kFloat32 && (planes_win(s) || (s.kh * s.kw == 1 && !product && small_sample)))
+    return Stock::kNone;
   return product ? gemm : Stock::kOneDnn;
 }
 

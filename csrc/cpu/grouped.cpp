@@ -15,11 +15,12 @@
 namespace rnp::cpu {
 namespace {
 
-constexpr int64_t kBandBytes = 128 * 1024;  // of input that lanes of channels read again for the next vector
-constexpr int64_t kPlaneBytes = 64 * 1024;  // of planes and sums
-constexpr int64_t kTransposed = 16;         // channels copied at once where they, not columns, are contiguous
-constexpr double kCostOfItem = 2e4;         // about cycles: less is not worth an item of its own
-constexpr double kCostOfThread = 5e4;       // less is not worth waking a thread
+constexpr int64_t kBandBytes = 128 * 1024;         // of input that lanes of channels read again for the next vector
+constexpr int64_t kLargeBytes = int64_t{8} << 20;  // of a call's input and output: more comes from memory
+constexpr int64_t kPlaneBytes = 64 * 1024;         // of planes and sums
+constexpr int64_t kTransposed = 16;                // channels copied at once where they, not columns, are contiguous
+constexpr double kCostOfItem = 2e4;                // about cycles: less is not worth an item of its own
+constexpr double kCostOfThread = 5e4;              // less is not worth waking a thread
 
 const GroupedKernels& kernels_of(Isa isa) {
 #if defined(__x86_64__)
@@ -30,6 +31,11 @@ const GroupedKernels& kernels_of(Isa isa) {
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool columns_touch(const PrefixConv2dParams& p) {
+  return p.dtype == DType::kFloat32 && p.input_stride.w == 1 && p.output_stride.w == 1 &&
+         (!p.residual || p.residual_stride.w == 1);
+}
 
 // One call, and what its items share.
 class GroupedCall {
@@ -66,7 +72,7 @@ class GroupedCall {
         const int64_t bundles = ceil_div(layout_.groups, bundle_);
         const int64_t g0 = range * bundles / ranges * bundle_;
         const int64_t g1 = std::min(layout_.groups, (range + 1) * bundles / ranges * bundle_);
-        if (row0 >= row1) continue;
+        if (row0 >= row1 || (p_.elsewhere && p_.elsewhere[n])) continue;
         if (lane_row_) {
           lanes(n, row0, row1);
         } else {
@@ -100,6 +106,10 @@ class GroupedCall {
     return std::clamp<int64_t>(kBandBytes / row_bytes, std::min<int64_t>(4, s_.out_h), s_.out_h);
   }
 
+  int64_t bytes() const {
+    return s_.n * (s_.h * s_.w * s_.c_in + s_.out_h * s_.out_w * s_.c_out) * static_cast<int64_t>(sizeof(float));
+  }
+
   // Rows [row0, row1) of sample n, all channels.
   void lanes(int64_t n, int64_t row0, int64_t row1) const {
     const int64_t live = p_.out_live(n), in_live = p_.in_live(n), line = p_.row ? p_.row[n] : 0;
@@ -117,9 +127,12 @@ class GroupedCall {
     a.residual_col_step = p_.residual_stride.w;
     a.relu = p_.activation == Activation::kRelu;
     // Pixels a multiple of 1 KB apart share a few sets of L1. Then a row's channels are taken in turn, so that what
-    // comes next lies in the next line; otherwise the rows, so that two of three input rows are still there.
-    const bool aliased = p_.input_stride.w % 256 == 0;
-    const int64_t step = aliased ? std::max<int64_t>(1, live) : kernels_.lanes;
+    // comes next lies in the next line; otherwise the rows, so that two of three input rows are still there. Depthwise
+    // layers that come from memory take the channels in turn too: so they read and write whole pixels.
+    const bool aliased = p_.input_stride.w % 256 == 0, large = bytes() > kLargeBytes;
+    const bool in_turn = aliased || (large && layout_.icg * layout_.ocg == 1);
+    const int64_t step = in_turn ? std::max<int64_t>(1, live) : kernels_.lanes;
+    a.ahead_row_step = p_.input_stride.h;
     for (int64_t c = 0; c < live; c += step) {
       const int64_t first = c / layout_.ocg * layout_.icg;  // the first input channel
       a.channel = c;
@@ -139,6 +152,11 @@ class GroupedCall {
         a.out = static_cast<float*>(p_.output) + n * p_.output_stride.n + r * p_.output_stride.h + c;
         if (p_.residual)
           a.residual = static_cast<const float*>(p_.residual) + n * p_.residual_stride.n + r * p_.residual_stride.h + c;
+        if (large && in_turn) {
+          const int64_t next = std::max<int64_t>(0, y + (s_.kh - 1) * s_.dilation_h + 1);
+          a.ahead = input + next * p_.input_stride.h + first;
+          a.ahead_rows = std::clamp<int64_t>(s_.h - next, 0, s_.stride_h);
+        }
         lane_row_(a);
       }
     }
@@ -159,10 +177,7 @@ class GroupedCall {
   int64_t sum_floats() const { return lines(PlaneGeometry(s_, rows_).length(rows_, s_.out_w) + kSlack); }
   int64_t plane_floats() const { return input_floats() + 4 * sum_floats() + lines(4 * s_.kh * s_.kw * layout_.icg); }
 
-  bool fast_planes() const {
-    return p_.dtype == DType::kFloat32 && p_.input_stride.w == 1 && p_.output_stride.w == 1 &&
-           (!p_.residual || p_.residual_stride.w == 1) && s_.stride_w <= 2;
-  }
+  bool fast_planes() const { return columns_touch(p_) && s_.stride_w <= 2; }
 
   // [tap][input channel of a group]: the first `inputs` of them.
   std::vector<int64_t> tap_offsets(const PlaneGeometry& g, int64_t inputs) const {
@@ -191,7 +206,14 @@ class GroupedCall {
     a.offset = offsets.data(), a.partial_offset = partial.data();
     a.area = layout_.area(), a.icg = layout_.icg, a.ocg = layout_.ocg, a.groups = g1 - g0;
     a.in_live = p_.in_live(n) - c0, a.out_live = p_.out_live(n) - o0;
-    a.w = p_.packed + layout_.data_at(), a.w_block = layout_.lane_block(), a.w_first = o0;
+    a.w = p_.packed + layout_.data_at(), a.w_first = o0;
+    if (layout_.small_groups()) {
+      a.w_lanes = a.w_narrow = PackedLayout::kHalfLanes, a.w_block = layout_.lane_block();
+    } else {  // one group, one block of input channels
+      const int64_t last = layout_.oc_blocks() - 1;
+      a.w_lanes = PackedLayout::kLanes, a.w_block = a.w_lanes * layout_.icg * layout_.area();
+      a.w_narrow = layout_.lanes(last) < a.w_lanes ? last * a.w_lanes : layout_.ocg;
+    }
     a.out = static_cast<float*>(p_.output) + n * out.n + o0 * out.c + row0 * out.h;
     a.out_channel_step = out.c, a.out_row_step = out.h;
     if (p_.scale) a.scale = static_cast<const float*>(p_.scale) + line * p_.scale_row_stride + o0;
@@ -298,6 +320,10 @@ class GroupedCall {
 };
 
 }  // namespace
+
+bool runs_in_planes(const PrefixConv2dParams& p) {
+  return few_channels(p.shape) && columns_touch(p) && p.output_stride.c != 1 && !p.sum_kernel_rows;
+}
 
 void grouped_conv2d(const PrefixConv2dParams& p, const Threads& threads, const std::function<float*(size_t)>& scratch,
                     float* row_sums) {

@@ -25,6 +25,8 @@ struct LaneRowArgs {
   const float* residual;
   int64_t out_col_step, residual_col_step;
   bool relu;
+  const float* ahead;  // column 0 of the input rows that the next output row reads first, to be asked for meanwhile
+  int64_t ahead_rows, ahead_row_step;
 };
 using LaneRowKernel = void (*)(const LaneRowArgs&);
 
@@ -57,7 +59,10 @@ struct PlaneBandArgs {
   const int64_t* offset;          // [tap][input channel of a group]
   const int64_t* partial_offset;  // of the one group with fewer live inputs
   int64_t area, icg, ocg, groups, in_live, out_live;
-  const float* w;            // [16 output channels][tap][input channel][16], of all groups
+  // [block of output channels][tap][input channel][lanes of a block], of all groups. Blocks from channel `w_narrow` on
+  // have 16 lanes, whatever the others have.
+  const float* w;
+  int64_t w_lanes, w_narrow;
   int64_t w_block, w_first;  // floats between blocks; the first group's first output channel
   float* out;
   const float* scale;

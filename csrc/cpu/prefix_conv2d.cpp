@@ -190,7 +190,7 @@ void prefix_conv2d(const PrefixConv2dParams& p, const Threads& threads) {
   std::vector<float> row_sums(p.pooled ? static_cast<size_t>(s.n * s.out_h * s.c_out) : 0);
   float* sums = p.pooled ? row_sums.data() : nullptr;
   const Call call(p, kernels);
-  if (call.layout.small_groups()) {
+  if (call.layout.small_groups() || runs_in_planes(p)) {
     grouped_conv2d(p, threads, [](size_t floats) { return scratch.get(floats); }, sums);
   } else {
     const std::vector<WorkItem> items = schedule(p, threads.count);
@@ -237,7 +237,8 @@ std::string describe_kernel(const ConvShape& s, DType dtype) {
   const TilePlan plan(s, BandGeometry(s, 0, rows), kernels, 0, rows, s.kh == 1 && s.kw == 1);
   const int64_t lanes = kernels.width_for(s.group_out()).lanes;
   return name + "tile " + std::to_string(plan.row_tiles[0].count) + "x" + std::to_string(plan.col_tiles[0].count) +
-         " pixels x " + std::to_string(lanes) + " channels";
+         " pixels x " + std::to_string(lanes) + " channels" +
+         (dtype == DType::kFloat32 && few_channels(s) ? "; contiguous: planes" : "");
 }
 
 }  // namespace rnp::cpu

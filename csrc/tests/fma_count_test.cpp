@@ -251,5 +251,21 @@ TEST(contiguous_small_groups_compute_whole_vectors_of_positions) {
   });
 }
 
+// Few input channels without groups: the same, for as many outputs as are live.
+TEST(contiguous_few_channels_compute_whole_vectors_of_positions) {
+  on_every_isa([](const std::string& isa) {
+    for (const int64_t stride : {1, 2}) {
+      const ConvShape s = square("stem", 3, 9, 40, 3, stride).shape();
+      const std::vector<int32_t> in_prefix = {3, 1, 3, 0}, out_prefix = {40, 40, 33, 40};
+      const int64_t pitch = s.out_w + 2 / stride, length = (s.out_h - 1) * pitch + s.out_w;
+      const int64_t lanes = (length + vector_lanes() - 1) / vector_lanes() * vector_lanes();
+      int64_t wanted = 0;
+      for (size_t n = 0; n < in_prefix.size(); ++n) wanted += lanes * 9 * in_prefix[n] * out_prefix[n];
+      CHECK_EQUAL(counted(s, in_prefix, out_prefix, 1, 0, DType::kFloat32, false), wanted)
+          << isa << ", stride " << stride;
+    }
+  });
+}
+
 }  // namespace
 }  // namespace rnp::tests
