@@ -1,7 +1,9 @@
 #include "cpu/segment.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -56,7 +58,7 @@ class Runner {
         shapes_(shapes),
         call_(call),
         threads_(threads),
-        memory_(program, shapes, call.n, group_bytes),
+        memory_(program, shapes, call.n, group_bytes, threads.count),
         compact_(compact_maps(program, memory_)) {
     maps_.resize(shapes.size());
     for (size_t m = 0; m < maps_.size(); ++m) {
@@ -115,17 +117,7 @@ class Runner {
       maps_[m].pixel = reinterpret_cast<int32_t*>(buffer.data.get() + first);
       maps_[m].live = maps_[m].pixel + call_.n;
     }
-    for (const SegmentPhase& phase : memory_.phases)
-      for (int64_t first = 0; first < call_.n; first += phase.samples)
-        for (size_t i = phase.first; i < phase.end; ++i) {
-          const int64_t count = std::min(phase.samples, call_.n - first);
-          if (i + 1 < phase.end && pools(i, first, count)) {
-            convolve(p_.steps[i], first, count, &p_.steps[i + 1]);
-            ++i;
-          } else {
-            step(p_.steps[i], first, count);
-          }
-        }
+    for (const SegmentPhase& phase : memory_.phases) run_phase(phase);
     pool().give(std::move(buffer));
   }
 
@@ -174,56 +166,107 @@ class Runner {
                                                             std::to_string(constant(s.agent + i).floats));
   }
 
-  // A map slot from the sample `first` of the batch on.
-  float* map_at(int64_t m, int64_t first) const {
-    const Map& map = maps_[slot(m)];
-    return memory_.whole_batch[slot(m)] ? map.data + first * map.stride.n : map.data;
-  }
-  const int32_t* pixel_at(int64_t m, int64_t first) const {
-    const int32_t* pixel = maps_[slot(m)].pixel;
-    return pixel ? pixel + first : nullptr;
-  }
-  int32_t* index_at(int64_t i, int64_t first) const { return i < 0 ? nullptr : indices_[slot(i)] + first; }
-  float* vector_at(int64_t v, int64_t first) const {
-    return v < 0 ? nullptr : vectors_[slot(v)] + first * p_.vector_size[slot(v)];
+  // Groups of samples, each through all steps; with several places each thread takes one after the other, and no thread
+  // waits for another between two layers.
+  void run_phase(const SegmentPhase& phase) {
+    const int64_t groups = (call_.n + phase.samples - 1) / phase.samples;
+    const auto run_group = [&](int64_t group, int64_t place, const Threads& threads) {
+      const int64_t first = group * phase.samples;
+      const Part part{first, std::min(phase.samples, call_.n - first), place * phase.group_floats, threads};
+      for (size_t i = phase.first; i < phase.end; ++i) {
+        if (i + 1 < phase.end && pools(i, part)) {
+          convolve(p_.steps[i], part, &p_.steps[i + 1]);
+          ++i;
+        } else {
+          step(p_.steps[i], part);
+        }
+      }
+    };
+    if (phase.places == 1) {
+      for (int64_t group = 0; group < groups; ++group) run_group(group, 0, threads_);
+      return;
+    }
+    const std::vector<int64_t> order = widest_first(groups, phase.samples);
+    const Threads alone;
+    std::atomic<int64_t> next{0};
+    threads_(static_cast<int>(phase.places), [&](int worker) {
+      for (int64_t i = next++; i < groups; i = next++) run_group(order[slot(i)], worker, alone);
+    });
   }
 
-  void step(const SegmentStep& s, int64_t first, int64_t count) {
+  // Groups in the order of what the index inputs say of their samples' widths: threads end at about the same time.
+  std::vector<int64_t> widest_first(int64_t groups, int64_t samples) const {
+    std::vector<double> width(slot(groups), 0.0);
+    for (size_t i = 0; i < p_.index_in.size(); ++i) {
+      const double limit = static_cast<double>(std::max<int64_t>(1, p_.index_limit[slot(p_.index_in[i])]));
+      for (int64_t n = 0; n < call_.n; ++n) {
+        const double share = call_.index_in[i][n] / limit;
+        width[slot(n / samples)] += share * share;
+      }
+    }
+    std::vector<int64_t> order(slot(groups));
+    std::iota(order.begin(), order.end(), int64_t{0});
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return width[slot(a)] > width[slot(b)]; });
+    return order;
+  }
+
+  // Samples that pass through a step together, and who computes them.
+  struct Part {
+    int64_t first, count;
+    int64_t place;  // floats from the first place of the maps that hold a group to the part's
+    const Threads& threads;
+  };
+
+  // A map slot from the part's first sample on.
+  float* map_at(int64_t m, const Part& part) const {
+    const Map& map = maps_[slot(m)];
+    return map.data + (memory_.whole_batch[slot(m)] ? part.first * map.stride.n : part.place);
+  }
+  const int32_t* pixel_at(int64_t m, const Part& part) const {
+    const int32_t* pixel = maps_[slot(m)].pixel;
+    return pixel ? pixel + part.first : nullptr;
+  }
+  int32_t* index_at(int64_t i, const Part& part) const { return i < 0 ? nullptr : indices_[slot(i)] + part.first; }
+  float* vector_at(int64_t v, const Part& part) const {
+    return v < 0 ? nullptr : vectors_[slot(v)] + part.first * p_.vector_size[slot(v)];
+  }
+
+  void step(const SegmentStep& s, const Part& part) {
     switch (s.op) {
       case SegmentOp::kConv:
-        return convolve(s, first, count);
+        return convolve(s, part);
       case SegmentOp::kMaxPool:
-        return max_pool(s, first, count);
+        return max_pool(s, part);
       case SegmentOp::kAdd:
-        return add(s, first, count);
+        return add(s, part);
       case SegmentOp::kPrefix: {
-        const int32_t* group = index_at(s.a, first);
-        int32_t* to = index_at(s.result, first);
-        for (int64_t n = 0; n < count; ++n)
+        const int32_t* group = index_at(s.a, part);
+        int32_t* to = index_at(s.result, part);
+        for (int64_t n = 0; n < part.count; ++n)
           to[n] = static_cast<int32_t>((group[n] * s.channels + s.actions - 1) / s.actions);
         return;
       }
       case SegmentOp::kLargest: {
-        const int32_t *a = index_at(s.a, first), *b = index_at(s.b, first);
-        int32_t* to = index_at(s.result, first);
-        for (int64_t n = 0; n < count; ++n) to[n] = std::max(a[n], b[n]);
+        const int32_t *a = index_at(s.a, part), *b = index_at(s.b, part);
+        int32_t* to = index_at(s.result, part);
+        for (int64_t n = 0; n < part.count; ++n) to[n] = std::max(a[n], b[n]);
         return;
       }
       case SegmentOp::kDecide:
-        return decide(s, first, count);
+        return decide(s, part);
     }
   }
 
   // Whether step i does the pooling of the next one too: every sample goes through Winograd, and the channels beyond
   // the prefix are nobody's.
-  bool pools(size_t i, int64_t first, int64_t count) const {
+  bool pools(size_t i, const Part& part) const {
     if (!pooling_follows(p_, shapes_, i)) return false;
     const SegmentStep &s = p_.steps[i], &next = p_.steps[i + 1];
     if (!compact_[slot(next.y)] && next.skip <= 0 && s.out >= 0) return false;
     PrefixConv2dParams p;
     p.shape = conv_shape(s, shapes_[slot(s.x)]);
-    p.shape.n = count;
-    p.in_prefix = index_at(s.in, first), p.out_prefix = index_at(s.out, first);
+    p.shape.n = part.count;
+    p.in_prefix = index_at(s.in, part), p.out_prefix = index_at(s.out, part);
     set_winograd(p, s);
     return WinogradSamples(p).all();
   }
@@ -236,18 +279,18 @@ class Runner {
   }
 
   // With `pool`, that step's max-pooling too.
-  void convolve(const SegmentStep& s, int64_t first, int64_t count, const SegmentStep* pool = nullptr) {
+  void convolve(const SegmentStep& s, const Part& part, const SegmentStep* pool = nullptr) {
     PrefixConv2dParams p;
     p.shape = conv_shape(s, shapes_[slot(s.x)]);
-    p.shape.n = count;
-    p.input = map_at(s.x, first);
+    p.shape.n = part.count;
+    p.input = map_at(s.x, part);
     p.input_stride = maps_[slot(s.x)].stride;
-    p.input_pixel = pixel_at(s.x, first);
+    p.input_pixel = pixel_at(s.x, part);
     p.packed = call_.constants[slot(s.weight)].data;
     set_winograd(p, s);
-    p.in_prefix = index_at(s.in, first);
-    p.out_prefix = index_at(s.out, first);
-    p.row = index_at(s.row, first);
+    p.in_prefix = index_at(s.in, part);
+    p.out_prefix = index_at(s.out, part);
+    p.row = index_at(s.row, part);
     const float* tables = s.scale >= 0 || s.bias >= 0 ? call_.constants[0].data : nullptr;
     p.scale = s.scale >= 0 ? tables + s.scale : nullptr;
     p.bias = s.bias >= 0 ? tables + s.bias : nullptr;
@@ -255,77 +298,77 @@ class Runner {
     const SegmentStep& writes = pool ? *pool : s;
     p.max_pool = pool != nullptr;
     const Map& y = maps_[slot(writes.y)];
-    if (y.pixel) lay_out(writes, first, count, p.out_prefix);
-    p.output_pixel = pixel_at(writes.y, first);
+    if (y.pixel) lay_out(writes, part, p.out_prefix);
+    p.output_pixel = pixel_at(writes.y, part);
     if (s.residual >= 0) {
       const int64_t residual = y.pixel ? s.y : s.residual;  // lay_out has brought a compact one there
-      p.residual = map_at(residual, first);
+      p.residual = map_at(residual, part);
       p.residual_stride = maps_[slot(residual)].stride;
       p.residual_pixel = p.output_pixel;
     }
     p.activation = s.relu > 0 ? Activation::kRelu : Activation::kNone;
     p.tail = writes.skip > 0 ? Tail::kSkip : Tail::kZero;
-    p.output = map_at(writes.y, first);
+    p.output = map_at(writes.y, part);
     p.output_stride = y.stride;
-    p.pooled = vector_at(s.mean, first);
+    p.pooled = vector_at(s.mean, part);
     if (y.pixel) {
       p.tail = s.residual >= 0 ? Tail::kKeep : Tail::kSkip;
-      p.output_live = y.live + first;
+      p.output_live = y.live + part.first;
     } else if (p.residual == p.output && p.residual && residual_stays(p_, s)) {
       p.tail = Tail::kKeep;
     }
-    prefix_conv2d(p, threads_);
+    prefix_conv2d(p, part.threads);
   }
 
   // Gives samples of the compact map that a step writes their layout. Of a sum, its residual is brought there: in
   // place, only samples that get wider are touched.
-  void lay_out(const SegmentStep& s, int64_t first, int64_t count, const int32_t* prefix) {
+  void lay_out(const SegmentStep& s, const Part& part, const int32_t* prefix) {
     const Map& y = maps_[slot(s.y)];
     const MapShape& shape = shapes_[slot(s.y)];
     const Map* r = s.residual >= 0 ? &maps_[slot(s.residual)] : nullptr;
-    const float* from = r ? map_at(s.residual, first) : nullptr;
-    float* to = map_at(s.y, first);
+    const float* from = r ? map_at(s.residual, part) : nullptr;
+    float* to = map_at(s.y, part);
     std::vector<int64_t> moved;
-    for (int64_t n = first; n < first + count; ++n) {
-      y.live[n] = prefix ? prefix[n - first] : static_cast<int32_t>(shape.c);
+    for (int64_t n = part.first; n < part.first + part.count; ++n) {
+      y.live[n] = prefix ? prefix[n - part.first] : static_cast<int32_t>(shape.c);
       if (r && (from != to || y.live[n] > r->live[n])) moved.push_back(n);
       if (r) y.live[n] = std::max(y.live[n], r->live[n]);
       y.pixel[n] = static_cast<int32_t>(compact_pixel(y.live[n]));
     }
-    split(threads_, static_cast<int64_t>(moved.size()), 1, [&](int64_t begin, int64_t end, int) {
+    split(part.threads, static_cast<int64_t>(moved.size()), 1, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t n = moved[slot(i)], at = n - first;
+        const int64_t n = moved[slot(i)], at = n - part.first;
         widen_pixels(from + at * r->stride.n, r->pixel[n], to + at * y.stride.n, y.pixel[n], shape.h * shape.w,
                      r->live[n], y.live[n]);
       }
     });
   }
 
-  void max_pool(const SegmentStep& s, int64_t first, int64_t count) {
+  void max_pool(const SegmentStep& s, const Part& part) {
     const MapShape &in = shapes_[slot(s.x)], &out = shapes_[slot(s.y)];
     MaxPoolParams p;
-    p.n = count, p.c = in.c, p.h = in.h, p.w = in.w, p.out_h = out.h, p.out_w = out.w;
+    p.n = part.count, p.c = in.c, p.h = in.h, p.w = in.w, p.out_h = out.h, p.out_w = out.w;
     p.kernel_h = s.kh, p.kernel_w = s.kw, p.stride_h = s.stride_h, p.stride_w = s.stride_w;
     p.pad_h = s.pad_top, p.pad_w = s.pad_left;
-    p.input = map_at(s.x, first);
-    p.prefix = index_at(s.in, first);
+    p.input = map_at(s.x, part);
+    p.prefix = index_at(s.in, part);
     p.zero_tail = s.skip <= 0 && !maps_[slot(s.y)].pixel;
-    p.output = map_at(s.y, first);
-    if (maps_[slot(s.y)].pixel) lay_out(s, first, count, p.prefix);
+    p.output = map_at(s.y, part);
+    if (maps_[slot(s.y)].pixel) lay_out(s, part, p.prefix);
     p.input_sample = maps_[slot(s.x)].stride.n, p.output_sample = maps_[slot(s.y)].stride.n;
-    p.input_pixel = pixel_at(s.x, first), p.output_pixel = pixel_at(s.y, first);
+    p.input_pixel = pixel_at(s.x, part), p.output_pixel = pixel_at(s.y, part);
     const int64_t row_reads = p.out_w * p.kernel_h * p.kernel_w * p.c;
-    split(threads_, p.n * p.out_h, 65536 / std::max<int64_t>(1, row_reads) + 1,
+    split(part.threads, p.n * p.out_h, 65536 / std::max<int64_t>(1, row_reads) + 1,
           [&](int64_t begin, int64_t end, int) { max_pool2d(p, begin, end); });
   }
 
-  void add(const SegmentStep& s, int64_t first, int64_t count) {
-    const float *a = map_at(s.x, first), *b = map_at(s.residual, first);
-    float* to = map_at(s.y, first);
+  void add(const SegmentStep& s, const Part& part) {
+    const float *a = map_at(s.x, part), *b = map_at(s.residual, part);
+    float* to = map_at(s.y, part);
     const int64_t rows = shapes_[slot(s.y)].h, floats = shapes_[slot(s.y)].floats() / rows;
     const int64_t a_step = maps_[slot(s.x)].stride.n, b_step = maps_[slot(s.residual)].stride.n;
     const int64_t to_step = maps_[slot(s.y)].stride.n;
-    split(threads_, count * rows, 32768 / floats + 1, [&](int64_t begin, int64_t end, int) {
+    split(part.threads, part.count * rows, 32768 / floats + 1, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t n = i / rows, at = i % rows * floats;
         for (int64_t c = at; c < at + floats; ++c) to[n * to_step + c] = a[n * a_step + c] + b[n * b_step + c];
@@ -333,30 +376,31 @@ class Runner {
     });
   }
 
-  void decide(const SegmentStep& s, int64_t first, int64_t count) {
+  void decide(const SegmentStep& s, const Part& part) {
     AgentStepParams p;
-    p.samples = count, p.features = s.feature_size, p.code = s.code, p.hidden = s.hidden;
+    p.samples = part.count, p.features = s.feature_size, p.code = s.code, p.hidden = s.hidden;
     p.actions = s.actions, p.channels = s.channels, p.input = s.input, p.shift = call_.shift;
     const Constant* constants = &call_.constants[slot(s.agent)];
-    p.pooled = vector_at(s.features, first);
-    p.hidden_in = vector_at(s.hidden_in, first);
-    p.previous = index_at(s.previous, first);
+    p.pooled = vector_at(s.features, part);
+    p.hidden_in = vector_at(s.hidden_in, part);
+    p.previous = index_at(s.previous, part);
     p.mean = constants[0].data, p.inv_std = constants[1].data;
     p.encoder_weight = constants[2].data, p.encoder_bias = constants[3].data;
     p.weight_ih = constants[4].data, p.weight_hh = constants[5].data;
     p.bias_ih = constants[6].data, p.bias_hh = constants[7].data;
     p.decoder_weight = constants[8].data, p.decoder_bias = constants[9].data;
-    p.hidden_out = vector_at(s.hidden_out, first);
-    p.action = index_at(s.action, first);
-    p.out_prefix = index_at(s.result, first);
-    q_.resize(std::max(q_.size(), static_cast<size_t>(count * s.actions)));
-    p.q = q_.data();
+    p.hidden_out = vector_at(s.hidden_out, part);
+    p.action = index_at(s.action, part);
+    p.out_prefix = index_at(s.result, part);
+    std::vector<float> q(static_cast<size_t>(part.count * s.actions));
+    p.q = q.data();
     constexpr int64_t kBlock = 16, kBlocksWorthAThread = 4;  // samples the kernel takes at once; some microseconds
     const int64_t floats = agent_step_scratch(p);
-    scratch_.resize(std::max(scratch_.size(), static_cast<size_t>(floats * threads_.count)));
-    split(threads_, (count + kBlock - 1) / kBlock, kBlocksWorthAThread, [&](int64_t begin, int64_t end, int worker) {
-      agent_step(p, begin * kBlock, std::min(count, end * kBlock), scratch_.data() + worker * floats);
-    });
+    std::vector<float> scratch(static_cast<size_t>(floats * part.threads.count));
+    split(part.threads, (part.count + kBlock - 1) / kBlock, kBlocksWorthAThread,
+          [&](int64_t begin, int64_t end, int worker) {
+            agent_step(p, begin * kBlock, std::min(part.count, end * kBlock), scratch.data() + worker * floats);
+          });
   }
 
   const SegmentProgram& p_;
@@ -368,7 +412,6 @@ class Runner {
   std::vector<Map> maps_;
   std::vector<int32_t*> indices_;
   std::vector<float*> vectors_;
-  std::vector<float> q_, scratch_;
 };
 
 }  // namespace

@@ -17,6 +17,9 @@ int64_t weight_bytes(const SegmentStep& s) {
 // Maps of a whole batch that are not worth groups: so many times those of a group.
 constexpr int64_t kTogether = 4;
 
+// Groups for each thread at least where every thread takes its own: fewer would leave some idle at the end.
+constexpr int64_t kGroupsPerThread = 2;
+
 // Samples that should pass through a step together: as many as keep its maps in the caches, yet enough to make the
 // weights, read once for each group, cost less than the maps.
 int64_t wanted_samples(const SegmentStep& s, const std::vector<MapShape>& shapes, int64_t n, int64_t group_bytes) {
@@ -70,24 +73,27 @@ bool pooling_follows(const SegmentProgram& program, const std::vector<MapShape>&
 }
 
 SegmentMemory::SegmentMemory(const SegmentProgram& program, const std::vector<MapShape>& shapes, int64_t n,
-                             int64_t group_bytes)
+                             int64_t group_bytes, int threads)
     : offset(shapes.size(), -1), whole_batch(shapes.size(), true) {
-  cut(program, shapes, n, group_bytes);
+  cut(program, shapes, n, group_bytes, threads);
   place(program, shapes, n);
 }
 
 void SegmentMemory::cut(const SegmentProgram& program, const std::vector<MapShape>& shapes, int64_t n,
-                        int64_t group_bytes) {
+                        int64_t group_bytes, int threads) {
   // Later layers have smaller maps: groups only grow on the way, so few phases come out.
   const size_t count = program.steps.size();
   std::vector<int64_t> samples(count, n);
+  const auto groups = [n](int64_t of) { return (n + of - 1) / of; };
   int64_t least = n;
   for (size_t i = count; i-- > 0;) {
     least = std::min(least, wanted_samples(program.steps[i], shapes, n, group_bytes));
-    samples[i] = least;
+    // Too few groups to share among the threads: these share each layer instead.
+    samples[i] = threads > 1 && groups(least) < kGroupsPerThread * threads ? n : least;
   }
   for (size_t i = 0; i < count; ++i) {
-    if (phases.empty() || phases.back().samples != samples[i]) phases.push_back({i, i, samples[i]});
+    if (phases.empty() || phases.back().samples != samples[i])
+      phases.push_back({i, i, samples[i], samples[i] < n ? threads : 1, 0});
     phases.back().end = i + 1;
   }
 }
@@ -107,7 +113,7 @@ void SegmentMemory::place(const SegmentProgram& program, const std::vector<MapSh
       end_of_x = std::max(end_of_x, static_cast<int64_t>(i) + 1);
     }
   Room room;
-  for (const SegmentPhase& phase : phases) {
+  for (SegmentPhase& phase : phases) {
     const bool grouped = phase.samples < n;
     const int64_t end = static_cast<int64_t>(phase.end);
     const auto inside = [&](int64_t slot) { return slot >= 0 && !outside[static_cast<size_t>(slot)]; };
@@ -120,6 +126,7 @@ void SegmentMemory::place(const SegmentProgram& program, const std::vector<MapSh
       if (grouped && whole_batch[static_cast<size_t>(y)])
         offset[static_cast<size_t>(y)] = room.take(n * sample_room(shapes[static_cast<size_t>(y)]));
     }
+    Room group;  // of a group's own maps: each thread has such a room
     for (size_t i = phase.first; i < phase.end; ++i) {
       const SegmentStep& s = program.steps[i];
       const size_t y = static_cast<size_t>(s.y), r = static_cast<size_t>(s.residual);
@@ -131,15 +138,30 @@ void SegmentMemory::place(const SegmentProgram& program, const std::vector<MapSh
           offset[y] = offset[r];
           kept = s.residual;
         } else {
-          offset[y] = room.take((whole_batch[y] ? n : phase.samples) * sample_room(shapes[y]));
+          offset[y] = whole_batch[y] ? room.take(n * sample_room(shapes[y]))
+                                     : group.take(phase.samples * sample_room(shapes[y]));
         }
       }
       const int64_t residual = s.residual == s.x ? -1 : s.residual, before = joined[i] ? program.steps[i - 1].x : -1;
       for (int64_t slot : {s.x, residual, s.y, before}) {
-        if (!inside(slot) || slot == kept || last[static_cast<size_t>(slot)] != step) continue;
-        const int64_t at = offset[static_cast<size_t>(slot)];
-        grouped&& whole_batch[static_cast<size_t>(slot)] ? at_end.push_back(at) : room.give(at);
+        const size_t m = static_cast<size_t>(slot);
+        if (!inside(slot) || slot == kept || last[m] != step) continue;
+        if (!whole_batch[m]) {
+          group.give(offset[m]);
+        } else if (grouped) {
+          at_end.push_back(offset[m]);
+        } else {
+          room.give(offset[m]);
+        }
       }
+    }
+    phase.group_floats = group.most();
+    if (phase.group_floats > 0) {
+      const int64_t at = room.take(phase.places * phase.group_floats);
+      for (size_t i = phase.first; i < phase.end; ++i)
+        if (inside(program.steps[i].y) && !whole_batch[static_cast<size_t>(program.steps[i].y)])
+          offset[static_cast<size_t>(program.steps[i].y)] += at;
+      at_end.push_back(at);
     }
     for (int64_t at : at_end) room.give(at);
   }

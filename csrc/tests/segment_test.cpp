@@ -115,7 +115,7 @@ TEST(segment_groups_and_threads_do_not_change_a_bit) {
   const std::vector<float> expected = data.run(int64_t{1} << 40, 1);
   for (float v : expected) CHECK(v == v) << "an element was not written";
   for (int64_t bytes : {int64_t{1}, int64_t{90} << 10, int64_t{200} << 10, int64_t{400} << 10})
-    for (int threads : {1, 3}) CHECK(data.run(bytes, threads) == expected) << bytes << " bytes, " << threads;
+    for (int threads : {1, 2, 3}) CHECK(data.run(bytes, threads) == expected) << bytes << " bytes, " << threads;
 }
 
 TEST(segment_maps_that_live_at_once_never_overlap) {
@@ -138,6 +138,13 @@ TEST(segment_maps_that_live_at_once_never_overlap) {
         CHECK(end(a) <= memory.offset[b] || end(b) <= memory.offset[a]) << "maps " << a << " and " << b;
       }
   }
+  // Two threads, each with groups of its own: a map has room for both.
+  const cpu::SegmentMemory two(data.program, data.shapes, n, int64_t{90} << 10, 2);
+  CHECK_EQUAL(two.phases.front().places, int64_t{2});
+  CHECK_EQUAL(two.phases.back().places, int64_t{1});
+  // Three have too few samples for that.
+  const cpu::SegmentMemory three(data.program, data.shapes, n, 1, 3);
+  CHECK(three.phases.size() == 1 && three.phases[0].samples == n && three.phases[0].places == 1);
   const cpu::SegmentMemory together(data.program, data.shapes, n, int64_t{1} << 40);
   const cpu::SegmentMemory grouped(data.program, data.shapes, n, 1);
   CHECK(grouped.floats * n <= together.floats + 16 * n) << grouped.floats << " and " << together.floats;
@@ -209,7 +216,7 @@ TEST(segment_maps_of_live_channels_give_the_same_bits) {
     for (float v : expected) CHECK(v == v) << "an element was not written";
     // With small groups sums are computed far from their residuals, where a group hands over to the whole batch.
     for (int64_t bytes : {int64_t{1} << 30, int64_t{150} << 10, int64_t{60} << 10, int64_t{20} << 10, int64_t{1}})
-      for (int threads : {1, 3})
+      for (int threads : {1, 2, 3})
         CHECK(run("out vector 0\n", 1, bytes, threads) == expected)
             << bytes << " bytes, " << threads << ", " << constant;
     for (int64_t bytes : {int64_t{1} << 30, int64_t{1}}) {
@@ -257,7 +264,7 @@ TEST(segment_pooling_within_winograd_gives_the_same_bits) {
       const auto nans = std::count_if(expected.begin(), expected.end(), [](float v) { return v != v; });
       CHECK(nans > 0 && nans < static_cast<int64_t>(expected.size()) / 10) << nans;
       for (int64_t bytes : {int64_t{1} << 30, int64_t{1}})
-        for (int threads : {1, 3}) {
+        for (int threads : {1, 2, 3}) {
           const std::vector<float> found = run("", bytes, threads);
           for (size_t i = 0; i < found.size(); ++i)
             CHECK(found[i] == expected[i] || (found[i] != found[i] && expected[i] != expected[i]))
