@@ -74,7 +74,7 @@ struct PrefixConv2dParams {
   void* output = nullptr;
   Strides4 output_stride;
   float* pooled = nullptr;  // (n, c_out)
-  bool max_pool = false;    // Winograd of a segment: the output is that of 2x2 max-pooling, stride 2, after the activation
+  bool max_pool = false;    // segments, Winograd: `output` is that of 2x2 max-pooling after the activation
 
   // Maps of a segment whose samples keep their live channels only (cpu/segment_layout.h): (n,) elements from one pixel
   // of a sample to the next, instead of the strides' w and h; a multiple of 16 and not of 512. Null: all as the strides

@@ -2,17 +2,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <numeric>
-#include <stdexcept>
-#include <string>
 
-#include "core/algorithm.h"
 #include "cpu/agent_step.h"
 #include "cpu/buffer_pool.h"
 #include "cpu/max_pool2d.h"
-#include "cpu/pack_weight.h"
 #include "cpu/prefix_conv2d.h"
+#include "cpu/segment_check.h"
 #include "cpu/segment_layout.h"
 #include "cpu/segment_memory.h"
 #include "cpu/winograd.h"
@@ -23,23 +19,6 @@ namespace {
 BufferPool& pool() {
   static BufferPool* const all = new BufferPool;  // never destroyed: a thread may outlive the static objects
   return *all;
-}
-
-void require(bool holds, const std::string& what) {
-  if (!holds) throw std::invalid_argument(what);
-}
-
-ConvShape conv_shape(const SegmentStep& s, const MapShape& in) {
-  ConvShape c;
-  c.c_in = s.c_in, c.h = in.h, c.w = in.w;
-  c.c_out = s.c_out, c.kh = s.kh, c.kw = s.kw;
-  c.stride_h = s.stride_h, c.stride_w = s.stride_w;
-  c.pad_top = s.pad_top, c.pad_bottom = s.pad_bottom, c.pad_left = s.pad_left, c.pad_right = s.pad_right;
-  c.dilation_h = s.dilation_h, c.dilation_w = s.dilation_w;
-  c.groups = s.groups;
-  c.out_h = conv_output_size(c.h, c.kh, c.stride_h, c.pad_top, c.pad_bottom, c.dilation_h);
-  c.out_w = conv_output_size(c.w, c.kw, c.stride_w, c.pad_left, c.pad_right, c.dilation_w);
-  return c;
 }
 
 // body(begin, end, worker) over 0 … count − 1, split evenly over as many threads as have `least` of them to do.
@@ -76,21 +55,6 @@ class Runner {
     for (size_t i = 0; i < p_.map_out.size(); ++i) maps_[slot(p_.map_out[i])].data = call.map_out[i];
     for (size_t i = 0; i < p_.index_out.size(); ++i) indices_[slot(p_.index_out[i])] = call.index_out[i];
     for (size_t i = 0; i < p_.vector_out.size(); ++i) vectors_[slot(p_.vector_out[i])] = call.vector_out[i];
-  }
-
-  void check() const {
-    for (size_t i = 0; i < p_.index_in.size(); ++i) {
-      const int64_t limit = p_.index_limit[slot(p_.index_in[i])];
-      for (int64_t n = 0; n < call_.n; ++n) {
-        const int32_t v = call_.index_in[i][n];
-        require(v >= 0 && v <= limit, "index input " + std::to_string(i) + " must lie in 0…" + std::to_string(limit) +
-                                          "; got " + std::to_string(v) + " for sample " + std::to_string(n));
-      }
-    }
-    for (const SegmentStep& s : p_.steps) {
-      if (s.op == SegmentOp::kConv) check_conv(s);
-      if (s.op == SegmentOp::kDecide) check_agent(s);
-    }
   }
 
   void run() {
@@ -131,40 +95,6 @@ class Runner {
   };
 
   static size_t slot(int64_t number) { return static_cast<size_t>(number); }
-
-  const Constant& constant(int64_t index) const {
-    require(index >= 0 && slot(index) < call_.constants.size(), "a constant is missing");
-    return call_.constants[slot(index)];
-  }
-
-  void check_conv(const SegmentStep& s) const {
-    ConvShape shape = conv_shape(s, shapes_[slot(s.x)]);
-    const Constant& weight = constant(s.weight);
-    const char* mismatch = packed_mismatch(weight.data, weight.floats, PackedLayout(shape));
-    require(!mismatch, std::string("packed weights do not belong to a convolution: ") + (mismatch ? mismatch : ""));
-    if (s.winograd >= 0) {
-      const Constant& transformed = constant(s.winograd);
-      int64_t tile = 0;
-      const char* other = winograd_mismatch(transformed.data, transformed.floats, s.c_out, s.c_in, &tile);
-      require(winograd_can(shape, DType::kFloat32) && !other,
-              std::string("transformed weights do not belong to a convolution: ") + (other ? other : "not 3x3"));
-    }
-    for (int64_t table : {s.scale, s.bias})
-      if (table >= 0)
-        require(table + std::max<int64_t>(1, s.lines) * s.c_out <= constant(0).floats,
-                "a table must lie within constant 0");
-  }
-
-  void check_agent(const SegmentStep& s) const {
-    const int64_t gates = 3 * s.hidden;
-    const int64_t sizes[kAgentConstants] = {
-        s.feature_size, s.feature_size, s.code * s.feature_size, s.code,   gates * s.input, gates * s.hidden,
-        gates,          gates,          s.actions * s.hidden,    s.actions};
-    for (int64_t i = 0; i < kAgentConstants; ++i)
-      require(constant(s.agent + i).floats == sizes[i], "the agent's constant " + std::to_string(i) + " must have " +
-                                                            std::to_string(sizes[i]) + " elements; got " +
-                                                            std::to_string(constant(s.agent + i).floats));
-  }
 
   // Groups of samples, each through all steps; with several places each thread takes one after the other, and no thread
   // waits for another between two layers.
@@ -264,7 +194,7 @@ class Runner {
     const SegmentStep &s = p_.steps[i], &next = p_.steps[i + 1];
     if (!compact_[slot(next.y)] && next.skip <= 0 && s.out >= 0) return false;
     PrefixConv2dParams p;
-    p.shape = conv_shape(s, shapes_[slot(s.x)]);
+    p.shape = step_shape(s, shapes_[slot(s.x)]);
     p.shape.n = part.count;
     p.in_prefix = index_at(s.in, part), p.out_prefix = index_at(s.out, part);
     set_winograd(p, s);
@@ -281,7 +211,7 @@ class Runner {
   // With `pool`, that step's max-pooling too.
   void convolve(const SegmentStep& s, const Part& part, const SegmentStep* pool = nullptr) {
     PrefixConv2dParams p;
-    p.shape = conv_shape(s, shapes_[slot(s.x)]);
+    p.shape = step_shape(s, shapes_[slot(s.x)]);
     p.shape.n = part.count;
     p.input = map_at(s.x, part);
     p.input_stride = maps_[slot(s.x)].stride;
@@ -416,39 +346,10 @@ class Runner {
 
 }  // namespace
 
-std::vector<MapShape> segment_shapes(const SegmentProgram& program, const std::vector<MapShape>& map_in) {
-  std::vector<MapShape> shapes(static_cast<size_t>(program.maps));
-  for (size_t i = 0; i < program.map_in.size(); ++i) shapes[static_cast<size_t>(program.map_in[i])] = map_in[i];
-  for (const SegmentStep& s : program.steps) {
-    if (s.y < 0) continue;
-    const MapShape& x = shapes[static_cast<size_t>(s.x)];
-    MapShape& y = shapes[static_cast<size_t>(s.y)];
-    if (s.op == SegmentOp::kConv) {
-      require(x.c == s.c_in,
-              "a convolution needs " + std::to_string(s.c_in) + " input channels; got " + std::to_string(x.c));
-      const ConvShape c = conv_shape(s, x);
-      y = {c.c_out, c.out_h, c.out_w};
-    } else if (s.op == SegmentOp::kMaxPool) {
-      if (s.in >= 0) require(program.index_limit[static_cast<size_t>(s.in)] <= x.c, "a prefix exceeds its map");
-      y = {x.c, conv_output_size(x.h, s.kh, s.stride_h, s.pad_top, s.pad_top, 1),
-           conv_output_size(x.w, s.kw, s.stride_w, s.pad_left, s.pad_left, 1)};
-    } else {
-      y = x;
-    }
-    require(y.h > 0 && y.w > 0, "the window must fit into the padded input");
-    if (s.residual >= 0) {
-      const MapShape& r = shapes[static_cast<size_t>(s.residual)];
-      require(r.c == y.c && r.h == y.h && r.w == y.w, "the two sides of a sum must have one shape");
-    }
-  }
-  return shapes;
-}
-
 void run_segment(const SegmentProgram& program, const std::vector<MapShape>& shapes, const SegmentCall& call,
                  const Threads& threads, int64_t group_bytes) {
-  Runner runner(program, shapes, call, threads, group_bytes);
-  runner.check();
-  if (call.n > 0) runner.run();
+  check_segment(program, shapes, call);
+  if (call.n > 0) Runner(program, shapes, call, threads, group_bytes).run();
 }
 
 void release_segment_memory() { pool().release(); }

@@ -84,7 +84,7 @@ void SegmentMemory::cut(const SegmentProgram& program, const std::vector<MapShap
   // Later layers have smaller maps: groups only grow on the way, so few phases come out.
   const size_t count = program.steps.size();
   std::vector<int64_t> samples(count, n);
-  const auto groups = [n](int64_t of) { return (n + of - 1) / of; };
+  const auto groups = [n](int64_t of) { return n > 0 ? (n + of - 1) / of : 0; };
   int64_t least = n;
   for (size_t i = count; i-- > 0;) {
     least = std::min(least, wanted_samples(program.steps[i], shapes, n, group_bytes));
