@@ -5,7 +5,9 @@
 One line per layer, layout and batch: the median of nn.Conv2d in microseconds, the median ratio ours / theirs of runs
 taken in turn (rnp.bench.timing), its p20 and p80, the same of nn.Conv2d against itself (differences below that say
 nothing), and the path (ours, or a stock one by the rule in csrc/core/stock.cpp). The swap must never cost more than
-3 %. --clock cpu counts the time of this thread alone, for a machine that others use too (one thread only).
+3 %. Freed memory is kept by malloc, as in `rnp bench`: by glibc's defaults a call's output may be given back and faulted
+in again at the next, on one side or on both, by what else lies on the heap (one and the same row read 0.94 and, after
+others, 2.33). --clock cpu counts the time of this thread alone, for a machine that others use too (one thread only).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from rnp.bench.timing import AGAIN, CLOCKS, measure, ratio, spread
+from rnp.bench.timing import AGAIN, CLOCKS, keep_freed_memory, measure, ratio, spread
 from rnp_kernels import PrefixConv2d, stock
 
 # name: in, out, kernel, input side, stride, groups, and dilation where it is not 1
@@ -95,6 +97,7 @@ def main() -> None:
     if options.clock == "cpu" and options.threads != 1:
         parser.error("--clock cpu needs --threads 1")
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     dtype = getattr(torch, options.dtype)
     worst = (0.0, "")
     for layout in (torch.channels_last, torch.contiguous_format):
