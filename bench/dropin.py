@@ -5,7 +5,7 @@
 One line per layer, layout and batch: the median of nn.Conv2d in microseconds, the median ratio ours / theirs of runs
 taken in turn (rnp.bench.timing), its p20 and p80, the same of nn.Conv2d against itself (differences below that say
 nothing), and the path (ours, or a stock one by the rule in csrc/core/stock.cpp). The swap must never cost more than
-3 %. Freed memory is kept by malloc, as in `rnp bench`: by glibc's defaults a call's output may be given back and faulted
+3 %. Freed memory is kept by malloc, as in `rnp bench`: by default a call's output may be given back and faulted
 in again at the next, on one side or on both, by what else lies on the heap (one and the same row read 0.94 and, after
 others, 2.33). --clock cpu counts the time of this thread alone, for a machine that others use too (one thread only).
 """
