@@ -1,7 +1,8 @@
 """Whole networks at 224 × 224: full width beside OpenVINO and ONNX Runtime, and what pruning really saves.
 
     python bench/networks.py [--parts full,agent,pruned,breakdown,memory] [--models vgg16,resnet18,resnet50]
-                             [--threads 1,2] [--rounds 7] [--clock wall|cpu] [--json FILE]
+                             [--threads 1,2] [--rounds 7] [--clock wall|cpu] [--algorithm auto|direct]
+                             [--json FILE]
 
 Every side is checked before anything is timed; the sides of a row are timed in turn in one process. A rival that is not
 installed is named as missing.
@@ -9,7 +10,7 @@ installed is named as missing.
 * full: the converted network at full width, the same with direct convolution only, and the runtimes; batch 1 and 8.
 * agent: an agent that decides against the same actions without it; its share of the network's time, batch 1.
 * pruned: mixed actions drawn so that the batch's theoretical speed-up is 3, 4, 5 and 10 (the paper's table), batch 8
-  and 32. `realised` is (own full width ÷ time) ÷ theory, `over` the runtime's time ÷ ours.
+  and 32. `realised` is (own full width ÷ time) ÷ theory, both of --algorithm; `over` the runtime's time ÷ ours.
 * breakdown: the same actions layer by layer, and the bound that the layers outside of the pruning set (breakdown.py).
 * memory: the most that a forward needs beyond what the process held before it (Linux), for the original and for ours.
 """
@@ -234,6 +235,7 @@ def main() -> None:
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--clock", choices=tuple(timing.CLOCKS), default="wall")
+    parser.add_argument("--algorithm", choices=("auto", "direct"), default="auto", help="of our convolutions")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -243,6 +245,7 @@ def main() -> None:
         print(json.dumps(memory_of(name, side, int(batch))))
         return
     timing.keep_freed_memory()
+    rnp_kernels.set_algorithm(options.algorithm)
     names, parts = options.models.split(","), options.parts.split(",")
     batches = {"full": [1, 8], "pruned": [8, 32], "breakdown": [8, 32], "memory": [1, 8]}
     if options.batches:
