@@ -69,7 +69,7 @@ bool pooling_follows(const SegmentProgram& program, const std::vector<MapShape>&
   const bool halves = next.kh == 2 && next.kw == 2 && next.stride_h == 2 && next.stride_w == 2 && next.pad_top == 0 &&
                       next.pad_left == 0 && y.h % 2 == 0 && y.w % 2 == 0;
   return halves && program.last_use[static_cast<size_t>(s.y)] == static_cast<int64_t>(i) + 1 && !has(program.map_out) &&
-         s.residual < 0 && s.mean < 0 && next.in == s.out;
+         s.residual < 0 && next.in == s.out;
 }
 
 SegmentMemory::SegmentMemory(const SegmentProgram& program, const std::vector<MapShape>& shapes, int64_t n,

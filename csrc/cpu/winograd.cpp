@@ -15,6 +15,7 @@
 #include "core/algorithm.h"
 #include "cpu/band.h"
 #include "cpu/epilogue.h"
+#include "cpu/sum_pixels.h"
 #include "cpu/winograd_items.h"
 
 namespace rnp::cpu {
@@ -209,16 +210,11 @@ void finish_means(const WinogradCall& call, int64_t n) {
   const PrefixConv2dParams& p = call.p;
   const ConvShape& s = p.shape;
   float* out = p.pooled + n * s.c_out;
+  const int64_t live = p.out_live(n);
   std::fill(out, out + s.c_out, 0.0f);
-  for (int64_t t = 0; t < call.tiles(); ++t) {
-    const float* sums = call.sums + (n * call.tiles() + t) * s.c_out;
-    for (int64_t c = 0; c < p.out_live(n); ++c) out[c] += sums[c];
-  }
+  sum_pixels(call.sums + n * call.tiles() * s.c_out, s.c_out, call.tiles(), live, out);
   if (call.row_sums)
-    for (int64_t r = 0; r < s.out_h; ++r) {
-      const float* sums = call.row_sums + (n * s.out_h + r) * s.c_out;
-      for (int64_t c = p.out_live(n); c < s.c_out; ++c) out[c] += sums[c];
-    }
+    sum_pixels(call.row_sums + n * s.out_h * s.c_out + live, s.c_out, s.out_h, s.c_out - live, out + live);
   for (int64_t c = 0; c < s.c_out; ++c) out[c] /= static_cast<float>(s.out_h * s.out_w);
 }
 
@@ -239,18 +235,19 @@ void winograd_conv2d(const PrefixConv2dParams& p, const std::vector<int64_t>& sa
                      const Threads& threads, const std::function<float*(size_t)>& scratch) {
   WinogradCall call(p, kernels);
   const WinogradItems all(call, samples, threads.count);
-  std::vector<float> sums, row_sums;
+  const int64_t count = static_cast<int64_t>(all.items.size()), useful = static_cast<int64_t>(all.cost / kCostOfThread);
+  const int workers = static_cast<int>(std::min<int64_t>({threads.count, count, useful + 1}));
+  // Sums lie behind the workers' memory: those of tiles need no zeros, every one that is read has been stored.
+  const int64_t sums = p.pooled ? p.shape.n * call.tiles() * p.shape.c_out : 0;
+  float* memory = scratch(static_cast<size_t>(all.floats * workers + sums));
+  std::vector<float> row_sums;
   if (p.pooled) {
-    sums.resize(static_cast<size_t>(p.shape.n * call.tiles() * p.shape.c_out));
-    call.sums = sums.data();
+    call.sums = memory + all.floats * workers;
     if (p.residual) {  // otherwise the tails are 0
       row_sums.resize(static_cast<size_t>(p.shape.n * p.shape.out_h * p.shape.c_out));
       call.row_sums = row_sums.data();
     }
   }
-  const int64_t count = static_cast<int64_t>(all.items.size()), useful = static_cast<int64_t>(all.cost / kCostOfThread);
-  const int workers = static_cast<int>(std::min<int64_t>({threads.count, count, useful + 1}));
-  float* memory = scratch(static_cast<size_t>(all.floats * workers));
   std::atomic<size_t> next{0};
   threads(workers, [&](int worker) {
     for (size_t i = next++; i < all.items.size(); i = next++)

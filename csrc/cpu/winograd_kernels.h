@@ -34,7 +34,7 @@ struct WinogradOutputArgs {
   int32_t live;      // channels to store, 1…32
   int64_t out_row_step, out_col_step, residual_row_step, residual_col_step;
   bool relu;
-  bool pool;    // `out` receives the maxima of 2 x 2 outputs; rows and cols are even, no residual, no sum
+  bool pool;    // `out` receives the maxima of 2 x 2 outputs; rows and cols are even, no residual
   bool stream;  // store past the caches; whole vectors and aligned cache lines only (kernels whose `streams` says so)
 };
 

@@ -120,32 +120,41 @@ struct Winograd {
     }
   }
 
-  // The maxima of 2 x 2 outputs. The activation is monotone, so the largest is activated instead of all four.
-  template <bool kStream>
+  // The maxima of 2 x 2 outputs. The activation is monotone, so the largest is activated instead of all four, unless
+  // their sum is wanted: it is taken in the order of output_vector, and has its bits.
+  template <bool kStream, bool kSum>
   static RNP_INLINE void pooled_vector(const WinogradOutputArgs& a, const WinogradTile& tile, const float* m, int64_t c,
                                        typename V::Mask mask) {
     T half[kTile][kEdge];
     output_columns(a, m, half);
     const T scale = tile.scale ? V::masked_load(tile.scale + c, mask) : V::zero();
     const T bias = tile.bias ? V::masked_load(tile.bias + c, mask) : V::zero();
+    [[maybe_unused]] T sum = V::zero();
     RNP_UNROLL
     for (int i = 0; i < kTile; i += 2) {
       if (i >= tile.rows) break;
       T y[2][kTile];
-      output(half[i], y[0]);
-      output(half[i + 1], y[1]);
+      RNP_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        output(half[i + k], y[k]);
+        RNP_UNROLL
+        for (int j = 0; j < kTile; ++j) {
+          if (j >= tile.cols) break;
+          T& value = y[k][j];
+          if (tile.scale) value = V::mul(value, scale);
+          if (tile.bias) value = V::add(value, bias);
+          if constexpr (kSum) {
+            if (a.relu) value = V::relu(value);
+            sum = V::add(sum, value);
+          }
+        }
+      }
       float* out = tile.out + i / 2 * a.out_row_step + c;
       RNP_UNROLL
       for (int j = 0; j < kTile; j += 2, out += a.out_col_step) {
         if (j >= tile.cols) break;
-        RNP_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          T& value = y[k / 2][j + k % 2];
-          if (tile.scale) value = V::mul(value, scale);
-          if (tile.bias) value = V::add(value, bias);
-        }
         T value = V::larger(V::larger(y[0][j], y[0][j + 1]), V::larger(y[1][j], y[1][j + 1]));
-        if (a.relu) value = V::relu(value);
+        if (!kSum && a.relu) value = V::relu(value);
         if constexpr (kStream) {
           V::stream(out, value);
         } else {
@@ -153,6 +162,7 @@ struct Winograd {
         }
       }
     }
+    if constexpr (kSum) V::masked_store(tile.sum + c, mask, sum);
   }
 
   template <bool kStream>
@@ -193,7 +203,11 @@ struct Winograd {
       const float* m = a.m + t * PackedLayout::kLanes;
       for (int c = 0; c < a.live; c += kWidth) {
         if constexpr (kPool) {
-          pooled_vector<kStream>(a, a.tiles[t], m + c, a.channel0 + c, V::mask(a.live - c));
+          if (a.tiles[t].sum) {
+            pooled_vector<kStream, true>(a, a.tiles[t], m + c, a.channel0 + c, V::mask(a.live - c));
+          } else {
+            pooled_vector<kStream, false>(a, a.tiles[t], m + c, a.channel0 + c, V::mask(a.live - c));
+          }
         } else {
           output_vector<kStream>(a, a.tiles[t], m + c, a.channel0 + c, V::mask(a.live - c));
         }

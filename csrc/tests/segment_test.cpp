@@ -230,19 +230,20 @@ TEST(segment_maps_of_live_channels_give_the_same_bits) {
 }
 
 // Pooling in the output transform of a Winograd convolution against the two steps one after the other, which an output
-// in between keeps apart. A NaN goes through both.
+// in between keeps apart, with and without the mean that an agent reads. A NaN goes through both.
 TEST(segment_pooling_within_winograd_gives_the_same_bits) {
   const Data data;
   const std::vector<float> stem = packed(3, 4, 48), inner = packed(48, 5, 48), winograd = transformed(48, 5);
   for (const char* relu : {"1", "0"})
-    for (const char* prefix : {"1", "-1"}) {
-      const std::string narrow = prefix, program_text =
-                                             "slots 5 2 0\nin map 0\nin index 0 4\nprefix 0 1 48 4\n"
-                                             "conv 0 -1 1 -1 -1 -1 -1 1 -1 -1 -1 0 3 48 1 3 3 1 1 1 1 1 1 1 1 1 0\n"
-                                             "conv 1 -1 2 -1 " +
-                                             narrow + " -1 -1 2 3 0 48 0 48 48 1 3 3 1 1 1 1 1 1 1 1 " + relu +
-                                             " 1\nmax_pool 2 3 " + narrow + " 2 2 2 2 0 0 1\nconv 3 -1 4 " + narrow +
-                                             " -1 -1 -1 2 -1 -1 -1 0 48 48 1 3 3 1 1 1 1 1 1 1 1 0 0\nout map 4\n";
+    for (const std::string choice : {"1 0", "-1 0", "1 -1", "-1 -1"}) {
+      const std::string prefix = choice.substr(0, choice.find(' ')), mean = choice.substr(choice.find(' ') + 1);
+      const std::string program_text = "slots 5 2 " + std::string(mean == "0" ? "1" : "0") +
+                                       "\nin map 0\nin index 0 4\nprefix 0 1 48 4\n"
+                                       "conv 0 -1 1 -1 -1 -1 -1 1 -1 -1 -1 0 3 48 1 3 3 1 1 1 1 1 1 1 1 1 0\n"
+                                       "conv 1 -1 2 -1 " +
+                                       prefix + " -1 " + mean + " 2 3 0 48 0 48 48 1 3 3 1 1 1 1 1 1 1 1 " + relu +
+                                       " 1\nmax_pool 2 3 " + prefix + " 2 2 2 2 0 0 1\nconv 3 -1 4 " + prefix +
+                                       " -1 -1 -1 2 -1 -1 -1 0 48 48 1 3 3 1 1 1 1 1 1 1 1 0 0\nout map 4\n";
       const auto run = [&](const std::string& outputs, int64_t bytes, int threads) {
         const cpu::SegmentProgram program(program_text + outputs);
         const auto shapes = cpu::segment_shapes(program, {{3, Data::kSide, Data::kSide}});
@@ -257,15 +258,19 @@ TEST(segment_pooling_within_winograd_gives_the_same_bits) {
         for (int64_t slot : program.map_out)
           out.emplace_back(static_cast<size_t>(Data::kSamples * shapes[static_cast<size_t>(slot)].floats()), -1.0f);
         for (auto& map : out) call.map_out.push_back(map.data());
+        std::vector<float> means(mean == "0" ? size_t{Data::kSamples * 48} : 0, -1.0f);
+        if (mean == "0") call.vector_out = {means.data()};
         cpu::run_segment(program, shapes, call, threads > 1 ? std_threads(threads) : Threads{}, bytes);
+        out[0].insert(out[0].end(), means.begin(), means.end());
         return out[0];
       };
-      const std::vector<float> expected = run("out map 2\n", 1 << 30, 1);
+      const std::string means = mean == "0" ? "out vector 0\n" : "";
+      const std::vector<float> expected = run("out map 2\n" + means, 1 << 30, 1);
       const auto nans = std::count_if(expected.begin(), expected.end(), [](float v) { return v != v; });
       CHECK(nans > 0 && nans < static_cast<int64_t>(expected.size()) / 10) << nans;
       for (int64_t bytes : {int64_t{1} << 30, int64_t{1}})
         for (int threads : {1, 2, 3}) {
-          const std::vector<float> found = run("", bytes, threads);
+          const std::vector<float> found = run(means, bytes, threads);
           for (size_t i = 0; i < found.size(); ++i)
             CHECK(found[i] == expected[i] || (found[i] != found[i] && expected[i] != expected[i]))
                 << i << ": " << found[i] << " and " << expected[i];
