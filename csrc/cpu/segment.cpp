@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <numeric>
 
 #include "cpu/agent_step.h"
@@ -322,14 +323,14 @@ class Runner {
     p.hidden_out = vector_at(s.hidden_out, part);
     p.action = index_at(s.action, part);
     p.out_prefix = index_at(s.result, part);
-    std::vector<float> q(static_cast<size_t>(part.count * s.actions));
-    p.q = q.data();
     constexpr int64_t kBlock = 16, kBlocksWorthAThread = 4;  // samples the kernel takes at once; some microseconds
     const int64_t floats = agent_step_scratch(p);
-    std::vector<float> scratch(static_cast<size_t>(floats * part.threads.count));
+    const std::unique_ptr<float[]> memory(new float[slot(part.count * s.actions + floats * part.threads.count)]);
+    p.q = memory.get();
+    float* scratch = p.q + part.count * s.actions;
     split(part.threads, (part.count + kBlock - 1) / kBlock, kBlocksWorthAThread,
           [&](int64_t begin, int64_t end, int worker) {
-            agent_step(p, begin * kBlock, std::min(part.count, end * kBlock), scratch.data() + worker * floats);
+            agent_step(p, begin * kBlock, std::min(part.count, end * kBlock), scratch + worker * floats);
           });
   }
 
