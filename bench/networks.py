@@ -18,6 +18,7 @@ installed is named as missing.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -78,7 +79,10 @@ def full_row(name: str, batch: int, options: argparse.Namespace) -> dict[str, An
 
 
 def agent_row(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The same actions, decided by an agent on the way or known before: the pooled features count as the agent's."""
+    """The same actions, decided by an agent on the way or known before: the pooled features count as the agent's.
+
+    One network runs both, from the same packed weights in the same pages.
+    """
     x = images(1)
     network = rnp.convert(models.make(name), x, K)
     network.policy = rnp.policies.Random(torch.Generator().manual_seed(0))
@@ -91,10 +95,14 @@ def agent_row(name: str, options: argparse.Namespace) -> dict[str, Any]:
         network.policy = agent
         network.set_budget(shift)
         actions = network(x, return_trace=True)[1].actions
-        known = rnp.convert(models.make(name), x, K)
-        known.policy = rnp.policies.Fixed(actions)
-        require_close(f"{name}, agent", network(x), known(x), 1e-6)
-        sides = {"known": lambda known=known: known(x), "agent": lambda: network(x)}
+        policies = {"known": rnp.policies.Fixed(actions), "agent": agent}
+
+        def run(side: str, policies: Any = policies) -> Any:
+            network.policy = policies[side]
+            return network(x)
+
+        require_close(f"{name}, agent", run("agent"), run("known"), 1e-6)
+        sides = {side: functools.partial(run, side) for side in policies}
         times = timing.measure(sides, "known", seconds=0, rounds=2 * options.rounds, clock=options.clock)
         share = [1 - a / b for a, b in zip(times["known"], times["agent"], strict=True)]
         rows[label] = {"share": timing.spread(share), **timing.summary(times, "known")}
