@@ -35,8 +35,8 @@ STABLE_TORCH_LIBRARY(rnp, m) {
   m.def("max_pool2d(Tensor input, Tensor? prefix, int[] kernel, int[] stride, int[] padding, str tail) -> Tensor");
 
   // torch.nn.functional.linear of a float32 (N, C) on a CPU, without a gradient: the classifier behind a converted
-  // network.
-  m.def("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  // network. With `in_prefix` int32 (N,), only that many runs of `channel_inputs` inputs of each sample are read.
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias, Tensor? in_prefix=None, int channel_inputs=1) -> Tensor");
 
   // One decision of the agent for every sample: standardise, encode, one GRU step, decode, argmax of Q + (i - 1) *
   // shift. weight_ih has a column for each action after the code's where the previous action is an input. Returns

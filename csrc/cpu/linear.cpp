@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "cpu/isa.h"
 
@@ -74,68 +75,91 @@ RNP_INLINE void multiply_group(int64_t samples, const float* weight, int64_t inp
   if constexpr (S > 1) multiply_group<kWidth, R, S - 1>(samples, weight, inputs, input, count, sums);
 }
 
-// `kMost`: samples that are multiplied at once. A sample's group changes nothing of its sums.
+// Neighbours in the order that are multiplied at once: all have the same live inputs, so that no sum runs past its own.
+struct Group {
+  int64_t first, end;  // in the list of samples
+  int64_t whole;       // live inputs in whole vectors
+};
+
+// `kMost`: samples of a group at most. A sample's group changes nothing of its sums.
 template <int kWidth, int kMost>
-RNP_INLINE void some_outputs(const LinearParams& p, int64_t begin, int64_t end, float* scratch) {
-  const int64_t whole = p.inputs / kWidth * kWidth;
-  for (int64_t n = 0; n < p.samples; n += kSamples) {
-    const int64_t samples = std::min(kSamples, p.samples - n), groups = (samples + kMost - 1) / kMost;
-    const auto first = [&](int64_t g) RNP_LAMBDA { return samples * g / groups; };
-    const int64_t depth = groups == 1 ? kDepthOfOneGroup : kDepth;
-    const float* input = p.input + n * p.inputs;
-    float* sums = scratch;
-    float* block = scratch + samples * kLinearOutputs * kWidth;
-    std::memset(sums, 0, static_cast<size_t>(samples * kLinearOutputs * kWidth) * sizeof(float));
-    for (int64_t k = 0; k < whole; k += depth) {
-      const int64_t length = std::min(depth, whole - k);
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t s0 = first(g), s1 = first(g + 1);
-        for (int64_t s = s0; s < s1; ++s) {
-          const float* from = input + s * p.inputs + k;
-          float* to = block + s0 * length + (s - s0) * kWidth;
-          for (int64_t i = 0; i < length; i += kWidth, to += (s1 - s0) * kWidth)
-            std::memcpy(to, from + i, kWidth * sizeof(float));
-        }
-      }
-      for (int64_t o = begin; o < end;) {
-        const int64_t rows = o + kRows <= end ? kRows : 1;
-        for (int64_t g = 0; g < groups; ++g) {
-          const int64_t s0 = first(g), count = first(g + 1) - s0;
-          const float* weight = p.weight + o * p.inputs + k;
-          float* to = sums + (s0 * kLinearOutputs + o - begin) * kWidth;
-          if (rows == kRows) {
-            multiply_group<kWidth, kRows, kMost>(count, weight, p.inputs, block + s0 * length, length / kWidth, to);
-          } else {
-            multiply_group<kWidth, 1, kMost>(count, weight, p.inputs, block + s0 * length, length / kWidth, to);
-          }
-        }
-        o += rows;
+RNP_INLINE void some_outputs(const LinearParams& p, const int64_t* order, int64_t samples, int64_t begin, int64_t end,
+                             float* scratch) {
+  Group groups[kSamples];
+  int64_t group_count = 0;
+  for (int64_t first = 0; first < samples;) {
+    int64_t same = first + 1;
+    while (same < samples && p.live_of(order[same]) == p.live_of(order[first])) ++same;
+    const int64_t parts = (same - first + kMost - 1) / kMost, count = same - first;
+    for (int64_t i = 0; i < parts; ++i)
+      groups[group_count++] = {first + count * i / parts, first + count * (i + 1) / parts,
+                               p.live_of(order[first]) / kWidth * kWidth};
+    first = same;
+  }
+  const int64_t longest = group_count > 0 ? groups[0].whole : 0;
+  const int64_t depth = std::min(group_count == 1 ? kDepthOfOneGroup : kDepth, longest);
+  float* sums = scratch;
+  float* block = scratch + samples * kLinearOutputs * kWidth;
+  std::memset(sums, 0, static_cast<size_t>(samples * kLinearOutputs * kWidth) * sizeof(float));
+  for (int64_t k = 0; k < longest; k += depth) {
+    // Groups that reach this block: the first ones. Each has its inputs as [vector][sample], `depth` floats a sample.
+    int64_t reached = 0;
+    for (; reached < group_count && groups[reached].whole > k; ++reached) {
+      const Group& g = groups[reached];
+      const int64_t length = std::min(depth, g.whole - k), width = (g.end - g.first) * kWidth;
+      for (int64_t s = g.first; s < g.end; ++s) {
+        const float* from = p.input + order[s] * p.inputs + k;
+        float* to = block + g.first * depth + (s - g.first) * kWidth;
+        for (int64_t i = 0; i < length; i += kWidth, to += width) std::memcpy(to, from + i, kWidth * sizeof(float));
       }
     }
-    for (int64_t s = 0; s < samples; ++s)
-      for (int64_t o = begin; o < end; ++o) {
-        float* lanes = sums + (s * kLinearOutputs + o - begin) * kWidth;
-        for (int half = kWidth / 2; half > 0; half /= 2)
-          for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-        float sum = lanes[0];
-        for (int64_t k = whole; k < p.inputs; ++k) sum += p.weight[o * p.inputs + k] * input[s * p.inputs + k];
-        p.output[(n + s) * p.outputs + o] = p.bias ? sum + p.bias[o] : sum;
+    for (int64_t o = begin; o < end;) {
+      const int64_t rows = o + kRows <= end ? kRows : 1;
+      for (int64_t i = 0; i < reached; ++i) {
+        const Group& g = groups[i];
+        const int64_t vectors = std::min(depth, g.whole - k) / kWidth;
+        const float* weight = p.weight + o * p.inputs + k;
+        const float* from = block + g.first * depth;
+        float* to = sums + (g.first * kLinearOutputs + o - begin) * kWidth;
+        if (rows == kRows) {
+          multiply_group<kWidth, kRows, kMost>(g.end - g.first, weight, p.inputs, from, vectors, to);
+        } else {
+          multiply_group<kWidth, 1, kMost>(g.end - g.first, weight, p.inputs, from, vectors, to);
+        }
       }
+      o += rows;
+    }
+  }
+  for (int64_t s = 0; s < samples; ++s) {
+    const int64_t n = order[s], live = p.live_of(n);
+    for (int64_t o = begin; o < end; ++o) {
+      float* lanes = sums + (s * kLinearOutputs + o - begin) * kWidth;
+      for (int half = kWidth / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+      float sum = lanes[0];
+      for (int64_t k = live / kWidth * kWidth; k < live; ++k)
+        sum += p.weight[o * p.inputs + k] * p.input[n * p.inputs + k];
+      p.output[n * p.outputs + o] = p.bias ? sum + p.bias[o] : sum;
+    }
   }
 }
 
-void portable(const LinearParams& p, int64_t begin, int64_t end, float* scratch) {
-  some_outputs<4, 2>(p, begin, end, scratch);
+void portable(const LinearParams& p, const int64_t* order, int64_t samples, int64_t begin, int64_t end,
+              float* scratch) {
+  some_outputs<4, 2>(p, order, samples, begin, end, scratch);
 }
 
 #if defined(__x86_64__)
-__attribute__((target("avx2,fma"))) void avx2(const LinearParams& p, int64_t begin, int64_t end, float* scratch) {
-  some_outputs<8, 2>(p, begin, end, scratch);
+__attribute__((target("avx2,fma"))) void avx2(const LinearParams& p, const int64_t* order, int64_t samples,
+                                              int64_t begin, int64_t end, float* scratch) {
+  some_outputs<8, 2>(p, order, samples, begin, end, scratch);
 }
 
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void avx512(const LinearParams& p, int64_t begin,
-                                                                              int64_t end, float* scratch) {
-  some_outputs<16, 6>(p, begin, end, scratch);
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void avx512(const LinearParams& p,
+                                                                              const int64_t* order, int64_t samples,
+                                                                              int64_t begin, int64_t end,
+                                                                              float* scratch) {
+  some_outputs<16, 6>(p, order, samples, begin, end, scratch);
 }
 #endif
 
@@ -146,13 +170,25 @@ int64_t linear_scratch(const LinearParams& p) {
   return samples * (kLinearOutputs * kWidest + std::min(p.inputs, samples <= 6 ? kDepthOfOneGroup : kDepth));
 }
 
-void linear(const LinearParams& p, int64_t begin, int64_t end, float* scratch) {
+LinearOrder linear_order(const LinearParams& p) {
+  LinearOrder order(static_cast<size_t>(p.samples));
+  std::iota(order.begin(), order.end(), int64_t{0});
+  if (p.live) std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.live[a] > p.live[b]; });
+  return order;
+}
+
+void linear(const LinearParams& p, const LinearOrder& order, int64_t begin, int64_t end, float* scratch) {
+  auto run = portable;
 #if defined(__x86_64__)
   const Isa isa = current_isa();
-  if (isa >= Isa::kAvx512) return avx512(p, begin, end, scratch);
-  if (isa == Isa::kAvx2) return avx2(p, begin, end, scratch);
+  if (isa >= Isa::kAvx512) {
+    run = avx512;
+  } else if (isa == Isa::kAvx2) {
+    run = avx2;
+  }
 #endif
-  portable(p, begin, end, scratch);
+  for (int64_t n = 0; n < p.samples; n += kSamples)
+    run(p, order.data() + n, std::min(kSamples, p.samples - n), begin, end, scratch);
 }
 
 }  // namespace rnp::cpu

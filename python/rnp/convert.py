@@ -20,7 +20,7 @@ class Row:
     """One line of the report."""
 
     name: str
-    action: str  # pruned | dense | followed | per in-prefix | one set | ends the prefix
+    action: str  # pruned | dense | followed | per in-prefix | one set | reads the prefix | ends the prefix
     reason: str
 
 
@@ -305,11 +305,29 @@ class Builder:
             what = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
             where = str(node.target) if module is not None else node.name
             self.report.add(where, "ends the prefix", f"{what} reads all channels, tails as zeros")
-        self.count_fixed(node)
-        self.define(g.OpaqueStep(node.name, names, call), g.FULL)
+        source = self.linear_source(node, names)
+        if source is None:
+            self.count_fixed(node)
+        self.define(g.OpaqueStep(node.name, names, call, source), g.FULL)
+
+    def linear_source(self, node: fx.Node, names: list[str]) -> str | None:
+        """Of a linear layer on flattened channels that have a prefix: those, counted and reported. Otherwise None."""
+        module = self.module(node)
+        if type(module) is not nn.Linear or len(names) != 1:
+            return None
+        source = g.flattened(names[0], self.producer, self.values, self.backbone)
+        if source is None or self.group(source) is g.FULL:
+            return None
+        channels = self.values[source].channels
+        positions = module.in_features // channels
+        self.costs.append(
+            ConvCost(node.target, self.group(source), g.FULL, channels, module.out_features, 1, positions)
+        )
+        self.report.add(node.target, "reads the prefix", "flattened channels beyond it are skipped")
+        return source
 
     def count_fixed(self, node: fx.Node) -> None:
-        """MACs of linear layers and of convolutions that are not followed."""
+        """MACs of other linear layers and of convolutions that are not followed."""
         module, shape = self.module(node), self.shapes.get(node.name)
         if shape is None:
             return

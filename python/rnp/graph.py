@@ -164,9 +164,11 @@ class ChannelwiseStep(Step):
 
 @dataclass
 class OpaqueStep(Step):
-    """A call on complete tensors."""
+    """A call on complete tensors. `channels_of`: a linear layer whose inputs are the channels of that value, flattened;
+    what lies beyond the value's prefix is 0 and need not be read."""
 
     call: Call = field(default_factory=lambda: Call("", ""))
+    channels_of: str | None = None
 
 
 # Functions that torch makes on the fly, and the ones behind them that pickle finds by name.
@@ -277,6 +279,32 @@ def channelwise(node: fx.Node, model: nn.Module, shapes: dict[str, tuple[int, ..
         return False if node.target in ACTIVATION_FUNCTIONS or scaled else None
     if node.op == "call_method":
         return True if node.target in SPATIAL_METHODS else (False if node.target in ACTIVATION_METHODS else None)
+    return None
+
+
+FLATTENING = {torch.flatten, torch.reshape, nn.Flatten, "flatten", "reshape", "view"}
+
+
+def flattened(name: str, producer: dict[str, Step], values: dict[str, Value], backbone: nn.Module) -> str | None:
+    """The 4-D value whose channels, each with all its positions, are the features of `name` (N, F); or None.
+
+    Looks back through dropout and ReLU, which keep zeros.
+    """
+    while isinstance(step := producer.get(name), OpaqueStep):
+        module = backbone.get_submodule(step.call.target) if step.call.op == "call_module" else None
+        what = step.call.target if module is None else type(module)
+        before = step.inputs[0] if step.inputs else None
+        if before is None or before not in values:
+            return None
+        shape, features = values[before].shape, values[name].shape
+        if shape is None or features is None or len(features) != 2:
+            return None
+        if len(shape) == 4:
+            flat = what in FLATTENING and math.prod(shape[1:]) == features[1]
+            return before if flat or is_global_mean(step.call) is False else None
+        if what not in (nn.Dropout, nn.Identity, nn.ReLU, F.dropout, F.relu, torch.relu, "relu"):
+            return None
+        name = before
     return None
 
 

@@ -71,6 +71,7 @@ class PlanBuilder(PlanSlots):
                     continue
                 if isinstance(step, g.ConvStep):
                     self.emit_conv(step)
+                    self.emit_flattened_prefixes()
                 elif isinstance(step, g.NormStep):
                     self.emit_norm(step)
                 elif isinstance(step, g.AddStep):
@@ -87,6 +88,14 @@ class PlanBuilder(PlanSlots):
             self.instructions, self.next_value, self.next_prefix, self.slot(self.network._input),
             self.slot(self.steps[-1].output), actions, self.agent, self.traced, self.sources,
         )  # fmt: skip
+
+    def emit_flattened_prefixes(self) -> None:
+        """Prefixes that linear layers will read, as soon as they are decided: inside a segment, not behind the last."""
+        for step in self.steps:
+            if isinstance(step, g.OpaqueStep) and step.channels_of is not None:
+                value = self.values[step.channels_of]
+                if self.native and value.group is not None and max(value.group) < self.decided:
+                    self.prefix_slot(value.group, value.channels)
 
     def is_identity(self, step: g.Step) -> bool:
         """Dropout, in eval mode, and nn.Identity."""
@@ -275,18 +284,33 @@ class PlanBuilder(PlanSlots):
             def call_module(run: Run) -> None:
                 run.values[y] = module(run.values[x])
 
-            def linear(run: Run) -> None:
-                values = run.values[x]
-                plain = takes_linear(module, values)
-                run.values[y] = LINEAR(values, module.weight, module.bias) if plain else module(values)
-
-            self.emit(linear if self.native and type(module) is nn.Linear else call_module, reads)
+            if self.native and type(module) is nn.Linear:
+                self.emit_linear(module, x, y, getattr(step, "channels_of", None))
+            else:
+                self.emit(call_module, reads)
             return
 
         def execute(run: Run) -> None:
             run.values[y] = call.run(backbone, [run.values[slot] for slot in slots], False)
 
         self.emit(execute, reads)
+
+    def emit_linear(self, module: nn.Linear, x: int, y: int, channels_of: str | None) -> None:
+        """A linear layer; with `channels_of`, only the inputs from the live channels of that value are read."""
+        reads, prefix, channel_inputs = [Slot("map", x)], NOTHING, 1
+        if channels_of is not None:
+            value = self.values[channels_of]
+            prefix, channel_inputs = self.prefix_slot(value.group, value.channels), module.in_features // value.channels
+            reads.append(Slot("index", prefix, value.channels))
+
+        def linear(run: Run) -> None:
+            values = run.values[x]
+            if takes_linear(module, values):
+                run.values[y] = LINEAR(values, module.weight, module.bias, run.prefixes[prefix], channel_inputs)
+            else:
+                run.values[y] = module(values)
+
+        self.emit(linear, reads)
 
     def emit_max_pool(self, step: g.ChannelwiseStep | g.OpaqueStep) -> bool:
         """Max-pooling of the live channels only, where the operator does it: float32 on a CPU."""

@@ -64,9 +64,11 @@ class Masked:
             samples.append(F.batch_norm(one[None], mean[row], var[row], weight[row], bias[row]))
         return torch.cat(samples)
 
-    def linear(self, name: str, x: Tensor) -> Tensor:
+    def linear(self, name: str, x: Tensor, in_: Tensor | None = None, positions: int = 1) -> Tensor:
+        """`in_`: groups (N,) of the channels, each with its `positions`, that x is made of."""
         weight = self.state[name + ".weight"]
-        self.macs += weight.numel()
+        live = self.mask(x.shape[1] // positions, in_, len(x)).sum(1).long()
+        self.macs += live * positions * weight.shape[0]
         return F.linear(x, weight, self.state[name + ".bias"])
 
 
@@ -104,7 +106,7 @@ class Vgg(nn.Module):
         x = F.relu(m.conv("features.7", x, 1, 1, a, b, "features.8"))
         m.see(x)
         x = F.max_pool2d(F.relu(m.conv("features.11", x, 1, 1, b, c)), 2)
-        return m.linear("classifier.2", F.relu(m.linear("classifier.0", x.flatten(1))))
+        return m.linear("classifier.2", F.relu(m.linear("classifier.0", x.flatten(1), c, 16)))
 
 
 class Basic(nn.Module):
@@ -197,7 +199,7 @@ class ResNet(nn.Module):
         for i, name in enumerate(("layer1.0", "layer1.1", "layer2.0", "layer2.1")):
             x, group = block.masked(m, name, x, group, actions[:, i], 2 if name == "layer2.0" else 1)
         m.features[0] = first  # the state is taken before pooling
-        return m.linear("fc", x.mean((2, 3)))
+        return m.linear("fc", x.mean((2, 3)), group)
 
 
 class PreActivation(nn.Module):
@@ -231,7 +233,8 @@ class PreActivation(nn.Module):
         m.see(y)
         y = F.relu(m.conv("conv1", y, 1, 1, a, b, "bn2"))
         x = x + m.conv("conv2", y, 1, 1, b, b)
-        return m.linear("fc", norm_relu("bn3", x, torch.maximum(a, b)).mean((2, 3)))
+        both = torch.maximum(a, b)
+        return m.linear("fc", norm_relu("bn3", x, both).mean((2, 3)), both)
 
 
 class Inverted(nn.Module):
@@ -271,7 +274,7 @@ class Inverted(nn.Module):
         x = m.conv("shared", x, 1, 1, b, c)
         x = torch.cat([x, m.conv("grouped", x, 1, 1, c, None, groups=2)], 1)
         m.see(x)
-        return m.linear("fc", F.relu(m.conv("last", x, 1, 0, None, d)).mean((2, 3)))
+        return m.linear("fc", F.relu(m.conv("last", x, 1, 0, None, d)).mean((2, 3)), d)
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # constructor, number of decisions
