@@ -87,7 +87,7 @@ STOCK_LAYERS = {
     "depthwise 9x9": (48, 14, 48, 9, 1, 48, True),
     "contiguous depthwise on a small map": (48, 14, 48, 3, 2, 48, False),
     "contiguous groups of 8": (32, 14, 32, 3, 1, 4, False),
-    "contiguous 3x3": (32, 14, 48, 3, 1, 1, False),
+    "contiguous 3x3": (32, 28, 48, 3, 1, 1, False),
     "contiguous 1x1": (64, 28, 96, 1, 1, 1, False),
     "contiguous 1x1 on a small map": (128, 14, 96, 1, 1, 1, False),
     "contiguous 1x1, small": (16, 14, 96, 1, 1, 1, False),
