@@ -31,7 +31,7 @@ from rnp.scene_net import scene_net
 GROUPS = 4
 PHASES = ("pretrain", "agent", "finetune", "agent")
 # Shares of the training time; the thin network gets the whole of it again.
-SHARES = {"pretrain": 0.76, "agent": 0.095, "finetune": 0.05}  # the agent twice
+SHARES = {"pretrain": 0.61, "agent": 0.115, "finetune": 0.16}  # the agent twice
 OTHER_SECONDS = 60.0  # scenes, measurements and the report, about, on two cores
 MAIN_TARGET = 3.0
 
@@ -68,7 +68,7 @@ def full_plan(minutes: float) -> Plan:
     if training < 5:
         raise SystemExit(f"rnp demo: --minutes must leave time to train, at least 1.2, got {minutes:g}")
     return Plan(
-        train_scenes=16_000,
+        train_scenes=12_000,
         validation_scenes=4_000,
         test_scenes=10_000,
         lengths=tuple(Length(seconds=round(SHARES[phase] * training, 1)) for phase in PHASES),
