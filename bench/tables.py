@@ -82,8 +82,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="results.json of rnp bench")
     parser.add_argument("--batch", type=int, default=8, help="of the layers (8)")
+    parser.add_argument("--threads", type=int, help="rows of so many threads only")
     options = parser.parse_args()
     rows = json.loads(options.results.read_text(encoding="utf-8"))["rows"]
+    rows = [row for row in rows if options.threads in (None, row["threads"])]
     print("\n".join([*networks(rows), "", *layers(rows, options.batch)]))
 
 

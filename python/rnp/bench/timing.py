@@ -23,6 +23,9 @@ AGAIN = "again"
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
 _TURN = 1e-3  # seconds of a warm turn, at least
 _LONG = 20e-3  # a call that takes longer finds the caches as it leaves them: no uncounted call before it
+# Between turns on several threads. ONNX Runtime's threads go on spinning after a call, for more than 10 ms: whoever's
+# turn came next took up to twice as long (512->512 at 7x7, OpenVINO 20 ms behind ONNX Runtime, 8 behind itself).
+_PAUSE = 0.05
 
 
 def keep_freed_memory() -> None:
@@ -75,7 +78,7 @@ def measure(
         raise ValueError(f"measure: clock must be one of {', '.join(CLOCKS)}, got {clock!r}")
     if clock == "cpu" and torch.get_num_threads() != 1:
         raise ValueError(f"measure: the cpu clock sees one thread, got {torch.get_num_threads()}")
-    now = CLOCKS[clock]
+    now, threads = CLOCKS[clock], torch.get_num_threads()
     calls = dict(sides) | {AGAIN: sides[baseline]}
     once = {}
     for name, call in calls.items():
@@ -89,6 +92,8 @@ def measure(
     while number < rounds or time.perf_counter() - begin < seconds:
         for name in calls if number % 2 == 0 else reversed(calls):
             call, repeats = calls[name], 1
+            if threads > 1:
+                time.sleep(_PAUSE)
             if cold is not None:
                 cold()
             elif once[name] < _LONG:
