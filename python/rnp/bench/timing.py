@@ -26,6 +26,9 @@ _LONG = 20e-3  # a call that takes longer finds the caches as it leaves them: no
 # Between turns on several threads. ONNX Runtime's threads go on spinning after a call, for more than 10 ms: whoever's
 # turn came next took up to twice as long (512->512 at 7x7, OpenVINO 20 ms behind ONNX Runtime, 8 behind itself).
 _PAUSE = 0.05
+# Then the side's own threads sleep too: uncounted calls for so long wake them (one call was not enough: a quarter of a
+# layer's width read 0.1 to 0.4 of theory).
+_AWAKE = 0.01
 
 
 def keep_freed_memory() -> None:
@@ -94,6 +97,9 @@ def measure(
             call, repeats = calls[name], 1
             if threads > 1:
                 time.sleep(_PAUSE)
+                awake = time.perf_counter() + _AWAKE
+                while time.perf_counter() < awake:
+                    call()
             if cold is not None:
                 cold()
             elif once[name] < _LONG:
