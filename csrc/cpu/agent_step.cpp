@@ -8,7 +8,6 @@
 
 // The body below is inlined into one function per instruction set; vectors never cross a call.
 #define RNP_INLINE inline __attribute__((always_inline))
-#define RNP_NOINLINE __attribute__((noinline))
 
 namespace rnp::cpu {
 namespace {
@@ -21,7 +20,7 @@ struct Vector {
   typedef int32_t IVec __attribute__((vector_size(W * sizeof(int32_t))));
 };
 
-constexpr int64_t kPad = 16;      // scratch in front of which any W lanes may be read
+constexpr int64_t kPad = 16;      // places in the scratch are multiples of it: whole vectors may be read
 constexpr int64_t kTogether = 4;  // samples that share the loads of weights
 constexpr int64_t kChain = 32;    // terms of a lane that are added up by themselves: long rows lose less to rounding
 
@@ -199,7 +198,7 @@ RNP_INLINE void gate_units_of(const float* from_input, const float* from_hidden,
 // Not inlined: the constants of its polynomials are more than some instruction sets have registers, and tests that look
 // for accumulators on the stack pass it by (tests/test_cpu_disassembly.py).
 template <int W>
-RNP_NOINLINE void gate_units(const float* from_input, const float* from_hidden, int64_t h, float* hidden) {
+__attribute__((noinline)) void gate_units(const float* from_input, const float* from_hidden, int64_t h, float* hidden) {
   gate_units_of<W>(from_input, from_hidden, h, hidden);
 }
 #if defined(__x86_64__)

@@ -323,7 +323,8 @@ class Runner {
     p.hidden_out = vector_at(s.hidden_out, part);
     p.action = index_at(s.action, part);
     p.out_prefix = index_at(s.result, part);
-    constexpr int64_t kBlock = 16, kBlocksWorthAThread = 4;  // samples the kernel takes at once; some microseconds
+    constexpr int64_t kBlock = 16,
+                      kBlocksWorthAThread = 4;  // samples, a multiple of what share weights; some microseconds
     const int64_t floats = agent_step_scratch(p);
     const std::unique_ptr<float[]> memory(new float[slot(part.count * s.actions + floats * part.threads.count)]);
     p.q = memory.get();

@@ -22,7 +22,7 @@ from rnp.measure import median, quantile
 AGAIN = "again"
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
 _TURN = 1e-3  # seconds of a warm turn, at least
-_LONG = 20e-3  # a call that takes longer finds the caches as it leaves them: no uncounted call before it
+_LONG = 20e-3  # a call that takes longer finds the caches as it leaves them: no uncounted call before it on one thread
 # Between turns on several threads. ONNX Runtime's threads go on spinning after a call, for more than 10 ms: whoever's
 # turn came next took up to twice as long (512->512 at 7x7, OpenVINO 20 ms behind ONNX Runtime, 8 behind itself).
 _PAUSE = 0.05
@@ -103,7 +103,8 @@ def measure(
             if cold is not None:
                 cold()
             elif once[name] < _LONG:
-                call()
+                if threads == 1:
+                    call()
                 repeats = max(1, int(_TURN / max(once[name], 1e-7)))
             start = now()
             for _ in range(repeats):
