@@ -44,26 +44,6 @@ def results(*rows: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_turns_on_several_threads_begin_with_a_pause_and_calls_that_do_not_count(
-    count: int, monkeypatch: pytest.MonkeyPatch
-):
-    pauses: list[float] = []
-    monkeypatch.setattr(timing.time, "sleep", pauses.append)
-    monkeypatch.setattr(timing, "_LONG", 0.0)  # as of long calls: one a turn that counts
-    calls = {"a": 0, "b": 0}
-    sides = {name: (lambda name=name: calls.update({name: calls[name] + 1})) for name in calls}
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        times = timing.measure(sides, "a", seconds=0, rounds=3)
-    finally:
-        torch.set_num_threads(before)
-    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, timing.AGAIN: 3}
-    assert len(pauses) == (9 if count > 1 else 0)
-    assert calls["b"] > 2 + 2 * 3 if count > 1 else calls["b"] == 2 + 3
-
-
 def test_losses_are_what_exceeds_the_noise():
     assert report.losses([row(full=0.98, half=3.5)]) == []
     lost = report.losses([row("slow", full=0.9, half=2.0)])

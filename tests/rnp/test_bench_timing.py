@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,10 +11,20 @@ import torch
 from rnp.bench import environment, gate, layers, rivals, runtimes, timing
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests that count calls: on several threads a turn begins with uncounted ones, as many as 10 ms hold."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def counted(log: list[str], name: str):
     return lambda: log.append(name)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_sides_take_turns_and_the_baseline_two(monkeypatch: pytest.MonkeyPatch):
     log: list[str] = []
     ticks = iter(range(10**6))
@@ -24,6 +35,7 @@ def test_sides_take_turns_and_the_baseline_two(monkeypatch: pytest.MonkeyPatch):
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, timing.AGAIN: 3}
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_short_calls_are_repeated_within_a_turn_and_one_is_not_counted(monkeypatch: pytest.MonkeyPatch):
     log: list[str] = []
     now = [0.0]
@@ -38,10 +50,31 @@ def test_short_calls_are_repeated_within_a_turn_and_one_is_not_counted(monkeypat
     assert len(log) in (2 + 2 + 2 * (1 + 10), 2 + 2 + 2 * (1 + 9))  # 1e-3 / 1e-4 may round down
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_cold_calls_follow_an_eviction(monkeypatch: pytest.MonkeyPatch):
     log: list[str] = []
     timing.measure({"a": counted(log, "a")}, "a", seconds=0, rounds=2, cold=counted(log, "evict"))
     assert log[4:] == ["evict", "a"] * 4
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_turns_on_several_threads_begin_with_a_pause_and_calls_that_do_not_count(
+    count: int, monkeypatch: pytest.MonkeyPatch
+):
+    pauses: list[float] = []
+    monkeypatch.setattr(timing.time, "sleep", pauses.append)
+    monkeypatch.setattr(timing, "_LONG", 0.0)  # as of long calls: one a turn that counts
+    calls = {"a": 0, "b": 0}
+    sides = {name: (lambda name=name: calls.update({name: calls[name] + 1})) for name in calls}
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        times = timing.measure(sides, "a", seconds=0, rounds=3)
+    finally:
+        torch.set_num_threads(before)
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, timing.AGAIN: 3}
+    assert len(pauses) == (9 if count > 1 else 0)
+    assert calls["b"] > 2 + 2 * 3 if count > 1 else calls["b"] == 2 + 3
 
 
 def test_eviction_covers_its_buffer():
