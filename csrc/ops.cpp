@@ -6,8 +6,8 @@ STABLE_TORCH_LIBRARY(rnp, m) {
   // One copy of the weights in which every (input, output) prefix is contiguous runs: an opaque 1-D float tensor.
   m.def("pack_weight(Tensor weight, int groups) -> Tensor");
 
-  // A float32 weight (C_out, C_in, 3, 3) transformed for Winograd's F(tile x tile, 3x3), tile 2 or 4: opaque, 1-D. CPU
-  // only.
+  // A float32 weight (C_out, C_in, 3, 3) transformed for Winograd's F(tile x tile, 3x3), tile 2 or 4, or (C_out, C_in,
+  // 7, 7) of a stem in steps of two (core/winograd.h), tile 4: opaque, 1-D. CPU only.
   m.def("pack_winograd(Tensor weight, int tile) -> Tensor");
 
   // padding is (top, bottom, left, right). packed is pack_weight(weight, groups) or None: pack for this call only.

@@ -138,10 +138,16 @@ int stock_path(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std:
   return static_cast<int>(rnp::stock_path(s, type, channels_last, rnp::cpu::layout_in_use(s, type).pairs));
 }
 
+bool winograd_can(std::array<int64_t, 4> weight, std::array<int64_t, 2> stride, std::array<int64_t, 2> dilation,
+                  int64_t groups) {
+  return rnp::winograd_can(shape_of({weight[1] * groups, 1, 1}, weight, stride, {}, dilation, groups),
+                           rnp::DType::kFloat32);
+}
+
 int64_t winograd_tile(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
                       std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups,
-                      const std::string& dtype) {
-  return rnp::winograd_tile(shape_of(input, weight, stride, padding, dilation, groups), dtype_of(dtype));
+                      const std::string& dtype, bool channels_last) {
+  return rnp::winograd_tile(shape_of(input, weight, stride, padding, dilation, groups), dtype_of(dtype), channels_last);
 }
 
 int choose_algorithm(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
@@ -263,8 +269,10 @@ PYBIND11_MODULE(_C, m) {
         "Use 'auto' (a measured rule), 'direct', 'winograd2' or 'winograd4' for the convolutions that the CPU operator "
         "is\n"
         "given transformed weights for. ValueError, and no change, for another name.");
+  m.def("winograd_can", &winograd_can, py::arg("weight"), py::arg("stride"), py::arg("dilation"), py::arg("groups"),
+        "Whether Winograd can compute a float32 convolution with these arguments at all, fast or not.");
   m.def("winograd_tile", &winograd_tile, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
-        py::arg("dilation"), py::arg("groups"), py::arg("dtype"),
+        py::arg("dilation"), py::arg("groups"), py::arg("dtype"), py::arg("channels_last") = true,
         "The tile (2 or 4) for which the weights of this layer are worth transforming under the algorithm in force, or "
         "0.\n"
         "Arguments as in stock_path.");

@@ -211,5 +211,5 @@ def prepare(
         return LayerCall(module, input, weight, bias, route, held, output)
     if route.path == stock.OURS:
         return None
-    winograd_can = route.kernel_size == (3, 3) and route.stride == route.dilation == (1, 1) and module.groups == 1
+    winograd_can = _C.winograd_can(tuple(weight.shape), route.stride, route.dilation, module.groups)
     return StockCall(module, input, weight, bias, route, _algorithm() if winograd_can else None)

@@ -199,6 +199,7 @@ def pack_weight(weight: Tensor, groups: int = 1) -> Tensor | None:
 def pack_winograd(weight: Tensor, tile: int = 4) -> Tensor:
     """`weight` (C_out, C_in, 3, 3) float32 transformed for F(tile x tile, 3x3), tile 2 or 4.
 
+    Or (C_out, C_in, 7, 7), C_in at most 4, with tile 4: for a stride of 2, where 2x2 pixels are folded into channels.
     For `prefix_conv2d(..., winograd=...)` on a CPU. The result is opaque: 1-D, float32, 4 (tile 4) or 16/9 (tile 2)
     times the weight's size, valid for this weight as it is now and for no other. RuntimeError for another weight or
     tile.

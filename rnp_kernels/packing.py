@@ -166,8 +166,8 @@ class LayerTransforms:
     def possible(weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
         """Whether any input could make the rule name a tile."""
         return (
-            weight.is_cpu and weight.dtype is torch.float32 and weight.shape[2:] == (3, 3)
-            and max(*stride, *dilation, groups) == 1
+            weight.is_cpu and weight.dtype is torch.float32
+            and _C.winograd_can(tuple(weight.shape), tuple(stride), tuple(dilation), groups)
         )  # fmt: skip
 
     def get(self, size: Sequence[int]) -> Tensor | None:

@@ -53,7 +53,9 @@ def _pack_winograd_fake(weight: Tensor, tile: int) -> Tensor:
     c_out, c_in = weight.shape[:2]
     rest = c_out % 32
     lanes = c_out - rest + (0 if rest == 0 else 16 if rest <= 16 else 32)
-    return weight.new_empty((16 + c_out + 15) // 16 * 16 + lanes * c_in * (tile + 2) ** 2, dtype=torch.float32)
+    folded = weight.shape[-1] == 7
+    values = 4 * c_in * (tile + 3) ** 2 if folded else c_in * (tile + 2) ** 2
+    return weight.new_empty((16 + c_out + 15) // 16 * 16 + lanes * values, dtype=torch.float32)
 
 
 def _autocast(device: str, family: str = "") -> None:

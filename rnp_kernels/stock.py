@@ -54,14 +54,18 @@ def route(conv: nn.Conv2d, input: Tensor, weight: Tensor, padding: int | Sequenc
     paddings = four_paddings(padding, kernel, stride, dilation)
     path = _path(conv, input, weight, stride, paddings, dilation)
     tile = 0
-    if input.dtype is torch.float32 is weight.dtype and kernel == (3, 3):
+    if input.dtype is torch.float32 is weight.dtype and _C.winograd_can(
+        tuple(weight.shape), stride, dilation, conv.groups
+    ):
+        last = output_memory_format(input, weight) is torch.channels_last
         tile = _C.winograd_tile(
-            tuple(input.shape[1:]), tuple(weight.shape), stride, paddings, dilation, conv.groups, "float32"
+            tuple(input.shape[1:]), tuple(weight.shape), stride, paddings, dilation, conv.groups, "float32", last
         )
     if backends.LOG:
         chosen = NAMES[path] or describe_kernel(input, weight, stride, paddings, dilation, conv.groups)
         if tile:
-            chosen = f"Winograd F({tile}x{tile}, 3x3) without gradients, else {chosen}"
+            filters = "4x4) of 2x2 pixels folded into channels" if kernel == (7, 7) else "3x3)"
+            chosen = f"Winograd F({tile}x{tile}, {filters} without gradients, else {chosen}"
         backends.log(input, weight, stride, paddings, conv.groups, f"backend cpu, full width: {chosen}")
     return Route(path, stride, paddings, dilation, kernel, tile)
 

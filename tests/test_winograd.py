@@ -30,17 +30,31 @@ EXTRA = (
     Case("3x3, skipped tail, contiguous", (3, 16, 7, 8), 40, layout="contiguous", tail="skip", in_prefix=(16, 8, 3),
          out_prefix=(40, 20, 1), pooled=True),
 )  # fmt: skip
+STEM = {"kernel": (7, 7), "stride": 2, "padding": 3}
+STEMS = (
+    Case("stem, two bands and a half", (2, 3, 44, 61), 64, **STEM),
+    Case("stem, input contiguous", (1, 3, 32, 32), 20, layout="contiguous", weight_layout="channels_last", **STEM),
+    Case("stem, every epilogue", (4, 3, 21, 26), 40, scale="table", bias="table", row=(0, 1, 2, 1), residual=True,
+         activation="relu", pooled=True, out_prefix=(40, 9, 0, 33), **STEM),
+    Case("stem, two channels, skipped tail", (3, 2, 18, 19), 33, kernel=(7, 7), stride=2, padding=0, tail="skip",
+         out_prefix=(33, 1, 20)),
+    Case("stem, dead input", (3, 3, 20, 21), 40, in_prefix=(3, 2, 0), **STEM),
+)  # fmt: skip
 # Every case of the common list that Winograd can compute, layouts, epilogues and prefixes included.
 WINOGRAD_CASES = [
     c for c in CASES if c.kernel == (3, 3) and c.stride == 1 and c.dilation == 1 and c.groups == 1 and c.input[0] > 0
 ] + list(EXTRA)
+WITH_TILES = [(c, tile) for c in WINOGRAD_CASES for tile in (2, 4)] + [
+    (c, 4) for c in (*STEMS, *(c for c in CASES if c.kernel == (7, 7) and c.layout == "channels_last"))
+]
+every_case = pytest.mark.parametrize(("case", "tile"), WITH_TILES, ids=str, indirect=["tile"])
 PER_SAMPLE = ("input", "residual", "in_prefix", "out_prefix", "row")
 
 
-@pytest.fixture(params=["winograd2", "winograd4"])
+@pytest.fixture(params=[2, 4])
 def tile(request: pytest.FixtureRequest) -> int:
-    with rnp_kernels.algorithm(request.param):
-        yield int(request.param[-1])
+    with rnp_kernels.algorithm(f"winograd{request.param}"):
+        yield request.param
 
 
 def call(case: Case, arguments: testing.Tensors, winograd: Tensor) -> list[Tensor]:
@@ -62,7 +76,7 @@ def test_the_list_holds_what_it_should() -> None:
     assert {True, False} == {c.residual for c in WINOGRAD_CASES} == {c.pooled for c in WINOGRAD_CASES}
 
 
-@pytest.mark.parametrize("case", WINOGRAD_CASES, ids=str)
+@every_case
 def test_every_case_within_the_bound(case: Case, tile: int, isa: str, poisoned_memory: None) -> None:
     arguments = testing.make(case)
     winograd = rnp_kernels.pack_winograd(arguments["weight"], tile)
@@ -79,7 +93,7 @@ def test_every_case_within_the_bound(case: Case, tile: int, isa: str, poisoned_m
         assert not torch.equal(output, direct), "computed directly"
 
 
-@pytest.mark.parametrize("case", WINOGRAD_CASES, ids=str)
+@every_case
 def test_the_same_bits_alone_and_in_any_batch(case: Case, tile: int, isa: str, threads: None) -> None:
     arguments = testing.make(case)
     winograd = rnp_kernels.pack_winograd(arguments["weight"], tile)
@@ -205,11 +219,21 @@ def test_what_does_not_belong_is_refused() -> None:
     for wrong in (other, rnp_kernels.pack_weight(w), torch.zeros(3), rnp_kernels.pack_winograd(w, 4)[:-1]):
         with pytest.raises(RuntimeError, match="winograd does not belong to weight"):
             rnp_kernels.prefix_conv2d(x, w, winograd=wrong)
-    for bad, rule in ((torch.randn(8, 6, 1, 1), "3x3"), (w.double(), "float32")):
+    stem, last = torch.randn(8, 3, 7, 7), torch.randn(1, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    for wrong in (rnp_kernels.pack_winograd(torch.randn(8, 3, 3, 3)), rnp_kernels.pack_winograd(stem)[:-1]):
+        with pytest.raises(RuntimeError, match="winograd does not belong to weight"):
+            rnp_kernels.prefix_conv2d(last, stem, stride=2, winograd=wrong)
+    for bad, rule in (
+        (torch.randn(8, 6, 1, 1), "3x3"),
+        (w.double(), "float32"),
+        (torch.randn(8, 5, 7, 7), "at most 4"),
+    ):
         with pytest.raises(RuntimeError, match=rule):
             rnp_kernels.pack_winograd(bad, 4)
     with pytest.raises(RuntimeError, match="tile must be 2 or 4"):
         rnp_kernels.pack_winograd(w, 3)
+    with pytest.raises(RuntimeError, match="tile must be 4 for a 7x7"):
+        rnp_kernels.pack_winograd(stem, 2)
 
 
 def test_it_is_ignored_where_winograd_does_not_apply() -> None:
@@ -221,10 +245,35 @@ def test_it_is_ignored_where_winograd_does_not_apply() -> None:
         assert torch.equal(ours, rnp_kernels.prefix_conv2d(x, w, **options))
     with torch.autocast("cpu", torch.bfloat16):
         assert rnp_kernels.prefix_conv2d(x, w, winograd=winograd).dtype == torch.bfloat16
+    stem, image = torch.randn(64, 3, 7, 7), torch.randn(2, 3, 32, 32)
+    folded = rnp_kernels.pack_winograd(stem)
+    last = image.contiguous(memory_format=torch.channels_last)
+    for picture, options in ((image, {"stride": 2}), (last, {}), (last, {"stride": (2, 1)}), (last, {"dilation": 2})):
+        ours = rnp_kernels.prefix_conv2d(picture, stem, winograd=folded, **options)
+        assert torch.equal(ours, rnp_kernels.prefix_conv2d(picture, stem, **options)), options
+
+
+def test_a_module_folds_a_stem_where_its_output_is_channels_last(threads: None) -> None:
+    conv = PrefixConv2d(3, 64, 7, stride=2, padding=3)
+    image = torch.randn(3, 3, 64, 64)
+    for x, used in ((image.contiguous(memory_format=torch.channels_last), True), (image, False)):
+        truth = nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double(), stride=2, padding=3)
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            with torch.no_grad():
+                y = conv(x)
+                assert torch.equal(torch.cat([conv(x[n : n + 1]) for n in range(3)]), y)
+                assert torch.equal(conv(x), y)
+                with rnp_kernels.algorithm("direct"):
+                    direct = conv(x)
+            assert relative(y, truth) <= BOUND and y.stride() == direct.stride()
+            assert torch.equal(y, direct) is not used
+            assert relative(conv(x).detach(), truth) <= 1e-6, "a call that needs gradients is computed directly"
 
 
 def test_operator_check() -> None:
     w, x = torch.randn(20, 12, 3, 3, requires_grad=True), torch.randn(2, 12, 8, 8, requires_grad=True)
+    torch.library.opcheck(torch.ops.rnp.pack_winograd, (torch.randn(40, 3, 7, 7), 4))
     for tile in (2, 4):
         torch.library.opcheck(torch.ops.rnp.pack_winograd, (w.detach(), tile))
         winograd = rnp_kernels.pack_winograd(w, tile)
@@ -285,6 +334,9 @@ def test_the_rule_looks_at_the_layer_and_the_prefixes() -> None:
         return _C.choose_algorithm(*shape, "float32", i, o)
 
     assert chosen(64, 56, 64, 64, 64) == 4
+    assert chosen(3, 224, 64, 3, 64, kernel=7, stride=2) == chosen(3, 224, 64, 3, 8, kernel=7, stride=2) == 4
+    assert chosen(3, 224, 64, 2, 64, kernel=7, stride=2) == chosen(5, 224, 64, 5, 64, kernel=7, stride=2) == 0
+    assert chosen(1, 224, 64, 1, 64, kernel=7, stride=2) == chosen(3, 224, 64, 3, 64, kernel=7) == 0
     assert chosen(64, 56, 64, 64, 0) == chosen(64, 56, 64, 0, 64) == 0
     assert chosen(64, 56, 64, 1, 64) == 0, "one channel is not worth a transform"
     for other in ({"stride": 2}, {"kernel": 5}, {"kernel": 1}, {"groups": 2}):

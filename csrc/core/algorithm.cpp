@@ -23,9 +23,20 @@ constexpr int64_t kFewestChannels = 16;  // of the layer: below, the transforms 
 constexpr int64_t kFewestLive = 8;       // of a sample: below, likewise (8 -> 8 of 64 at 56x56: as fast as direct)
 constexpr int64_t kFewestOutputs4 = 49;  // 7x7, 512 channels, F(4x4) over F(2x2): 0.95 for a sample alone, 1.4 for two,
                                          // 1.6 for eight; over direct 1.3, 1.9 and 2.2. Smaller ones were not measured
+// Stems, one thread, direct over Winograd: 3 -> 64 at 112x112 1.6 alone and 2.2 in a batch of 8, at 8x8 to 56x56 1.5 to
+// 1.7; 3 -> 16 1.5, 2 -> 64 1.4, 1 -> 16 0.6 (few products to save).
+constexpr int64_t kFewestFolded = 2;     // channels of the image
+constexpr int64_t kFewestOutputs7 = 64;  // smaller ones were not measured
 constexpr int64_t kFewestOutputs2 = 16;  // 4x4, 128 channels: 1.2 to 1.3 of direct; smaller ones were not measured
 
+bool folds(const ConvShape& s) { return s.kh == 7; }  // of those that winograd_can
+
 Algorithm by_shape(const ConvShape& s) {
+  if (folds(s)) {
+    if (s.c_in < kFewestFolded || s.c_out < kFewestChannels) return Algorithm::kDirect;
+    const int64_t outputs = s.out_h * s.out_w, computed = (s.out_h + 3) / 4 * ((s.out_w + 3) / 4) * 16;
+    return outputs >= kFewestOutputs7 && computed * 10 <= outputs * 14 ? Algorithm::kWinograd4 : Algorithm::kDirect;
+  }
   if (std::min(s.c_in, s.c_out) < kFewestChannels) return Algorithm::kDirect;
   // Products for each pair of channels. Tiles that hang over the edge waste some: long and thin maps gain nothing.
   const int64_t outputs = s.out_h * s.out_w, direct = 9 * outputs;
@@ -40,20 +51,27 @@ Algorithm by_shape(const ConvShape& s) {
 }  // namespace
 
 bool winograd_can(const ConvShape& s, DType dtype) {
-  return dtype == DType::kFloat32 && s.kh == 3 && s.kw == 3 && s.stride_h == 1 && s.stride_w == 1 &&
-         s.dilation_h == 1 && s.dilation_w == 1 && s.groups == 1;
+  if (dtype != DType::kFloat32 || s.kh != s.kw || s.stride_h != s.stride_w) return false;
+  const bool kernel = (s.kh == 3 && s.stride_h == 1) || (s.kh == 7 && s.stride_h == 2 && s.c_in <= 4);
+  return kernel && s.dilation_h == 1 && s.dilation_w == 1 && s.groups == 1;
 }
 
 Algorithm choose_algorithm(const ConvShape& s, DType dtype, int64_t in_live, int64_t out_live) {
   if (!winograd_can(s, dtype) || in_live == 0 || out_live == 0) return Algorithm::kDirect;
+  if (folds(s) && in_live < s.c_in) return Algorithm::kDirect;
   const int now = setting.load(std::memory_order_relaxed);
-  if (now != 0) return kSettings[static_cast<size_t>(now)].forced;
-  if (std::min(in_live, out_live) < kFewestLive) return Algorithm::kDirect;
+  if (now != 0) {
+    const Algorithm forced = kSettings[static_cast<size_t>(now)].forced;
+    return folds(s) && forced == Algorithm::kWinograd2 ? Algorithm::kDirect : forced;
+  }
+  if ((folds(s) ? out_live : std::min(in_live, out_live)) < kFewestLive) return Algorithm::kDirect;
   return by_shape(s);
 }
 
-int64_t winograd_tile(const ConvShape& s, DType dtype) {
-  return static_cast<int64_t>(choose_algorithm(s, dtype, s.c_in, s.c_out));
+bool winograd_writes(const ConvShape& s, bool channels_last) { return channels_last || s.kh == 3; }
+
+int64_t winograd_tile(const ConvShape& s, DType dtype, bool channels_last) {
+  return winograd_writes(s, channels_last) ? static_cast<int64_t>(choose_algorithm(s, dtype, s.c_in, s.c_out)) : 0;
 }
 
 void set_algorithm(const std::string& name) {

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/half.h"
+#include "core/winograd.h"
 
 namespace rnp::cpu {
 
@@ -128,6 +129,32 @@ void copy_band_pairs(const PrefixConv2dParams& p, const BandGeometry& g, int64_t
       clear(right, g.cols_in);
       const uint16_t* from = input + c0 * st.c + y * st.h + (g.x0 + left * g.x_step) * st.w;
       copy_row_pairs(from, g.x_step * st.w, st.c, right - left, count, all - c0, copy_pixels, to + left * words);
+    }
+  }
+}
+
+void fold_band(const float* band, const BandGeometry& g, int64_t channels, int64_t rows, int64_t cols, float* to) {
+  constexpr int64_t kHalf = kFoldedPixel / 2;
+  static_assert(kHalf >= 2 * 4);
+  const int64_t row = g.cols_in * channels, whole = std::min(cols, g.cols_in / 2);
+  // Two neighbours of one row are one run: always copied as kHalf floats, of which the next run overwrites the rest.
+  const auto copy = [](const float* from, float* target) { std::memcpy(target, from, sizeof(float) * kHalf); };
+  for (int64_t y = 0; y < rows; ++y, band += 2 * row) {
+    const bool both = 2 * y + 1 < g.rows_in;
+    for (int64_t x = 0; x < whole; ++x, to += kFoldedPixel) {
+      copy(band + x * 2 * channels, to);
+      if (both) {
+        copy(band + row + x * 2 * channels, to + 2 * channels);
+      } else {
+        std::memset(to + 2 * channels, 0, sizeof(float) * kHalf);
+      }
+    }
+    for (int64_t x = whole; x < cols; ++x, to += kFoldedPixel) {  // one column of the band is left
+      std::memset(to, 0, sizeof(float) * kFoldedPixel);
+      for (int64_t c = 0; c < channels; ++c) {
+        to[c] = band[x * 2 * channels + c];
+        if (both) to[2 * channels + c] = band[row + x * 2 * channels + c];
+      }
     }
   }
 }

@@ -30,4 +30,10 @@ void copy_band(const PrefixConv2dParams& p, const BandGeometry& geometry, int64_
 void copy_band_pairs(const PrefixConv2dParams& p, const BandGeometry& geometry, int64_t n, int64_t first_channel,
                      int64_t live, int64_t ic_block, CopyPixels copy_pixels, float* to);
 
+// Folds a band of `channels` (at most 4) a pixel, as copy_band writes it: [rows][cols][kFoldedPixel], where each pixel
+// holds 2x2 of the band's (core/winograd.h), 0 where the band ends between them. What is left of a pixel is not
+// defined. Up to kFoldedPixel floats behind the band may be read.
+void fold_band(const float* band, const BandGeometry& geometry, int64_t channels, int64_t rows, int64_t cols,
+               float* to);
+
 }  // namespace rnp::cpu

@@ -55,9 +55,11 @@ Tensor pack_winograd_cpu(const Tensor& weight, int64_t tile) {
   checked_weight(kPack, weight, 1);
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, kPack, ": weight must be float32; got ",
                   torch::headeronly::toString(weight.scalar_type()));
-  STD_TORCH_CHECK(weight.size(2) == 3 && weight.size(3) == 3, kPack, ": the kernel must be 3x3; got ", text(weight));
-  STD_TORCH_CHECK(tile == 2 || tile == 4, kPack, ": tile must be 2 or 4; got ", tile);
-  const WinogradLayout layout{tile, weight.size(1), weight.size(0)};
+  const WinogradLayout layout{tile, weight.size(1), weight.size(0), weight.size(2)};
+  STD_TORCH_CHECK(weight.size(2) == weight.size(3) && (layout.kernel == 3 || (layout.folded() && weight.size(1) <= 4)),
+                  kPack, ": the kernel must be 3x3, or 7x7 over at most 4 channels; got ", text(weight));
+  STD_TORCH_CHECK(tile == 4 || (tile == 2 && !layout.folded()), kPack, ": tile must be ",
+                  layout.folded() ? "4 for a 7x7 kernel" : "2 or 4", "; got ", tile);
   Tensor packed = torch::stable::empty({layout.total_floats()}, ScalarType::Float);
   pack_winograd(view_of(kPack, weight), layout, static_cast<float*>(packed.mutable_data_ptr()), torch_threads());
   return packed;
@@ -188,7 +190,7 @@ Tensor usable_winograd(const Tensor& weight, const PackedLayout& layout, const T
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Float && packed.dim() == 1 && packed.is_contiguous(), kOp,
                   ": winograd must be the 1-D float32 result of pack_winograd; got shape ", text(packed));
   const float* data = static_cast<const float*>(packed.const_data_ptr());
-  const char* mismatch = winograd_mismatch(data, packed.numel(), weight.size(0), weight.size(1), tile);
+  const char* mismatch = winograd_mismatch(data, packed.numel(), weight.size(0), weight.size(1), weight.size(2), tile);
   STD_TORCH_CHECK(!mismatch, kOp, ": winograd does not belong to weight ", text(weight), ": ",
                   mismatch ? mismatch : "");
   if (packed_is_fresh(view_of(kOp, weight), layout, data)) return packed;
@@ -240,7 +242,7 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
     p.residual_stride = strides_of(*residual);
   }
   std::optional<Tensor> transformed;
-  if (winograd && winograd_can(s, p.dtype)) {
+  if (winograd && winograd_can(s, p.dtype) && winograd_writes(s, last)) {
     transformed = usable_winograd(weight, PackedLayout(s), *winograd, &p.winograd_tile);
     p.winograd = static_cast<const float*>(transformed->const_data_ptr());
   }

@@ -206,7 +206,7 @@ class Runner {
     if (s.winograd < 0) return;
     const Constant& transformed = call_.constants[slot(s.winograd)];
     p.winograd = transformed.data;
-    winograd_mismatch(transformed.data, transformed.floats, s.c_out, s.c_in, &p.winograd_tile);
+    winograd_mismatch(transformed.data, transformed.floats, s.c_out, s.c_in, s.kh, &p.winograd_tile);
   }
 
   // With `pool`, that step's max-pooling too.

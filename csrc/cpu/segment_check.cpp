@@ -35,9 +35,9 @@ void check_conv(const SegmentCall& call, const SegmentStep& s, const MapShape& i
   if (s.winograd >= 0) {
     const Constant& transformed = constant(call, s.winograd);
     int64_t tile = 0;
-    const char* other = winograd_mismatch(transformed.data, transformed.floats, s.c_out, s.c_in, &tile);
+    const char* other = winograd_mismatch(transformed.data, transformed.floats, s.c_out, s.c_in, s.kh, &tile);
     require(winograd_can(shape, DType::kFloat32) && !other,
-            "transformed weights do not belong to a convolution: ", other ? other : "not 3x3");
+            "transformed weights do not belong to a convolution: ", other ? other : "it cannot use them");
   }
   for (int64_t table : {s.scale, s.bias})
     if (table >= 0)

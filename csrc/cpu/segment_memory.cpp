@@ -10,7 +10,7 @@ namespace {
 // Bytes of weights that a step reads.
 int64_t weight_bytes(const SegmentStep& s) {
   if (s.op != SegmentOp::kConv) return 0;
-  const int64_t points = s.winograd >= 0 ? WinogradLayout{4, s.c_in, s.c_out}.points() : s.kh * s.kw;
+  const int64_t points = s.winograd >= 0 ? WinogradLayout{4, s.c_in, s.c_out, s.kh}.points() : s.kh * s.kw;
   return s.c_in / s.groups * s.c_out * points * int64_t{sizeof(float)};
 }
 

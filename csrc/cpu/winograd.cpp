@@ -39,36 +39,46 @@ void transform_input(const Work& work, const WinogradPiece& piece) {
   const WinogradCall& call = work.call;
   const PrefixConv2dParams& p = call.p;
   const ConvShape& s = p.shape;
-  const int64_t edge = call.layout.edge(), in_live = piece.of->in_live;
+  const int64_t edge = call.layout.edge(), in_live = piece.of->in_live, channels = call.channels(in_live);
   const auto pixels = reinterpret_cast<const float**>(work.memory + work.item.pixels);
   float* zeros = work.memory + work.item.zeros;
-  std::fill(zeros, zeros + in_live, 0.0f);
+  std::fill(zeros, zeros + channels, 0.0f);
   float* band = work.memory + piece.band;
   piece.for_samples(call.tiles(), [&](int64_t n, int64_t first, int64_t end, int64_t before) {
     // A window of the sample whose pixel (y0, x0) is at `base`.
     const Strides4 in = p.input_at(n);
     const float* base = static_cast<const float*>(p.input) + n * in.n;
-    int64_t y0 = 0, x0 = 0, rows = s.h, cols = s.w, row_step = in.h, col_step = in.w;
+    // Where the first tile's window would begin there, of output pixel (0, 0).
+    int64_t y0 = -s.pad_top, x0 = -s.pad_left, rows = s.h, cols = s.w, row_step = in.h, col_step = in.w;
     if (!call.direct_input) {
       const WinogradRows r(call, first, end - 1);
       const BandGeometry g(s, r.row0, r.row1);
-      copy_band(p, g, n, 0, in_live, in_live, in_live, call.kernels.copy_pixels, band);
-      base = band;
-      y0 = g.y0, x0 = g.x0, rows = g.rows_in, cols = g.cols_in;
-      col_step = in_live, row_step = cols * col_step;
-      band += g.pixels() * in_live;
+      float* copied = band + folded_floats(call, r);
+      copy_band(p, g, n, 0, in_live, in_live, in_live, call.kernels.copy_pixels, copied);
+      y0 = -r.row0, x0 = 0;
+      if (call.layout.folded()) {
+        rows = r.row1 - r.row0 + call.layout.taps() - 1, cols = s.out_w + call.layout.taps() - 1;
+        col_step = kFoldedPixel;
+        fold_band(copied, g, in_live, rows, cols, band);
+        base = band;
+      } else {
+        rows = g.rows_in, cols = g.cols_in;
+        col_step = in_live;
+        base = copied;
+      }
+      row_step = cols * col_step;
+      band = copied + copied_floats(call, r, in_live);
     }
     const float** to = pixels + before * edge * edge;
     for (int64_t t = first; t < end; ++t) {
-      const int64_t top = t / call.tiles_w * call.layout.tile - s.pad_top - y0,
-                    left = t % call.tiles_w * call.layout.tile - s.pad_left - x0;
+      const int64_t top = t / call.tiles_w * call.layout.tile + y0, left = t % call.tiles_w * call.layout.tile + x0;
       for (int64_t y = top; y < top + edge; ++y)
         for (int64_t x = left; x < left + edge; ++x)
           *to++ = y < 0 || y >= rows || x < 0 || x >= cols ? zeros : base + y * row_step + x * col_step;
     }
   });
   call.kernels.winograd.input[call.index()](
-      {pixels, piece.tiles(), in_live, work.memory + piece.v, piece.point_step, piece.tile_step});
+      {pixels, piece.tiles(), channels, work.memory + piece.v, piece.point_step, piece.tile_step});
 }
 
 // All products of one block of output channels. A panel of weights serves every piece that the block reaches.
@@ -85,12 +95,13 @@ void multiply(const Work& work, int64_t block) {
     for (const WinogradPiece& piece : work) {
       const int64_t live = piece.of->live(block), count = piece.tiles();
       const int64_t parts = (count + call.kernels.max_cols - 1) / call.kernels.max_cols;
-      const Run run{0, 0, piece.of->in_live, 0, kSkipNone};
+      const Run run{0, 0, call.channels(piece.of->in_live), 0, kSkipNone};
       const float* v = work.memory + piece.v + point * piece.point_step;
       args.runs = &run;
       args.x_col_step = piece.tile_step;
       for (int64_t sub = 0, lanes = 0; sub < live; sub += lanes) {
-        const TileWidth& width = call.kernels.width_for(live - sub);
+        const TileWidth& width =
+            call.layout.folded() ? call.kernels.pointwise_width_for(live - sub) : call.kernels.width_for(live - sub);
         lanes = std::min<int64_t>(width.lanes, live - sub);
         args.w = u + sub;
         args.live = static_cast<int32_t>(lanes);

@@ -12,13 +12,14 @@
 
 namespace rnp::cpu {
 
-// weight: (c_out, c_in, 3, 3) float32. `packed` has layout.total_floats() floats. The transform is computed in double
-// precision and rounded once.
+// weight: (c_out, c_in, layout.kernel, layout.kernel) float32. `packed` has layout.total_floats() floats. The transform
+// is computed in double precision and rounded once.
 void pack_winograd(const WeightView& weight, const WinogradLayout& layout, float* packed, const Threads& threads);
 
-// Null if `packed` (of `floats` floats) was written by pack_winograd for a weight (c_out, c_in, 3, 3); otherwise what
-// differs. On success `tile` receives the tile it was written for.
-const char* winograd_mismatch(const float* packed, int64_t floats, int64_t c_out, int64_t c_in, int64_t* tile);
+// Null if `packed` (of `floats` floats) was written by pack_winograd for a weight (c_out, c_in, kernel, kernel);
+// otherwise what differs. On success `tile` receives the tile it was written for.
+const char* winograd_mismatch(const float* packed, int64_t floats, int64_t c_out, int64_t c_in, int64_t kernel,
+                              int64_t* tile);
 
 // The samples of a call for which choose_algorithm names the tile of p.winograd; none where that is null.
 struct WinogradSamples {

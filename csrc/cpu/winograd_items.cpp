@@ -24,7 +24,8 @@ int64_t odd_lines(int64_t floats) { return (ceil_div(floats, 16) | 1) * 16; }  /
 
 // Tiles that an item should have at most where this class is the widest in it.
 int64_t most_tiles(const WinogradCall& call, const WinogradClass& c) {
-  const int64_t weights = call.layout.points() * c.in_live * c.out_live * static_cast<int64_t>(sizeof(float));
+  const int64_t weights =
+      call.layout.points() * call.channels(c.in_live) * c.out_live * static_cast<int64_t>(sizeof(float));
   return (weights <= kWeightsInCache ? kRegisterTiles : kRegisterTilesFromMemory) * call.kernels.max_cols;
 }
 
@@ -33,20 +34,30 @@ int64_t band_floats(const WinogradCall& call, const WinogradPiece& piece) {
   int64_t floats = 0;
   piece.for_samples(call.tiles(), [&](int64_t, int64_t first, int64_t end, int64_t) {
     const WinogradRows rows(call, first, end - 1);
-    floats += BandGeometry(call.p.shape, rows.row0, rows.row1).pixels() * piece.of->in_live;
+    floats += folded_floats(call, rows) + copied_floats(call, rows, piece.of->in_live);
   });
-  return round_up(floats);
+  return floats;
 }
 
 }  // namespace
 
+int64_t folded_floats(const WinogradCall& call, const WinogradRows& rows) {
+  const int64_t more = call.layout.taps() - 1;
+  return call.layout.folded() ? (rows.row1 - rows.row0 + more) * (call.p.shape.out_w + more) * kFoldedPixel : 0;
+}
+
+int64_t copied_floats(const WinogradCall& call, const WinogradRows& rows, int64_t in_live) {
+  const int64_t floats = BandGeometry(call.p.shape, rows.row0, rows.row1).pixels() * in_live;
+  return round_up(floats + (call.layout.folded() ? kFoldedPixel : 0));
+}
+
 WinogradCall::WinogradCall(const PrefixConv2dParams& params, const Kernels& k)
     : p(params),
       kernels(k),
-      layout{params.winograd_tile, params.shape.c_in, params.shape.c_out},
+      layout{params.winograd_tile, params.shape.c_in, params.shape.c_out, params.shape.kh},
       tiles_w(ceil_div(params.shape.out_w, layout.tile)),
       tiles_h(ceil_div(params.shape.out_h, layout.tile)),
-      direct_input(params.input_stride.c == 1),
+      direct_input(params.input_stride.c == 1 && !layout.folded()),
       direct_output(params.output_stride.c == 1 && (!params.residual || params.residual_stride.c == 1)) {
   const ConvShape& s = p.shape;
   const Strides4& o = p.output_stride;
@@ -116,10 +127,10 @@ void WinogradItems::place(const WinogradCall& call, WinogradItem& item) {
   };
   for (size_t i = item.piece0; i < item.piece1; ++i) {
     WinogradPiece& piece = pieces[i];
-    piece.tile_step = odd_lines(piece.of->in_live);
+    piece.tile_step = odd_lines(call.channels(piece.of->in_live));
     piece.point_step = odd_lines(piece.tiles() * piece.tile_step);
     piece.v = take(points * piece.point_step);
-    widest = std::max(widest, piece.of->in_live);
+    widest = std::max(widest, call.channels(piece.of->in_live));
   }
   item.m_step = odd_lines(item.tiles * kLanes);
   item.m = take(points * item.m_step);
@@ -147,7 +158,7 @@ void WinogradItems::share_blocks(const WinogradCall& call, int threads) {
       for (size_t i = part.piece0; i < part.piece1; ++i) {
         const WinogradClass& c = *pieces[i].of;
         const int64_t reached = std::min(part.block1, ceil_div(c.out_live, kLanes)) - part.block0;
-        part.cost += static_cast<double>(pieces[i].tiles() * call.layout.points() * c.in_live) *
+        part.cost += static_cast<double>(pieces[i].tiles() * call.layout.points() * call.channels(c.in_live)) *
                      static_cast<double>(reached * 2 + 1);
       }
       items.push_back(part);

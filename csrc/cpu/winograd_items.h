@@ -28,7 +28,9 @@ struct WinogradCall {
   WinogradCall(const PrefixConv2dParams& params, const Kernels& k);
 
   int64_t tiles() const { return tiles_w * tiles_h; }
-  int index() const { return layout.tile == 4 ? 1 : 0; }
+  int index() const { return layout.folded() ? 2 : layout.tile == 4 ? 1 : 0; }
+  // What a sample of so many live input channels sums over.
+  int64_t channels(int64_t in_live) const { return layout.folded() ? layout.channels() : in_live; }
 };
 
 struct WinogradClass {
@@ -47,7 +49,7 @@ struct WinogradPiece {
   int64_t tile0, tile1;              // in the list of all tiles of the class
   int64_t before;                    // tiles of the item's earlier pieces
   int64_t v, tile_step, point_step;  // V[point][tile][c], in floats from the scratch's begin
-  int64_t band;                      // likewise: its pixels, where they must be copied first
+  int64_t band;                      // likewise: its pixels, where they must be copied or folded first
 
   int64_t tiles() const { return tile1 - tile0; }
 
@@ -81,6 +83,11 @@ struct WinogradRows {
   int64_t row0, row1;
   WinogradRows(const WinogradCall& call, int64_t first, int64_t last);
 };
+
+// Floats of a sample's folded pixels for these rows, which lie before the pixels they are made of.
+int64_t folded_floats(const WinogradCall& call, const WinogradRows& rows);
+// Likewise of those, where they are copied.
+int64_t copied_floats(const WinogradCall& call, const WinogradRows& rows, int64_t in_live);
 
 struct WinogradItems {
   std::vector<WinogradClass> classes;  // widest output first, then widest input

@@ -38,9 +38,9 @@ struct WinogradOutputArgs {
   bool stream;  // store past the caches; whole vectors and aligned cache lines only (kernels whose `streams` says so)
 };
 
-struct WinogradKernels {  // index 0: F(2x2, 3x3), 1: F(4x4, 3x3)
-  void (*input[2])(const WinogradInputArgs&);
-  void (*output[2])(const WinogradOutputArgs&);
+struct WinogradKernels {  // index 0: F(2x2, 3x3), 1: F(4x4, 3x3), 2: F(4x4, 4x4)
+  void (*input[3])(const WinogradInputArgs&);
+  void (*output[3])(const WinogradOutputArgs&);
 };
 
 }  // namespace rnp::cpu

@@ -17,11 +17,11 @@ RNP_INLINE typename V::T splat(double x) {
   return static_cast<float>(x) - typename V::T{};
 }
 
-template <class V, int kTile>
+template <class V, int kTile, int kTaps>
 struct Winograd {
   using T = typename V::T;
-  using P = WinogradPoints;
-  static constexpr int kEdge = kTile + 2, kWidth = V::kWidth;
+  using P = WinogradPoints<kTaps>;
+  static constexpr int kEdge = kTile + kTaps - 1, kWidth = V::kWidth;
 
   static RNP_INLINE T sub(T a, T b) { return a - b; }
   static RNP_INLINE T fma(double a, T b, T c) { return V::fma(splat<V>(a), b, c); }
@@ -33,6 +33,19 @@ struct Winograd {
       t[1] = V::add(d[1], d[2]);
       t[2] = sub(d[2], d[1]);
       t[3] = sub(d[1], d[3]);
+    } else if constexpr (kTaps == 4) {
+      T e[kEdge - 1];  // (x - 1) d; the rest is as for the other points
+      RNP_UNROLL
+      for (int i = 0; i < kEdge - 1; ++i) e[i] = sub(d[i + 1], d[i]);
+      const T u = fma(-P::q, e[2], e[4]), v = fma(-P::q, e[1], e[3]);
+      const T w = fma(-P::p, e[2], e[4]), z = fma(-P::p, e[1], e[3]);
+      t[0] = fma(-(P::p + P::q), e[2], V::add(e[0], e[4]));
+      t[1] = fma(P::a, v, u);
+      t[2] = fma(-P::a, v, u);
+      t[3] = fma(P::b, z, w);
+      t[4] = fma(-P::b, z, w);
+      t[5] = fma(-(P::p + P::q), d[3], V::add(d[1], d[5]));
+      t[6] = fma(-(P::p + P::q), e[3], V::add(e[1], e[5]));
     } else {
       const T u = fma(-P::q, d[2], d[4]), v = fma(-P::q, d[1], d[3]);
       const T w = fma(-P::p, d[2], d[4]), z = fma(-P::p, d[1], d[3]);
@@ -52,10 +65,17 @@ struct Winograd {
       y[1] = sub(sub(m[1], m[2]), m[3]);
     } else {
       const T s1 = V::add(m[1], m[2]), d1 = sub(m[1], m[2]), s2 = V::add(m[3], m[4]), d2 = sub(m[3], m[4]);
-      y[0] = V::add(V::add(m[0], s1), s2);
-      y[1] = fma(P::b, d2, V::mul(splat<V>(P::a), d1));
-      y[2] = fma(P::q, s2, V::mul(splat<V>(P::p), s1));
-      y[3] = fma(P::b * P::q, d2, fma(P::a * P::p, d1, m[5]));
+      if constexpr (kTaps == 4) {  // m[5] belongs to the point 1
+        y[0] = V::add(V::add(m[0], m[5]), V::add(s1, s2));
+        y[1] = fma(P::b, d2, fma(P::a, d1, m[5]));
+        y[2] = fma(P::q, s2, fma(P::p, s1, m[5]));
+        y[3] = fma(P::b * P::q, d2, fma(P::a * P::p, d1, V::add(m[5], m[6])));
+      } else {
+        y[0] = V::add(V::add(m[0], s1), s2);
+        y[1] = fma(P::b, d2, V::mul(splat<V>(P::a), d1));
+        y[2] = fma(P::q, s2, V::mul(splat<V>(P::p), s1));
+        y[3] = fma(P::b * P::q, d2, fma(P::a * P::p, d1, m[5]));
+      }
     }
   }
 
@@ -85,7 +105,7 @@ struct Winograd {
   }
 
   // The pixels of a tile that its left neighbour has not read: 36 runs of cache lines, which no hardware prefetcher
-  // follows.
+  // follows. Folded pixels are in the caches, having just been written there.
   static RNP_INLINE void fetch(const float* const* pixels, int64_t c) {
     RNP_UNROLL
     for (int y = 0; y < kEdge; ++y) RNP_UNROLL
@@ -100,7 +120,7 @@ struct Winograd {
       const float* const* next = t + 1 < a.tiles ? pixels + kEdge * kEdge : pixels;
       float* v = a.v + t * a.tile_step;
       for (int64_t c = 0; c < whole; c += kWidth) {
-        if (c % 16 == 0) fetch(next, c);
+        if (kTaps == 3 && c % 16 == 0) fetch(next, c);
         input_vector<true>(pixels, c, mask, v + c, a.point_step);
       }
       if (whole < a.channels) input_vector<false>(pixels, whole, mask, v + whole, a.point_step);
@@ -225,8 +245,11 @@ struct Winograd {
 
 template <class V>
 RNP_INLINE WinogradKernels winograd_kernels() {
-  return {{&Winograd<V, 2>::transform_input, &Winograd<V, 4>::transform_input},
-          {&Winograd<V, 2>::transform_output, &Winograd<V, 4>::transform_output}};
+  using F2 = Winograd<V, 2, 3>;
+  using F4 = Winograd<V, 4, 3>;
+  using Folded = Winograd<V, 4, 4>;
+  return {{&F2::transform_input, &F4::transform_input, &Folded::transform_input},
+          {&F2::transform_output, &F4::transform_output, &Folded::transform_output}};
 }
 
 }  // namespace

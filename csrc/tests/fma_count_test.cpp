@@ -3,8 +3,8 @@
 //   output channels   up to a narrow tile: the multiples of 8 (AVX-512, AVX2) or 4 (portable) are exact, and no width
 //                     costs more than the next of them; small groups: whole vectors of channels (channels_last) or
 //                     of positions of a band with its row ends padded (contiguous)
-//   Winograd          (m + 2)^2 products for each tile of m x m outputs, instead of 9 m^2; the last tile of a row or
-//                     column is computed whole
+//   Winograd          (m + 2)^2 products for each tile of m x m outputs, instead of 9 m^2, of a folded stem 49 for each
+//                     folded channel; the last tile of a row or column is computed whole
 //   input channels    bfloat16 multiplied in pairs: up to an even number
 //   padding           taps in the padding are left out; in blocks of fewer than 16 live input channels only whole
 //                     kernel rows are; contiguous small groups: none
@@ -53,7 +53,7 @@ int64_t counted(const ConvShape& s, const std::vector<int32_t>& in_prefix, const
   p.in_prefix = in_prefix.data(), p.out_prefix = out_prefix.data();
   std::vector<float> transformed;
   if (winograd) {
-    const WinogradLayout layout{winograd, s.c_in, s.c_out};
+    const WinogradLayout layout{winograd, s.c_in, s.c_out, s.kh};
     transformed.resize(static_cast<size_t>(layout.total_floats()));
     cpu::pack_winograd({weight.data(), p.dtype, p.weight_stride}, layout, transformed.data(), {});
     p.winograd = transformed.data(), p.winograd_tile = winograd;
@@ -192,6 +192,19 @@ TEST(pairs_of_bfloat16_round_input_channels_up_to_an_even_number) {
     const int64_t wanted = isa == "avx512bf16" ? pairs : converted;
     CHECK_EQUAL(counted(s, in_prefix, out_prefix, 1, 0, DType::kBFloat16), wanted) << isa;
     CHECK_EQUAL(counted(s, in_prefix, out_prefix, 3, 0, DType::kBFloat16), wanted) << isa << ", 3 threads";
+  });
+}
+
+TEST(winograd_executes_the_products_of_a_folded_stem) {
+  ConvCase c = {.name = "7x7", .n = 4, .c_in = 3, .h = 37, .w = 32, .c_out = 40, .kh = 7, .kw = 7};
+  c.stride_h = c.stride_w = 2, c.top = c.bottom = c.left = c.right = 3;
+  const ConvShape s = c.shape();
+  const std::vector<int32_t> in_prefix = {3, 3, 3, 3}, out_prefix = {40, 40, 17, 0};
+  on_every_isa([&](const std::string& isa) {
+    int64_t wanted = 0;
+    for (int32_t live : out_prefix) wanted += live ? 49 * 5 * 4 * 12 * lanes(s.c_out, live) : 0;
+    for (int threads : {1, 3})
+      CHECK_EQUAL(counted(s, in_prefix, out_prefix, threads, 4), wanted) << isa << ", " << threads << " threads";
   });
 }
 

@@ -58,6 +58,7 @@ const Case kCases[] = {
     {"winograd_4x4", 1, 64, 28, 64, 3, 1, 1, 4, 4, 4},
     {"winograd_4x4_half", 1, 64, 28, 64, 3, 1, 1, 2, 2, 4},
     {"winograd_2x2", 1, 64, 14, 64, 3, 1, 1, 4, 4, 2},
+    {"winograd_folded", 1, 3, 56, 64, 7, 2, 1, 4, 4, 4},
     {"input_grad", 1, 64, 14, 64, 3, 1, 1, 4, 4, 0, Pass::kInputGrad},
     {"input_grad_half", 1, 64, 14, 64, 3, 1, 1, 2, 2, 0, Pass::kInputGrad},
     {"input_grad_stride_2", 1, 64, 28, 64, 3, 2, 1, 4, 4, 0, Pass::kInputGrad},
@@ -93,7 +94,7 @@ void run(const Case& c) {
   p.in_prefix = in_prefix.data(), p.out_prefix = out_prefix.data(), p.bias = bias.data();
   std::vector<float> transformed;
   if (c.winograd) {
-    const WinogradLayout layout{c.winograd, s.c_in, s.c_out};
+    const WinogradLayout layout{c.winograd, s.c_in, s.c_out, s.kh};
     transformed.resize(static_cast<size_t>(layout.total_floats()));
     cpu::pack_winograd({weight.data(), p.dtype, p.weight_stride}, layout, transformed.data(), {});
     p.winograd = transformed.data(), p.winograd_tile = c.winograd;
