@@ -1,6 +1,7 @@
 #include "core/schedule.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace rnp {
 namespace {
@@ -18,17 +19,15 @@ double cost_of(const ConvShape& s, double pixels, int64_t in_live, int64_t out_l
          pixels * static_cast<double>(in_live);
 }
 
-// Items to cut the call into: more would cost more than they balance.
-int64_t items_wanted(const PrefixConv2dParams& p, int threads) {
+// Items to cut a call of this cost into: more would cost more than they balance.
+double items_wanted(double cost, int threads) {
   if (threads <= 1) return 1;
-  const ConvShape& s = p.shape;
-  double cost = 0;
-  for (int64_t n = 0; n < s.n; ++n)
-    for (int64_t g = 0; g < s.groups && !(p.elsewhere && p.elsewhere[n]); ++g)
-      cost += cost_of(s, static_cast<double>(s.out_h * s.out_w), live_in_group(p.in_live(n), g, s.group_in()),
-                      live_in_group(p.out_live(n), g, s.group_out()));
-  const double most = static_cast<double>(threads) * kItemsPerThread;
-  return static_cast<int64_t>(std::clamp<double>(cost / kCostOfItem, threads, most));
+  return std::clamp<double>(cost / kCostOfItem, threads, static_cast<double>(threads) * kItemsPerThread);
+}
+
+// Its share of the items that a part of the call of this cost should give. One a little above the average gives one.
+int64_t items_of(double cost, double whole, double items) {
+  return whole > 0 ? std::max<int64_t>(1, static_cast<int64_t>(std::ceil(items * cost / whole - 0.3))) : 1;
 }
 
 }  // namespace
@@ -46,7 +45,17 @@ int64_t band_rows(const ConvShape& s, int64_t in_live) {
 
 std::vector<WorkItem> schedule(const PrefixConv2dParams& p, int threads) {
   const ConvShape& s = p.shape;
-  const int64_t wanted = items_wanted(p, threads);
+  std::vector<double> costs(static_cast<size_t>(s.n * s.groups), 0.0);
+  double whole = 0;
+  for (int64_t i = 0; i < s.n * s.groups; ++i) {
+    const int64_t n = i / s.groups, g = i % s.groups;
+    if (p.elsewhere && p.elsewhere[n]) continue;
+    double& cost = costs[static_cast<size_t>(i)];
+    cost = cost_of(s, static_cast<double>(s.out_h * s.out_w), live_in_group(p.in_live(n), g, s.group_in()),
+                   live_in_group(p.out_live(n), g, s.group_out()));
+    whole += cost;
+  }
+  const double wanted = items_wanted(whole, threads);
   std::vector<WorkItem> items;
   for (int64_t n = 0; n < s.n; ++n) {
     if (p.elsewhere && p.elsewhere[n]) continue;
@@ -56,10 +65,11 @@ std::vector<WorkItem> schedule(const PrefixConv2dParams& p, int threads) {
       const int64_t blocks = ceil_div(out_live, PackedLayout::kLanes);
       int64_t rows = band_rows(s, in_live);
       int64_t bands = ceil_div(s.out_h, rows), ranges = 1;
-      int64_t needed = ceil_div(wanted, s.n * s.groups);  // items that each (sample, group) should give
+      const double cost = costs[static_cast<size_t>(n * s.groups + g)];
+      int64_t needed = items_of(cost, whole, wanted);
       // Every range of channels reads, and may copy, all pixels: few of them where that is most of what is moved.
       if (s.kh * s.kw == 1 && (!weights_stay(in_live, out_live) || pixels_share_a_set(p)))
-        needed = std::min<int64_t>(needed, ceil_div(2 * threads, s.n * s.groups));
+        needed = std::min(needed, items_of(cost, whole, 2.0 * threads));
       if (bands < needed) ranges = std::clamp<int64_t>(ceil_div(needed, bands), 1, std::max<int64_t>(1, blocks));
       if (bands * ranges < needed) {
         rows = std::max<int64_t>(1, s.out_h / ceil_div(needed, ranges));

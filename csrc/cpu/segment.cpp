@@ -117,7 +117,7 @@ class Runner {
       for (int64_t group = 0; group < groups; ++group) run_group(group, 0, threads_);
       return;
     }
-    const std::vector<int64_t> order = widest_first(groups, phase.samples);
+    const std::vector<int64_t> order = widest_first(phase, groups);
     const Threads alone;
     std::atomic<int64_t> next{0};
     threads_(static_cast<int>(phase.places), [&](int worker) {
@@ -125,20 +125,45 @@ class Runner {
     });
   }
 
-  // Groups in the order of what the index inputs say of their samples' widths: threads end at about the same time.
-  std::vector<int64_t> widest_first(int64_t groups, int64_t samples) const {
-    std::vector<double> width(slot(groups), 0.0);
-    for (size_t i = 0; i < p_.index_in.size(); ++i) {
-      const double limit = static_cast<double>(std::max<int64_t>(1, p_.index_limit[slot(p_.index_in[i])]));
-      for (int64_t n = 0; n < call_.n; ++n) {
-        const double share = call_.index_in[i][n] / limit;
-        width[slot(n / samples)] += share * share;
-      }
-    }
+  // Groups in the order of their work, as far as it is known before they run: threads end at about the same time.
+  std::vector<int64_t> widest_first(const SegmentPhase& phase, int64_t groups) const {
+    std::vector<double> work(slot(groups), 0.0);
+    for (int64_t n = 0; n < call_.n; ++n) work[slot(n / phase.samples)] += work_of(phase, n);
     std::vector<int64_t> order(slot(groups));
     std::iota(order.begin(), order.end(), int64_t{0});
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return width[slot(a)] > width[slot(b)]; });
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return work[slot(a)] > work[slot(b)]; });
     return order;
+  }
+
+  // About the multiply-adds of a sample in a phase. Widths that an agent has yet to choose count as full.
+  double work_of(const SegmentPhase& phase, int64_t n) const {
+    constexpr double kWinograd = 0.35;  // of a layer's multiply-adds, the transforms' time counted too
+    constexpr double kElement = 8;      // multiply-adds that moving an element costs
+    std::vector<double> share(indices_.size(), 1.0);
+    const auto known = [&](int64_t i) {
+      share[slot(i)] = indices_[slot(i)][n] / static_cast<double>(std::max<int64_t>(1, p_.index_limit[slot(i)]));
+    };
+    const auto of = [&](int64_t i) { return i < 0 ? 1.0 : share[slot(i)]; };
+    for (int64_t i : p_.index_in) known(i);
+    double work = 0;
+    for (size_t i = 0; i < phase.end; ++i) {
+      const SegmentStep& s = p_.steps[i];
+      if (i < phase.first) {
+        if (s.result >= 0) known(s.result);
+      } else if (s.op == SegmentOp::kPrefix) {
+        share[slot(s.result)] = of(s.a);
+      } else if (s.op == SegmentOp::kLargest) {
+        share[slot(s.result)] = std::max(of(s.a), of(s.b));
+      } else if (s.op == SegmentOp::kConv) {
+        const MapShape &x = shapes_[slot(s.x)], &y = shapes_[slot(s.y)];
+        const double in = static_cast<double>(s.c_in) * of(s.in), out = static_cast<double>(s.c_out) * of(s.out);
+        const double pixels = static_cast<double>(y.h * y.w);
+        work += pixels * static_cast<double>(s.kh * s.kw) * in * out / static_cast<double>(s.groups) *
+                (s.winograd < 0 ? 1 : kWinograd);
+        work += kElement * (static_cast<double>(x.h * x.w) * in + pixels * out);
+      }
+    }
+    return work;
   }
 
   // Samples that pass through a step together, and who computes them.

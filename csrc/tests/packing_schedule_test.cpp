@@ -1,4 +1,5 @@
 // Packing, scheduling, half conversions.
+#include <algorithm>
 #include <map>
 
 #include "core/schedule.h"
@@ -100,6 +101,33 @@ TEST(batch_of_one_feeds_two_threads) {
     if (PackedLayout(p.shape).small_groups()) continue;             // cut in grouped.cpp
     CHECK(schedule(p, 2).size() >= 2) << c.name;
   }
+}
+
+TEST(a_wide_sample_among_narrow_ones_is_shared_among_the_threads) {
+  const ConvCase cases[] = {
+      {.name = "1x1", .n = 8, .c_in = 256, .h = 14, .w = 14, .c_out = 1024, .kh = 1, .kw = 1},
+      {.name = "1x1 on 7x7", .n = 8, .c_in = 512, .h = 7, .w = 7, .c_out = 2048, .kh = 1, .kw = 1},
+      {.name = "3x3", .n = 8, .c_in = 256, .h = 14, .w = 14, .c_out = 256, .kh = 3, .kw = 3},
+  };
+  for (const ConvCase& c : cases)
+    for (int threads : {2, 4}) {
+      PrefixConv2dParams p;
+      p.shape = c.shape();
+      p.input_stride = strides_of(c.c_in, c.h, c.w, true);
+      std::vector<int32_t> in, out;
+      for (int64_t n = 0; n < c.n; ++n) {
+        in.push_back(static_cast<int32_t>(n == 3 ? c.c_in : c.c_in / 4));
+        out.push_back(static_cast<int32_t>(n == 3 ? c.c_out : c.c_out / 4));
+      }
+      p.in_prefix = in.data(), p.out_prefix = out.data();
+      std::vector<double> busy(static_cast<size_t>(threads), 0.0);
+      double whole = 0;
+      for (const WorkItem& item : schedule(p, threads)) {
+        *std::min_element(busy.begin(), busy.end()) += item.cost;
+        whole += item.cost;
+      }
+      CHECK(*std::max_element(busy.begin(), busy.end()) <= 1.25 * whole / threads) << c.name << ", " << threads;
+    }
 }
 
 TEST(halves_round_to_nearest_even) {
