@@ -72,6 +72,12 @@ void transform_input(const Work& work, const WinogradPiece& piece) {
     const float** to = pixels + before * edge * edge;
     for (int64_t t = first; t < end; ++t) {
       const int64_t top = t / call.tiles_w * call.layout.tile + y0, left = t % call.tiles_w * call.layout.tile + x0;
+      if (top >= 0 && left >= 0 && top + edge <= rows && left + edge <= cols) {  // most: nothing to look at
+        const float* row = base + top * row_step + left * col_step;
+        for (int64_t y = 0; y < edge; ++y, row += row_step, to += edge)
+          for (int64_t x = 0; x < edge; ++x) to[x] = row + x * col_step;
+        continue;
+      }
       for (int64_t y = top; y < top + edge; ++y)
         for (int64_t x = left; x < left + edge; ++x)
           *to++ = y < 0 || y >= rows || x < 0 || x >= cols ? zeros : base + y * row_step + x * col_step;
