@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 namespace rnp {
 
@@ -40,6 +41,12 @@ struct Strides4 {  // in elements, of the axes (N, C, H, W)
   int64_t n = 0, c = 0, h = 0, w = 0;
 };
 
+// Of the output only the last rows are kept, for a reader close behind: row y lies where row y % rows would.
+struct RowRing {
+  int64_t rows;
+  std::function<void(int64_t)> done;  // called with r, in order, when the rows before r are written
+};
+
 // One call. Null pointers mean "absent". `scale` and `bias` hold float32, or float64 where dtype is float64; a row
 // stride of 0 says that every sample reads the same line. Prefix pointers may be null (full width); their values lie in
 // 0…C (checked).
@@ -75,6 +82,8 @@ struct PrefixConv2dParams {
   Strides4 output_stride;
   float* pooled = nullptr;  // (n, c_out)
   bool max_pool = false;    // segments, Winograd: `output` is that of 2x2 max-pooling after the activation
+  // Segments, Winograd: a single sample that goes through it, without residual and tail, on one thread.
+  const RowRing* ring = nullptr;
 
   // Maps of a segment whose samples keep their live channels only (cpu/segment_layout.h): (n,) elements from one pixel
   // of a sample to the next, instead of the strides' w and h; a multiple of 16 and not of 512. Null: all as the strides

@@ -31,21 +31,24 @@ RNP_INLINE void some_rows(const MaxPoolParams& p, int64_t begin, int64_t end) {
     const int64_t from = p.input_pixel ? p.input_pixel[sample] : p.c, row_stride = p.w * from;
     const int64_t to = p.output_pixel ? p.output_pixel[sample] : p.c;
     const float* image = p.input + sample * input_sample;
+    const int64_t kept = p.input_ring > 0 ? p.input_ring : p.h, start = first_h % kept;
+    // Floats from the window's first row to its i-th: in a ring, back to the front behind the last.
+    const auto below = [&](int64_t i) { return (start + i < kept ? i : i - kept) * row_stride; };
     float* out = p.output + sample * output_sample + row % p.out_h * p.out_w * to;
     for (int64_t x = 0; x < p.out_w; ++x, out += to) {
       const int64_t left = x * p.stride_w - p.pad_w;
       const int64_t first_w = std::max<int64_t>(left, 0), last_w = std::min(left + p.kernel_w, p.w);
-      const float* window = image + first_h * row_stride + first_w * from;
+      const float* window = image + start * row_stride + first_w * from;
       if (live + kLine <= from) {
         for (int64_t i = 0; i < last_h - first_h; ++i)
           for (int64_t j = 0; j < p.stride_w; ++j)
             for (int64_t c = 0; c < live; c += kLine)
-              __builtin_prefetch(window + i * row_stride + (kPixelsAhead + j) * from + c);
+              __builtin_prefetch(window + below(i) + (kPixelsAhead + j) * from + c);
       }
       std::memcpy(out, window, static_cast<size_t>(live) * sizeof(float));
       for (int64_t i = 0; i < last_h - first_h; ++i)
         for (int64_t j = i == 0 ? 1 : 0; j < last_w - first_w; ++j)
-          take_larger(out, window + i * row_stride + j * from, live);
+          take_larger(out, window + below(i) + j * from, live);
       if (p.zero_tail && live < p.c) std::memset(out + live, 0, static_cast<size_t>(p.c - live) * sizeof(float));
     }
   }

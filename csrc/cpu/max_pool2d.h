@@ -21,6 +21,7 @@ struct MaxPoolParams {
   // (n) floats from one pixel of a sample to the next; null: c.
   const int32_t* input_pixel = nullptr;
   const int32_t* output_pixel = nullptr;
+  int64_t input_ring = 0;  // so many rows of input are kept: row y lies where y % input_ring would; 0: all of them
 };
 
 // Rows begin … end − 1 of the n · out_h rows of the output.

@@ -108,6 +108,9 @@ class Runner {
         if (i + 1 < phase.end && pools(i, part)) {
           convolve(p_.steps[i], part, &p_.steps[i + 1]);
           ++i;
+        } else if (i + 1 < phase.end && pools_behind(i, part)) {
+          convolve_and_pool(p_.steps[i], p_.steps[i + 1], part);
+          ++i;
         } else {
           step(p_.steps[i], part);
         }
@@ -219,6 +222,19 @@ class Runner {
     if (!pooling_follows(p_, shapes_, i)) return false;
     const SegmentStep &s = p_.steps[i], &next = p_.steps[i + 1];
     if (!compact_[slot(next.y)] && next.skip <= 0 && s.out >= 0) return false;
+    return all_by_winograd(s, part);
+  }
+
+  // Whether the next step can pool a stem's rows as they come, while they are in the caches: a sample alone on its
+  // thread, whose image lies outside of the segment's memory (the pooling's output might lie over it there).
+  bool pools_behind(size_t i, const Part& part) const {
+    const SegmentStep &s = p_.steps[i], &next = p_.steps[i + 1];
+    return part.count == 1 && part.threads.count == 1 && s.op == SegmentOp::kConv && s.winograd >= 0 && s.kh == 7 &&
+           s.out < 0 && s.residual < 0 && memory_.offset[slot(s.x)] < 0 && next.op == SegmentOp::kMaxPool &&
+           next.x == s.y && p_.last_use[slot(s.y)] == static_cast<int64_t>(i) + 1 && all_by_winograd(s, part);
+  }
+
+  bool all_by_winograd(const SegmentStep& s, const Part& part) const {
     PrefixConv2dParams p;
     p.shape = step_shape(s, shapes_[slot(s.x)]);
     p.shape.n = part.count;
@@ -234,8 +250,9 @@ class Runner {
     winograd_mismatch(transformed.data, transformed.floats, s.c_out, s.c_in, s.kh, &p.winograd_tile);
   }
 
-  // With `pool`, that step's max-pooling too.
-  void convolve(const SegmentStep& s, const Part& part, const SegmentStep* pool = nullptr) {
+  // With `pool`, that step's max-pooling too; with `ring`, only so many rows are kept.
+  void convolve(const SegmentStep& s, const Part& part, const SegmentStep* pool = nullptr,
+                const RowRing* ring = nullptr) {
     PrefixConv2dParams p;
     p.shape = step_shape(s, shapes_[slot(s.x)]);
     p.shape.n = part.count;
@@ -253,6 +270,7 @@ class Runner {
     p.scale_row_stride = p.bias_row_stride = s.lines > 0 ? s.c_out : 0;
     const SegmentStep& writes = pool ? *pool : s;
     p.max_pool = pool != nullptr;
+    p.ring = ring;
     const Map& y = maps_[slot(writes.y)];
     if (y.pixel) lay_out(writes, part, p.out_prefix);
     p.output_pixel = pixel_at(writes.y, part);
@@ -300,7 +318,27 @@ class Runner {
     });
   }
 
+  void convolve_and_pool(const SegmentStep& s, const SegmentStep& pool, const Part& part) {
+    MaxPoolParams p = pooling(pool, part);
+    p.input_ring = std::min(p.h, winograd_ring_rows(step_shape(s, shapes_[slot(s.x)]), 4, p.kernel_h - 1));
+    int64_t row = 0;  // of the pooling's output
+    const RowRing ring{p.input_ring, [&](int64_t rows) {
+                         const int64_t first = row;
+                         while (row < p.out_h && (rows == p.h || row * p.stride_h - p.pad_h + p.kernel_h <= rows))
+                           ++row;
+                         max_pool2d(p, first, row);
+                       }};
+    convolve(s, part, nullptr, &ring);
+  }
+
   void max_pool(const SegmentStep& s, const Part& part) {
+    const MaxPoolParams p = pooling(s, part);
+    const int64_t row_reads = p.out_w * p.kernel_h * p.kernel_w * p.c;
+    split(part.threads, p.n * p.out_h, 65536 / std::max<int64_t>(1, row_reads) + 1,
+          [&](int64_t begin, int64_t end, int) { max_pool2d(p, begin, end); });
+  }
+
+  MaxPoolParams pooling(const SegmentStep& s, const Part& part) {
     const MapShape &in = shapes_[slot(s.x)], &out = shapes_[slot(s.y)];
     MaxPoolParams p;
     p.n = part.count, p.c = in.c, p.h = in.h, p.w = in.w, p.out_h = out.h, p.out_w = out.w;
@@ -313,9 +351,7 @@ class Runner {
     if (maps_[slot(s.y)].pixel) lay_out(s, part, p.prefix);
     p.input_sample = maps_[slot(s.x)].stride.n, p.output_sample = maps_[slot(s.y)].stride.n;
     p.input_pixel = pixel_at(s.x, part), p.output_pixel = pixel_at(s.y, part);
-    const int64_t row_reads = p.out_w * p.kernel_h * p.kernel_w * p.c;
-    split(part.threads, p.n * p.out_h, 65536 / std::max<int64_t>(1, row_reads) + 1,
-          [&](int64_t begin, int64_t end, int) { max_pool2d(p, begin, end); });
+    return p;
   }
 
   void add(const SegmentStep& s, const Part& part) {

@@ -135,9 +135,10 @@ void list_tiles(const Work& work, const WinogradPiece& piece) {
     };
     const Strides4 o = p.output_at(n), r = p.residual_at(n);
     const int halved = p.max_pool ? 1 : 0;
+    const int64_t kept = p.ring ? p.ring->rows : s.out_h;
     for (int64_t t = first; t < end; ++t, ++to) {
       const int64_t y = t / call.tiles_w * edge, x = t % call.tiles_w * edge;
-      to->out = static_cast<float*>(p.output) + n * o.n + (y >> halved) * o.h + (x >> halved) * o.w;
+      to->out = static_cast<float*>(p.output) + n * o.n + (y % kept >> halved) * o.h + (x >> halved) * o.w;
       to->residual = p.residual ? static_cast<const float*>(p.residual) + n * r.n + y * r.h + x * r.w : nullptr;
       to->scale = table(p.scale, p.scale_row_stride);
       to->bias = table(p.bias, p.bias_row_stride);
@@ -264,6 +265,20 @@ void winograd_conv2d(const PrefixConv2dParams& p, const std::vector<int64_t>& sa
       row_sums.resize(static_cast<size_t>(p.shape.n * p.shape.out_h * p.shape.c_out));
       call.row_sums = row_sums.data();
     }
+  }
+  if (p.ring) {
+    std::vector<const WinogradItem*> in_order;
+    for (const WinogradItem& item : all.items) in_order.push_back(&item);
+    const auto first_tile = [&](const WinogradItem* item) { return all.pieces[item->piece0].tile0; };
+    std::stable_sort(in_order.begin(), in_order.end(),
+                     [&](const auto* a, const auto* b) { return first_tile(a) < first_tile(b); });
+    for (const WinogradItem* item : in_order) {
+      run_item({call, *item, all.pieces.data(), memory});
+      const int64_t tiles = all.pieces[item->piece0].tile1;
+      p.ring->done(tiles == call.tiles() ? p.shape.out_h : tiles / call.tiles_w * call.layout.tile);
+    }
+    if (p.pooled) finish_means(call, samples[0]);
+    return;
   }
   std::atomic<size_t> next{0};
   threads(workers, [&](int worker) {

@@ -30,6 +30,10 @@ struct WinogradSamples {
   bool all() const { return samples.size() == chosen.size(); }
 };
 
+// Rows of a ring (PrefixConv2dParams::ring) in which whatever is written before RowRing::done is called leaves alone
+// the `before` rows that come before those.
+int64_t winograd_ring_rows(const ConvShape& shape, int64_t tile, int64_t before);
+
 // Computes the samples listed, whose prefixes are not 0, from p.winograd. `scratch(floats)` gives memory aligned to a
 // cache line. Writes their means too, where p.pooled is given.
 void winograd_conv2d(const PrefixConv2dParams& p, const std::vector<int64_t>& samples, const Kernels& kernels,

@@ -6,6 +6,7 @@
 
 #include "cpu/band.h"
 #include "cpu/call.h"
+#include "cpu/winograd.h"
 
 namespace rnp::cpu {
 namespace {
@@ -22,11 +23,10 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t v) { return (v + 15) / 16 * 16; }
 int64_t odd_lines(int64_t floats) { return (ceil_div(floats, 16) | 1) * 16; }  // neighbours in different cache sets
 
-// Tiles that an item should have at most where this class is the widest in it.
-int64_t most_tiles(const WinogradCall& call, const WinogradClass& c) {
-  const int64_t weights =
-      call.layout.points() * call.channels(c.in_live) * c.out_live * static_cast<int64_t>(sizeof(float));
-  return (weights <= kWeightsInCache ? kRegisterTiles : kRegisterTilesFromMemory) * call.kernels.max_cols;
+// Tiles that an item should have at most where so many channels are the most in it.
+int64_t most_tiles(const WinogradLayout& layout, int64_t channels, int64_t out_live, int64_t max_cols) {
+  const int64_t weights = layout.points() * channels * out_live * static_cast<int64_t>(sizeof(float));
+  return (weights <= kWeightsInCache ? kRegisterTiles : kRegisterTilesFromMemory) * max_cols;
 }
 
 int64_t band_floats(const WinogradCall& call, const WinogradPiece& piece) {
@@ -65,7 +65,14 @@ WinogradCall::WinogradCall(const PrefixConv2dParams& params, const Kernels& k)
                        (p.output_pixel || (o.w % 16 == 0 && o.h % 16 == 0));
   const int64_t positions = p.max_pool ? s.out_h * s.out_w / 4 : s.out_h * s.out_w;
   const int64_t bytes = output_channels(p) * positions * static_cast<int64_t>(sizeof(float));
-  stream = k.streams && direct_output && aligned && bytes > kStreamAbove;
+  stream = k.streams && direct_output && aligned && bytes > kStreamAbove && !p.ring;
+}
+
+int64_t winograd_ring_rows(const ConvShape& s, int64_t tile, int64_t before) {
+  const WinogradLayout layout{tile, s.c_in, s.c_out, s.kh};
+  // Rows of tiles: those of an item, one more where it begins within a row, and those of the rows before.
+  const int64_t item = ceil_div(most_tiles(layout, layout.channels(), s.c_out, kMaxCols), ceil_div(s.out_w, tile));
+  return (item + 1 + ceil_div(before, tile)) * tile;
 }
 
 WinogradRows::WinogradRows(const WinogradCall& call, int64_t first, int64_t last)
@@ -106,7 +113,8 @@ void WinogradItems::cut_classes(const WinogradCall& call) {
       room -= tiles;
       continue;
     }
-    const int64_t most = most_tiles(call, c), parts = ceil_div(tiles, most);
+    const int64_t most = most_tiles(call.layout, call.channels(c.in_live), c.out_live, call.kernels.max_cols),
+                  parts = ceil_div(tiles, most);
     for (int64_t i = 0; i < parts; ++i) {
       WinogradItem item = {};
       item.piece0 = pieces.size();

@@ -2,9 +2,11 @@
 #include "cpu/segment.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "check.h"
 #include "conv_case.h"
+#include "cpu/isa.h"
 #include "cpu/segment_layout.h"
 #include "cpu/segment_memory.h"
 #include "cpu/winograd.h"
@@ -276,6 +278,79 @@ TEST(segment_pooling_within_winograd_gives_the_same_bits) {
                 << i << ": " << found[i] << " and " << expected[i];
         }
     }
+}
+
+// Samples in groups of one take it behind the stem's rows, a whole batch as a step of its own.
+TEST(segment_pooling_behind_a_folded_stem_gives_the_same_bits) {
+  Random random(7);
+  const std::vector<float> inner = packed(48, 5, 48);
+  std::vector<float> weight(size_t{48 * 3 * 49}), image;
+  for (float& w : weight) w = static_cast<float>(random.next());
+  const cpu::WeightView view{weight.data(), DType::kFloat32, {3 * 49, 49, 7, 1}};
+  ConvShape shape;
+  shape.c_in = 3, shape.c_out = 48, shape.kh = shape.kw = 7;
+  std::vector<float> stem(static_cast<size_t>(PackedLayout(shape).total_floats()));
+  cpu::pack_weight(view, PackedLayout(shape), stem.data(), {});
+  const WinogradLayout layout{4, 3, 48, 7};
+  std::vector<float> folded(static_cast<size_t>(layout.total_floats()));
+  cpu::pack_winograd(view, layout, folded.data(), {});
+  // Side, and the pooling: windows of 3 and 2, with and without padding, rows that do not divide by a tile.
+  struct Sizes {
+    int64_t side;
+    const char* pool;
+  };
+  const cpu::Isa before = cpu::current_isa();
+  for (cpu::Isa isa : cpu::available_isas())
+    for (const Sizes& c : {Sizes{224, "3 3 2 2 1 1"}, Sizes{150, "3 3 2 2 1 1"}, Sizes{117, "3 3 2 2 0 0"},
+                           Sizes{64, "2 2 2 2 0 0"}, Sizes{32, "3 3 1 1 1 1"}})
+      for (const std::string mean : {"-1", "0"}) {
+        cpu::set_isa(cpu::isa_name(isa));
+        const std::string text =
+            "slots 4 1 " + std::string(mean == "0" ? "1" : "0") + "\nin map 0\nin index 0 4\nconv 0 -1 1 -1 -1 -1 " +
+            mean + " 1 3 0 48 0 3 48 1 7 7 2 2 3 3 3 3 1 1 1 0\nmax_pool 1 2 -1 " + c.pool +
+            " 0\nconv 2 -1 3 -1 -1 -1 -1 2 -1 -1 -1 0 48 48 1 3 3 1 1 1 1 1 1 1 1 0 0\nout map 3\n";
+        image.resize(static_cast<size_t>(Data::kSamples * c.side * c.side * 3));
+        for (float& v : image) v = static_cast<float>(random.next());
+        image[1000] = NAN;
+        std::vector<float> tables(96);
+        for (float& v : tables) v = static_cast<float>(random.next());
+        const std::vector<int32_t> group(Data::kSamples, 4);
+        const auto run = [&](const std::string& outputs, int64_t bytes, int threads) {
+          const cpu::SegmentProgram program(text + outputs);
+          const auto shapes = cpu::segment_shapes(program, {{3, c.side, c.side}});
+          cpu::SegmentCall call;
+          call.n = Data::kSamples;
+          call.map_in = {image.data()};
+          call.map_in_shape = {{3, c.side, c.side}};
+          call.map_in_stride = {{3 * c.side * c.side, 1, 3 * c.side, 3}};
+          call.index_in = {group.data()};
+          call.constants = {{tables.data(), 96}};
+          for (const std::vector<float>* one : {&std::as_const(stem), &inner, &std::as_const(folded)})
+            call.constants.push_back({one->data(), static_cast<int64_t>(one->size())});
+          std::vector<std::vector<float>> out;
+          for (int64_t map : program.map_out)
+            out.emplace_back(static_cast<size_t>(Data::kSamples * shapes[static_cast<size_t>(map)].floats()), -1.0f);
+          for (auto& map : out) call.map_out.push_back(map.data());
+          std::vector<float> means(mean == "0" ? size_t{Data::kSamples * 48} : 0, -1.0f);
+          if (mean == "0") call.vector_out = {means.data()};
+          cpu::run_segment(program, shapes, call, threads > 1 ? std_threads(threads) : Threads{}, bytes);
+          out[0].insert(out[0].end(), means.begin(), means.end());
+          return out[0];
+        };
+        const std::string means = mean == "0" ? "out vector 0\n" : "";
+        const std::vector<float> expected = run("out map 1\n" + means, 1 << 30, 1);
+        CHECK(std::count_if(expected.begin(), expected.end(), [](float v) { return v != v; }) > 0);
+        for (int threads : {1, 2}) {
+          const std::vector<float> found = run(means, 1, threads);
+          CHECK_EQUAL(found.size(), expected.size());
+          int64_t different = 0;
+          for (size_t i = 0; i < found.size(); ++i)
+            different += !(found[i] == expected[i] || (found[i] != found[i] && expected[i] != expected[i]));
+          CHECK_EQUAL(different, 0) << cpu::isa_name(isa) << ", side " << c.side << ", pooling " << c.pool << ", mean "
+                                    << mean << ", " << threads << " threads";
+        }
+      }
+  cpu::set_isa(cpu::isa_name(before));
 }
 
 // A reader of all channels, an addition, a sum whose activation changes its residual: no map of these is compact.
