@@ -1,6 +1,7 @@
 """Direct against Winograd F(2x2,3x3) and F(4x4,3x3), layer by layer, beside prepacked oneDNN: the rule's figures.
 
     python bench/winograd.py                                # VGG-16's and ResNet-18's 3x3 layers, full and half width
+    python bench/winograd.py --layers stem stem_32 stem_8   # folded 7x7 stems, F(4x4,4x4); they have no F2
     python bench/winograd.py --layers vgg5 --batch 1 8 --widths 1 1/2 1/4 --threads 1 --clock cpu --json out.json
 
 Each row is checked against float64 first (relative L2 error at most 1e-5), then all algorithms run in turn in one
@@ -48,6 +49,10 @@ MORE = [
     Layer("r50_2", 128, 28, 128, 3),
     Layer("odd_13", 96, 13, 80, 3),
     Layer("tiny_6x6", 256, 6, 256, 3),
+    Layer("stem_32", 3, 64, 64, 7, 2),
+    Layer("stem_8", 3, 16, 64, 7, 2),
+    Layer("stem_16out", 3, 224, 16, 7, 2),
+    Layer("stem_2in", 2, 224, 64, 7, 2),
 ]
 ALL = {layer.name: layer for layer in [*LAYERS, *MORE]}
 
@@ -61,8 +66,15 @@ def live(layer: Layer, width: Fraction) -> tuple[int, int]:
 def rule(layer: Layer, width: Fraction) -> str:
     """The algorithm that the rule names for samples of this width."""
     _C.set_algorithm("auto")
-    shape = ((layer.c_in, layer.size, layer.size), (layer.c_out, layer.c_in, 3, 3), [layer.stride] * 2, [1] * 4, [1, 1])
+    kernel, padding = layer.kernel, layer.kernel // 2
+    weight = (layer.c_out, layer.c_in, kernel, kernel)
+    shape = ((layer.c_in, layer.size, layer.size), weight, [layer.stride] * 2, [padding] * 4, [1, 1])
     return OF_TILE[_C.choose_algorithm(*shape, 1, "float32", *live(layer, width))]
+
+
+def algorithms(layer: Layer) -> tuple[str, ...]:
+    """What can compute the layer: tiles of 2x2 are for 3x3 kernels."""
+    return tuple(a for a in ALGORITHMS if layer.kernel == 3 or a != "winograd2")
 
 
 def calls(layer: Layer, batch: int, widths: list[Fraction]) -> dict[str, Callable[[], Any]]:
@@ -70,8 +82,9 @@ def calls(layer: Layer, batch: int, widths: list[Fraction]) -> dict[str, Callabl
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, layer.c_in, layer.size, layer.size, generator=generator)
     x = x.contiguous(memory_format=torch.channels_last)
-    w = torch.randn(layer.c_out, layer.c_in, 3, 3, generator=generator) / (9 * layer.c_in) ** 0.5
-    pads, strides, ones = [1, 1], [layer.stride] * 2, [1, 1]
+    kernel = layer.kernel
+    w = torch.randn(layer.c_out, layer.c_in, kernel, kernel, generator=generator) / (kernel**2 * layer.c_in) ** 0.5
+    pads, strides, ones = [kernel // 2] * 2, [layer.stride] * 2, [1, 1]
     prepacked = torch.ops.mkldnn._reorder_convolution_weight(w, pads, strides, ones, 1, list(x.shape))
     packed = torch.ops.rnp.pack_weight(w, 1)
     shapes = ((layer.c_in, layer.size, layer.size), tuple(w.shape), strides, pads * 2, ones, 1, "float32")
@@ -90,7 +103,7 @@ def calls(layer: Layer, batch: int, widths: list[Fraction]) -> dict[str, Callabl
         c_in, c_out = live(layer, width)
         i, o = (torch.full((batch,), c, dtype=torch.int32) for c in (c_in, c_out))
         truth = F.conv2d(x[:, :c_in].double(), w[:c_out, :c_in].double(), None, strides, pads).relu()
-        for algorithm in ALGORITHMS:
+        for algorithm in algorithms(layer):
             _C.set_algorithm(algorithm)
             tile = _C.winograd_tile(*shapes)
             if tile not in transformed:
@@ -143,13 +156,14 @@ def main() -> None:
         torch.set_num_threads(threads)
         for batch in options.batch:
             for name in options.layers:
-                runs = calls(ALL[name], batch, options.widths)
+                runs, tried = calls(ALL[name], batch, options.widths), algorithms(ALL[name])
                 times = measure(runs, "onednn", seconds=options.seconds, clock=options.clock)
                 ms = {k: 1e3 * median(t) for k, t in times.items()}
                 ms |= {f"{width} auto": ms[f"{width} {rule(ALL[name], width)}"] for width in options.widths}
                 rows.append({"name": name, "threads": threads, "batch": batch, "ms": ms})
                 line = "".join(
-                    f" | {width}:" + "".join(f" {t} {ms['onednn'] / ms[f'{width} {a}']:.2f}" for a, t in TITLES.items())
+                    f" | {width}:"
+                    + "".join(f" {TITLES[a]} {ms['onednn'] / ms[f'{width} {a}']:.2f}" for a in (*tried, "auto"))
                     for width in options.widths
                 )
                 print(f"{name:10s} thr {threads} batch {batch:3d} oneDNN {ms['onednn']:8.3f} ms "
