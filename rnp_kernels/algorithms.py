@@ -1,19 +1,19 @@
 """Which algorithm the CPU operator uses for 3x3 convolutions and 7x7 stems: `set_algorithm`, `algorithm`, `get_algorithm`.
 
 "auto", the default, takes Winograd's F(4x4, 3x3) or F(2x2, 3x3) where a measured rule (csrc/core/algorithm.cpp) says
-that it is the faster one: float32, 3x3, stride 1, dilation 1, no groups; and F(4x4, 4x4) for a 7x7 kernel with stride 2
-over 2 to 4 channels, whose 2x2 pixels it folds into channels, where the output is channels_last. The rule looks at the
-layer's shape and at a sample's own prefixes, never at the batch or the threads. It takes effect where transformed weights are at hand: in a
-`PrefixConv2d` whose call needs no gradient, in a converted network, and where `prefix_conv2d(winograd=...)` is given
-them. Everything else is computed directly.
+that it is the faster one: float32, 3x3, stride 1, dilation 1, no groups; and F(4x4, 4x4) for a 7x7 kernel with stride
+2 over 2 to 4 channels, whose 2x2 pixels it folds into channels, where the output is channels_last. The rule looks at
+the layer's shape and at a sample's own prefixes, never at the batch or the threads. It takes effect where transformed
+weights are at hand: in a `PrefixConv2d` whose call needs no gradient, in a converted network, and where
+`prefix_conv2d(winograd=...)` is given them. Everything else is computed directly.
 
 What "auto" costs and changes:
 
 * Accuracy: a relative L2 error of at most 1e-5 against float64 (measured on normal data with 512 input channels: 1.9e-6
   for F(4x4), 7e-7 for F(2x2); 1.3e-6 for a stem), where direct convolution has about 2e-7.
 * Memory: the transformed weights are kept beside the parameters, 4 times the size of the 3x3 (and 7x7) weights for
-  F(4x4) and 16/9 of it for F(2x2). They are made when a call first needs them and never saved. `forget_transformed_weights(model)`
-  drops them; under "direct" none are made.
+  F(4x4) and 16/9 of it for F(2x2). They are made when a call first needs them and never saved.
+  `forget_transformed_weights(model)` drops them; under "direct" none are made.
 * NaN and infinity: one such value among the live inputs makes all outputs of every tile that reads it NaN (up to 4x4
   pixels) instead of the outputs that depend on it. Values beyond a prefix are never read.
 * Bits: "auto" and "direct" round differently. Under either one a sample has the same bits alone and in any batch.
