@@ -1,4 +1,4 @@
-"""Which algorithm the CPU operator uses for 3x3 convolutions and 7x7 stems: `set_algorithm`, `algorithm`, `get_algorithm`.
+"""The CPU operator's algorithm for 3x3 convolutions and 7x7 stems: `set_algorithm`, `algorithm`, `get_algorithm`.
 
 "auto", the default, takes Winograd's F(4x4, 3x3) or F(2x2, 3x3) where a measured rule (csrc/core/algorithm.cpp) says
 that it is the faster one: float32, 3x3, stride 1, dilation 1, no groups; and F(4x4, 4x4) for a 7x7 kernel with stride
