@@ -226,12 +226,14 @@ class Runner {
   }
 
   // Whether the next step can pool a stem's rows as they come, while they are in the caches: a sample alone on its
-  // thread, whose image lies outside of the segment's memory (the pooling's output might lie over it there).
+  // thread, whose image lies outside of the segment's memory (the pooling's output might lie over it there), while its
+  // own rows lie inside: a map that the segment gives out is wanted whole.
   bool pools_behind(size_t i, const Part& part) const {
     const SegmentStep &s = p_.steps[i], &next = p_.steps[i + 1];
     return part.count == 1 && part.threads.count == 1 && s.op == SegmentOp::kConv && s.winograd >= 0 && s.kh == 7 &&
-           s.out < 0 && s.residual < 0 && memory_.offset[slot(s.x)] < 0 && next.op == SegmentOp::kMaxPool &&
-           next.x == s.y && p_.last_use[slot(s.y)] == static_cast<int64_t>(i) + 1 && all_by_winograd(s, part);
+           s.out < 0 && s.residual < 0 && memory_.offset[slot(s.x)] < 0 && memory_.offset[slot(s.y)] >= 0 &&
+           next.op == SegmentOp::kMaxPool && next.x == s.y && p_.last_use[slot(s.y)] == static_cast<int64_t>(i) + 1 &&
+           all_by_winograd(s, part);
   }
 
   bool all_by_winograd(const SegmentStep& s, const Part& part) const {
