@@ -334,8 +334,9 @@ TEST(segment_pooling_behind_a_folded_stem_gives_the_same_bits) {
           std::vector<float> means(mean == "0" ? static_cast<size_t>(c.samples * 48) : 0, -1.0f);
           if (mean == "0") call.vector_out = {means.data()};
           cpu::run_segment(program, shapes, call, threads > 1 ? std_threads(threads) : Threads{}, bytes);
-          if (out.size() > 1)  // the activation leaves nothing below 0
+          if (out.size() > 1) {  // the activation leaves nothing below 0
             CHECK_EQUAL(std::count(out[1].begin(), out[1].end(), -1.0f), 0) << "a map that is given out is whole";
+          }
           out[0].insert(out[0].end(), means.begin(), means.end());
           return out[0];
         };
