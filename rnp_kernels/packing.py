@@ -109,7 +109,7 @@ class PackCache:
         return packed.data
 
     def transformed(self, weight: Tensor, tile: int) -> Tensor | None:
-        """The transform of `weight` for F(tile x tile, 3x3), made now if need be; None for a weight without a version.
+        """The transform of `weight` for tiles of tile x tile, made now if need be; None for a weight without a version.
 
         Made at the first call already, since it changes the bits of the result: the second call then gives the same.
         """

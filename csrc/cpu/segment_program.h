@@ -45,7 +45,7 @@ struct SegmentProgram {
   std::vector<int64_t> vector_size;  // vector slot → f
   std::vector<SegmentStep> steps;
   std::vector<bool> dense;         // map slot → read by something else than a convolution: no strides but the usual
-  std::vector<int64_t> last_use;   // map slot → last step that reads it
+  std::vector<int64_t> last_use;   // map slot → last step that reads it; map_out is no step
   std::vector<int64_t> first_use;  // map slot → the step that writes it; −1 for inputs
 
   // Throws std::invalid_argument for text that is no program.
