@@ -35,6 +35,7 @@ struct Order {
   const int32_t* in;      // (n): its live input channels
   const int32_t* out;     // (n): its live output channels
   int32_t c_in, c_out;
+  const int32_t* live = nullptr;  // (groups, blocks): live_samples of a cut; null where nobody counted them
 
   RNP_HD int32_t sample_at(int64_t i) const { return sample ? sample[i] : static_cast<int32_t>(i); }
   RNP_HD int32_t in_at(int64_t i) const { return in ? in[i] : c_in; }
@@ -77,8 +78,10 @@ struct Cut {
   RNP_HD int64_t most_tiles() const { return int64_t{groups} * blocks() * ((n * positions + bm - 1) / bm); }
 };
 
-// How many samples have a live output channel in the block: a binary search, since out-prefixes descend.
+// How many samples have a live output channel in the block: the list's entry, or a binary search, since out-prefixes
+// descend.
 RNP_HD int64_t live_samples(const Cut& cut, const Order& order, int32_t group, int32_t block) {
+  if (order.live) return order.live[int64_t{group} * cut.blocks() + block];
   const int64_t first = int64_t{group} * cut.group_out + int64_t{block} * cut.bn;  // the block's first channel
   int64_t low = 0, high = cut.n;
   while (low < high) {
@@ -91,45 +94,61 @@ RNP_HD int64_t live_samples(const Cut& cut, const Order& order, int32_t group, i
   return low;
 }
 
-// Walks the list of tiles: block of channels by block of channels, rows within. `seek` takes growing numbers.
+// a / b without the division of 64 bits, which a GPU has no instruction for, where 32 will do.
+RNP_HD int64_t quotient(int64_t a, int64_t b) {
+  return ((a | b) >> 32) == 0 ? int64_t{static_cast<uint32_t>(a) / static_cast<uint32_t>(b)} : a / b;
+}
+
+// Walks the list of tiles: rows by rows, the live blocks of channels of each in turn. So blocks that run at once share
+// their input and not all of them ask for the same weights, and the list begins with the tiles that cost most. Rows
+// with `width` live blocks are one run of the list. `seek` takes growing numbers.
 struct Cursor {
-  int32_t group = 0, block = -1;
-  int64_t begin = 0, end = 0;  // numbers of the tiles of (group, block)
-  int64_t samples = 0;         // with live channels there
+  int32_t group = -1, block = 0, width = 0;
+  int64_t begin = 0, end = 0;   // numbers of the tiles of the run
+  int64_t first = 0, last = 0;  // tiles of rows of the run
+  int64_t row_tile = 0;
 
   // Moves to tile number t; false where the list ends before it.
   RNP_HD bool seek(const Cut& cut, const Order& order, int64_t t) {
     while (t >= end) {
-      if (++block == cut.blocks()) {
-        block = 0;
+      if (width > 1) {
+        --width;
+        first = last;
+      } else {
         if (++group == cut.groups) return false;
+        width = cut.blocks();
+        first = 0;
       }
-      samples = live_samples(cut, order, group, block);
+      last = (live_samples(cut, order, group, width - 1) * cut.positions + cut.bm - 1) / cut.bm;
       begin = end;
-      end = begin + (samples * cut.positions + cut.bm - 1) / cut.bm;
+      end = begin + (last - first) * width;
     }
+    const int64_t row = quotient(t - begin, width);
+    row_tile = first + row;
+    block = static_cast<int32_t>(t - begin - row * width);
     return true;
   }
 
-  RNP_HD int64_t first_row(const Cut& cut, int64_t t) const { return (t - begin) * cut.bm; }
+  RNP_HD int64_t first_row(const Cut& cut) const { return row_tile * cut.bm; }
 };
 
-// Where a row of a tile lies. `place` counts in the order; a row beyond the live samples is dead.
+// Where a row of a tile lies. `place` counts in the order; beyond the batch no row is live.
 struct RowPlace {
   int64_t place;
   uint32_t pixel;
   bool live;
 };
 
-RNP_HD RowPlace place_row(const Cut& cut, const Cursor& at, int64_t first_row, int32_t row) {
-  const int64_t first = first_row / cut.positions;  // the same for all rows of the tile
+RNP_HD RowPlace place_row(const Cut& cut, const Cursor& at, int32_t row) {
+  const int64_t first_row = at.first_row(cut);
+  const int64_t first = quotient(first_row, cut.positions);  // the same for all rows of the tile
   const uint32_t positions = static_cast<uint32_t>(cut.positions);
   const uint32_t rest = static_cast<uint32_t>(first_row - first * cut.positions) + static_cast<uint32_t>(row);
   const uint32_t step = rest / positions;
   RowPlace out;
   out.place = first + step;
   out.pixel = rest - step * positions;
-  out.live = out.place < at.samples;
+  out.live = out.place < cut.n;
   return out;
 }
 

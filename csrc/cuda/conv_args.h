@@ -9,11 +9,13 @@
 
 namespace rnp::cuda {
 
+// Taps along one axis: input row (column) `delta` + i · `delta_step` of tap i, seen from output 0, and which of the
+// kernel's taps it is.
 struct Axis {
-  int32_t count = 0;        // taps of this launch
-  int32_t step = 1;         // input rows (columns) from one output to the next
-  int16_t delta[kMaxTaps];  // input row of tap i, seen from output 0
-  uint8_t tap[kMaxTaps];    // which of the kernel's taps it is
+  int32_t count = 0;  // at most kMaxTaps
+  int32_t step = 1;   // input rows (columns) from one output to the next
+  int32_t delta = 0, delta_step = 0;
+  int32_t tap = 0, tap_step = 0;
 };
 
 // The packed weights: [group][chunk][tap][out channel][128 bytes of channels], zeros beyond the channels of a group.
@@ -63,7 +65,7 @@ struct ConvArgs {
 
   const int32_t *in_prefix = nullptr, *out_prefix = nullptr;  // (n)
   // Order of the batch, and the number of the next tile to take; null where no prefix is given.
-  const int32_t *order_sample = nullptr, *order_in = nullptr, *order_out = nullptr;
+  const int32_t *order_sample = nullptr, *order_in = nullptr, *order_out = nullptr, *order_live = nullptr;
   int32_t* ticket = nullptr;
 
   const int32_t* row = nullptr;  // (n)
@@ -76,6 +78,10 @@ struct ConvArgs {
 
   void* output = nullptr;
   Strides4 output_stride;
+  // sm_90a: neighbouring channels are neighbours in memory, and a pair of them that begins with an even one can be read
+  // from the residual, and written to `partial`, in one piece.
+  bool pairs = false;
+  bool dense = false;  // pixels of the output, and of the residual, are equally far apart across the ends of rows
 };
 
 }  // namespace rnp::cuda

@@ -5,14 +5,15 @@
 
 namespace rnp::cuda {
 
-// The finished value of one output element: `line` of the tables, `residual` the offset of the row's channel 0.
+// The finished value of one output element: `line` of the tables, `residual` the offset of the row's channel 0. Product
+// and sum are fused by name, not by the compiler's leave: every kernel must make the same bits of the same sum.
 template <typename T>
 RNP_DEVICE float finish(const ConvArgs& p, int32_t line, int64_t residual, int32_t channel, float v) {
-  if (p.scale) v *= p.scale[line * p.scale_row_stride + channel];
-  if (p.bias) v += p.bias[line * p.bias_row_stride + channel];
+  const float scale = p.scale ? p.scale[line * p.scale_row_stride + channel] : 1.0f;
+  const float bias = p.bias ? p.bias[line * p.bias_row_stride + channel] : 0.0f;
+  v = multiply_add(v, scale, bias);
   if (p.residual) v += widen(static_cast<const T*>(p.residual)[residual + channel * p.residual_stride.c]);
-  if (p.relu) v = v > 0 ? v : (v != v ? v : 0.0f);  // NaN passes, as in relu
-  return v;
+  return p.relu ? relu(v) : v;
 }
 
 // Four neighbouring elements in one store where the address allows it, else `count` of them one by one.
@@ -69,20 +70,6 @@ RNP_DEVICE void store_slab(const ConvArgs& p, const Row* rows, const Slab& s, in
   }
 }
 
-// The same for the sums of one segment of K, unfinished: float32, dense (sample, pixel, channel).
-template <int kRows, int kWidth, int kStride>
-RNP_DEVICE void store_partial(float* partial, const Row* rows, const Slab& s, int thread, int threads) {
-  for (int i = thread; i < kRows * (kWidth / 4); i += threads) {
-    const int r = i / (kWidth / 4), c = i % (kWidth / 4) * 4;
-    const int count = rows[r].out_live - s.slab - c;
-    if (count <= 0) continue;
-    float v[4];
-    RNP_UNROLL
-    for (int e = 0; e < 4; ++e) v[e] = s.sums[r * kStride + c + e];
-    store_four(partial + rows[r].output + s.first + c, v, count);
-  }
-}
-
 // Channels beyond the prefix: zero, or what the residual leaves there. Dealt out in whole positions, a warp each.
 template <typename T>
 RNP_DEVICE void write_tails(const ConvArgs& p, int thread, int threads) {
@@ -98,41 +85,39 @@ RNP_DEVICE void write_tails(const ConvArgs& p, int thread, int threads) {
     if (residual) residual += n * p.residual_stride.n + oy * p.residual_stride.h + ox * p.residual_stride.w;
     for (int32_t c = live + lane; c < p.c_out; c += 32) {
       float v = residual ? widen(residual[c * p.residual_stride.c]) : 0.0f;
-      if (p.relu) v = v > 0 ? v : (v != v ? v : 0.0f);
+      if (p.relu) v = relu(v);
       to[c * p.output_stride.c] = narrow<T>(v);
     }
   }
 }
 
 // The second pass of a launch whose K was split: adds the segments of every live output in their order, as the one-pass
-// kernel does in registers, and finishes them; the channels beyond the prefix too.
+// kernel does in registers, and finishes them; the channels beyond the prefix too. A warp for each position.
 template <typename T>
 RNP_DEVICE void sum_segments_block(const ConvArgs& p) {
-  const int64_t positions = p.cut.positions, elements = p.cut.n * positions * p.c_out;
-  const int64_t step = block_count() * thread_count();
-  const int32_t segment = p.segment_chunks * kPackChannels;
-  for (int64_t i = block_index() * thread_count() + thread_index(); i < elements; i += step) {
-    const int32_t c = static_cast<int32_t>(i % p.c_out);
-    const int64_t row = i / p.c_out, n = row / positions;
+  const int32_t positions = static_cast<int32_t>(p.cut.positions), segment = p.segment_chunks * kPackChannels;
+  const int64_t rows = p.cut.n * p.cut.positions, elements = rows * p.c_out;
+  const int warps = thread_count() / 32;
+  for (int64_t row = block_index() * warps + thread_index() / 32; row < rows; row += block_count() * warps) {
+    const int64_t n = gpu::quotient(row, positions);
     const int32_t live_out = p.out_prefix ? gpu::clamp_prefix(p.out_prefix[n], p.c_out) : p.c_out;
     const int32_t live_in = p.in_prefix ? gpu::clamp_prefix(p.in_prefix[n], p.c_in) : p.c_in;
-    if (c >= live_out && !p.zero_tail) continue;
+    const int32_t line = p.row ? gpu::clamp_prefix(p.row[n], p.lines - 1) : 0, end = p.zero_tail ? p.c_out : live_out;
     const int32_t pixel = static_cast<int32_t>(row - n * positions), oy = pixel / p.out_w, ox = pixel - oy * p.out_w;
     const int64_t residual = n * p.residual_stride.n + oy * p.residual_stride.h + ox * p.residual_stride.w;
-    float v = 0;
-    if (c < live_out) {
-      for (int32_t at = 0, s = 0; at < live_in; at += segment, ++s) {
-        const float part = p.partial[s * elements + i];
-        v = s == 0 ? part : v + part;
+    T* const to = static_cast<T*>(p.output) + n * p.output_stride.n + oy * p.output_stride.h + ox * p.output_stride.w;
+    for (int32_t c = thread_index() & 31; c < end; c += 32) {
+      float v = 0;
+      if (c < live_out) {
+        const float* part = p.partial + row * p.c_out + c;
+        for (int32_t at = 0; at < live_in; at += segment, part += elements) v = at == 0 ? *part : v + *part;
+        v = finish<T>(p, line, residual, c, v);
+      } else {
+        if (p.residual) v = widen(static_cast<const T*>(p.residual)[residual + c * p.residual_stride.c]);
+        if (p.relu) v = relu(v);
       }
-      v = finish<T>(p, p.row ? gpu::clamp_prefix(p.row[n], p.lines - 1) : 0, residual, c, v);
-    } else {
-      if (p.residual) v = widen(static_cast<const T*>(p.residual)[residual + c * p.residual_stride.c]);
-      if (p.relu) v = v > 0 ? v : (v != v ? v : 0.0f);
+      to[c * p.output_stride.c] = narrow<T>(v);
     }
-    static_cast<T*>(
-        p.output)[n * p.output_stride.n + oy * p.output_stride.h + ox * p.output_stride.w + c * p.output_stride.c] =
-        narrow<T>(v);
   }
 }
 

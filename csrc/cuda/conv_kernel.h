@@ -13,6 +13,7 @@ RNP_DEVICE int piece_at(int row, int piece) { return row * kChunkBytes + ((piece
 template <typename Tile>
 struct Block {
   using T = typename Tile::T;
+  using Cursor = StageCursor<Tile::BK, 1>;  // two chunks make one of the packed weights
   static constexpr int kRowsOfThread = Tile::BM * 4 / kThreads, kWeightsOfThread = Tile::BN * 4 / kThreads;
   static constexpr bool kMatrix = Tile::kMath == Math::kMatrix;
   // Sums of one thread: [2 blocks of 16 rows][runs of 16 channels][two blocks of 8][4], or [8 rows][8 channels].
@@ -38,11 +39,9 @@ struct Block {
   // ---- fetching a stage ----
 
   // A chunk is half a packed row of 128 bytes, whose pieces stand where wgmma wants them (PackedTiles).
-  RNP_DEVICE void fetch_weights(const StageCursor& at, int stage) {
+  RNP_DEVICE void fetch_weights(const Cursor& at, int stage) {
     const int piece = thread_index() & 3, first = thread_index() >> 2;
-    const int32_t tap = p.flat ? 0 : p.y.tap[at.iy] * p.kernel_w + p.x.tap[at.ix];
-    const int64_t line = ((int64_t{group} * p.chunks + (at.chunk >> 1)) * p.taps + tap) * p.cut.group_out;
-    const char* from = static_cast<const char*>(p.packed) + (line + first_channel) * kPackBytes +
+    const char* from = static_cast<const char*>(p.packed) + (at.line * p.cut.group_out + first_channel) * kPackBytes +
                        ((((at.chunk & 1) * 4 + piece) ^ (first & 7)) << 4);
     RNP_UNROLL
     for (int i = 0; i < kWeightsOfThread; ++i) {
@@ -53,12 +52,11 @@ struct Block {
 
   // cp.async: four neighbouring threads fetch one row's 64 bytes. Pieces behind the last live step are never
   // multiplied.
-  RNP_DEVICE void fetch_rows(const StageCursor& at, int stage) {
+  RNP_DEVICE void fetch_rows(const Cursor& at, int stage) {
     const int piece = thread_index() & 3, first = thread_index() >> 2;
     const int32_t channel = at.chunk * Tile::BK + piece * Tile::kPiece;
     if (channel >= k_live) return;
-    const int64_t offset =
-        p.y.delta[at.iy] * p.input_stride.h + p.x.delta[at.ix] * p.input_stride.w + channel * p.input_stride.c;
+    const int64_t offset = at.input + piece * Tile::kPiece;  // channels are neighbours here
     RNP_UNROLL
     for (int i = 0; i < kRowsOfThread; ++i) {
       const int r = first + i * (kThreads / 4);
@@ -70,7 +68,7 @@ struct Block {
     }
   }
 
-  RNP_DEVICE T gather(const Row& row, const StageCursor& at, int32_t k) {
+  RNP_DEVICE T gather(const Row& row, const Cursor& at, int32_t k) {
     int32_t channel = k, iy = at.iy, ix = at.ix;
     if (p.flat) {
       const int32_t tap = k / p.cut.group_in;
@@ -80,12 +78,13 @@ struct Block {
       if (iy >= p.y.count) return T{};
     }
     if ((row.taps >> iy & row.taps >> (16 + ix) & 1u) == 0 || channel >= row.in_live) return T{};
-    return static_cast<const T*>(p.input)[row.input + p.y.delta[iy] * p.input_stride.h +
-                                          p.x.delta[ix] * p.input_stride.w + channel * p.input_stride.c];
+    return static_cast<const T*>(
+        p.input)[row.input + (p.y.delta + iy * p.y.delta_step) * p.input_stride.h +
+                 (p.x.delta + ix * p.x.delta_step) * p.input_stride.w + channel * p.input_stride.c];
   }
 
   // Element by element, each thread its own rows: neighbouring threads read neighbouring pixels, as NCHW wants it.
-  RNP_DEVICE void gather_rows(const StageCursor& at, int stage) {
+  RNP_DEVICE void gather_rows(const Cursor& at, int stage) {
     union {
       T element[Tile::kPiece];
       Vec16 all;
@@ -101,7 +100,7 @@ struct Block {
     }
   }
 
-  RNP_DEVICE void fetch(const StageCursor& at, int stage) {
+  RNP_DEVICE void fetch(const Cursor& at, int stage) {
     if (p.gather)
       gather_rows(at, stage);
     else
@@ -190,22 +189,25 @@ struct Block {
     for (int i = 0; i < kSums; ++i) sums[i] = 0;
     const int32_t chunks = (k_live + Tile::BK - 1) / Tile::BK;
     const int32_t total = p.flat ? chunks : chunks * p.y.count * p.x.count;
-    StageCursor fetched, used;
+    Cursor fetched;
+    fetched.begin(p, group, 0);
+    const int32_t taps = p.flat ? 1 : p.y.count * p.x.count;
+    int32_t chunk = 0, tap = 0;  // of the stage that is multiplied
     RNP_UNROLL
     for (int stage = 0; stage < Tile::kStages - 1; ++stage) {
-      if (stage < total) fetch(fetched, stage), fetched.next(p);
+      if (stage < total) fetch(fetched, stage), fetched.next(p, group);
       commit_copies();
     }
     int reading = 0, writing = Tile::kStages - 1;
     for (int32_t it = 0; it < total; ++it) {
       wait_copies<Tile::kStages - 2>();
       sync_block();  // the stage has landed for all, and the one before it is free
-      if (it + Tile::kStages - 1 < total) fetch(fetched, writing), fetched.next(p);
+      if (it + Tile::kStages - 1 < total) fetch(fetched, writing), fetched.next(p, group);
       commit_copies();
-      const int32_t left = k_live - used.chunk * Tile::BK;
+      const int32_t left = k_live - chunk * Tile::BK;
       const int steps = left >= Tile::BK ? 2 : 1;
       multiply(rows_of_stage(reading), weights_of_stage(reading), steps);
-      used.next(p);
+      if (++tap == taps) tap = 0, ++chunk;
       reading = reading + 1 == Tile::kStages ? 0 : reading + 1;
       writing = writing + 1 == Tile::kStages ? 0 : writing + 1;
     }
@@ -258,11 +260,15 @@ struct Block {
     }
   }
 
-  RNP_DEVICE void tile(const gpu::Cursor& at, int64_t number) {
+  RNP_DEVICE void tile(const gpu::Cursor& at) {
     if (thread_index() < 2) longest[thread_index()] = 0;
     sync_block();
-    const int64_t first_row = at.first_row(p.cut, number);
-    for (int r = thread_index(); r < Tile::BM; r += kThreads) describe_row(p, at, first_row, r, rows, longest);
+    for (int r = thread_index(); r < Tile::BM; r += kThreads) {  // whole warps
+      const Row row = describe_row(p, at, gpu::place_row(p.cut, at, r));
+      rows[r] = row;
+      max_in_block(longest, row.in_live);
+      max_in_block(longest + 1, row.out_live);
+    }
     sync_block();
     const int32_t k = p.flat && longest[0] > 0 ? p.cut.group_in * p.y.count * p.x.count : longest[0];
     k_live = (k + Tile::kStep - 1) / Tile::kStep * Tile::kStep;
@@ -284,7 +290,7 @@ RNP_DEVICE void conv_block(const ConvArgs& p, char* shared) {
   // That decides where a tile is computed, not what.
   while (at.seek(p.cut, order_of(p), number)) {
     if (p.ticket && thread_index() == 0) *next = take_ticket(p.ticket);
-    block.tile(at, number);  // its barriers publish `next`, and end before the next round writes it
+    block.tile(at);  // its barriers publish `next`, and end before the next round writes it
     number = p.ticket ? block_count() + *next : number + block_count();
     sync_block();
   }

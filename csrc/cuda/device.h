@@ -31,10 +31,25 @@ RNP_DEVICE int thread_count() { return static_cast<int>(blockDim.x); }
 RNP_DEVICE int64_t block_index() { return blockIdx.x; }
 RNP_DEVICE int64_t block_count() { return gridDim.x; }
 RNP_DEVICE void sync_block() { __syncthreads(); }
-RNP_DEVICE void max_in_block(int32_t* shared, int32_t v) { atomicMax(shared, v); }
+// Called by whole warps: threads that meet at one address in turn cost more than a warp that agrees first.
+RNP_DEVICE void max_in_block(int32_t* shared, int32_t v) {
+  const int32_t most = __reduce_max_sync(0xffffffffu, v);
+  if ((threadIdx.x & 31) == 0) atomicMax(shared, most);
+}
+RNP_DEVICE int32_t max_in_warp(int32_t v) { return __reduce_max_sync(0xffffffffu, v); }
+RNP_DEVICE uint32_t ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
+RNP_DEVICE int lowest_bit(uint64_t v) { return __ffsll(static_cast<long long>(v)) - 1; }  // of one that is not 0
+RNP_DEVICE int highest_bit(uint32_t v) { return 31 - __clz(static_cast<int>(v)); }
+RNP_DEVICE int count_bits(uint32_t v) { return __popc(v); }
 RNP_DEVICE int32_t take_ticket(int32_t* counter) { return atomicAdd(counter, 1); }
+RNP_DEVICE int32_t add_in_block(int32_t* shared, int32_t v) { return atomicAdd(shared, v); }  // what was there
 RNP_DEVICE float xor_lane(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 RNP_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+RNP_DEVICE float relu(float v) {  // NaN passes, as in torch's
+  float out;
+  asm("max.NaN.f32 %0, %1, 0f00000000;\n" : "=f"(out) : "f"(v));
+  return out;
+}
 
 // `bytes` (0…16) from global memory, zeros behind them, to 16 aligned bytes of shared memory. With 0 bytes nothing is
 // read. Source and destination are aligned to 16.
@@ -91,12 +106,25 @@ RNP_DEVICE uint32_t to_tf32(uint32_t float_bits) {
   return out;
 }
 
+RNP_DEVICE void store_two_floats(float* to, float a, float b) { *reinterpret_cast<float2*>(to) = make_float2(a, b); }
+
 RNP_DEVICE float widen(float v) { return v; }
 RNP_DEVICE double widen(double v) { return v; }
 RNP_DEVICE float widen(BFloat16 v) { return __uint_as_float(static_cast<uint32_t>(v.bits) << 16); }
 RNP_DEVICE float widen(Float16 v) {
   float out;
   asm("cvt.f32.f16 %0, %1;\n" : "=f"(out) : "h"(v.bits));
+  return out;
+}
+// Two neighbouring elements of 2 bytes, the first in the low half.
+RNP_DEVICE uint32_t narrow_two(BFloat16, float low, float high) {
+  uint32_t out;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+RNP_DEVICE uint32_t narrow_two(Float16, float low, float high) {
+  uint32_t out;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(high), "f"(low));
   return out;
 }
 template <typename T>
@@ -125,10 +153,17 @@ inline int thread_count() { return emulator::threads(); }
 inline int64_t block_index() { return emulator::block(); }
 inline int64_t block_count() { return emulator::blocks(); }
 inline void sync_block() { emulator::barrier(); }
+inline int32_t max_in_warp(int32_t v) { return emulator::max_in_warp(v); }
+inline uint32_t ballot(bool v) { return emulator::ballot(v); }
+inline int lowest_bit(uint64_t v) { return __builtin_ctzll(v); }
+inline int highest_bit(uint32_t v) { return 31 - __builtin_clz(v); }
+inline int count_bits(uint32_t v) { return __builtin_popcount(v); }
 inline void max_in_block(int32_t* shared, int32_t v) { *shared = *shared < v ? v : *shared; }
 inline int32_t take_ticket(int32_t* counter) { return (*counter)++; }
+inline int32_t add_in_block(int32_t* shared, int32_t v) { return (*shared += v) - v; }
 inline float xor_lane(float v, int mask) { return emulator::xor_lane(v, mask); }
 inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline float relu(float v) { return v > 0 || v != v ? v : 0.0f; }
 inline void copy_async(void* shared, const void* global, int bytes) { emulator::copy_async(shared, global, bytes); }
 inline void commit_copies() { emulator::commit_copies(); }
 template <int N>
@@ -143,6 +178,7 @@ template <typename T>
 inline void multiply_matrices(T, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulator::multiply_matrices(T{}, d, a, b0, b1);
 }
+inline void store_two_floats(float* to, float a, float b) { to[0] = a, to[1] = b; }
 inline uint32_t to_tf32(uint32_t float_bits) { return emulator::to_tf32(float_bits); }
 template <typename T>
 inline auto widen(T v) {
@@ -151,6 +187,10 @@ inline auto widen(T v) {
 template <typename T>
 inline T narrow(float v) {
   return from_float<T, float>(v);
+}
+template <typename T>
+inline uint32_t narrow_two(T, float low, float high) {
+  return narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16;
 }
 
 #endif

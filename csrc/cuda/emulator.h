@@ -20,6 +20,8 @@ int64_t block();
 int64_t blocks();
 void barrier();
 float xor_lane(float v, int mask);
+int32_t max_in_warp(int32_t v);
+uint32_t ballot(bool v);
 void copy_async(void* shared, const void* global, int bytes);
 void commit_copies();
 void wait_copies(int most);
@@ -32,8 +34,8 @@ uint32_t to_tf32(uint32_t float_bits);
 // ---- Hopper: barriers of shared memory, the copy engine, wgmma ----
 //
 // A bulk copy lands some time after its issue and holds NaN until then. wgmma reads its operands between issue and
-// wait: they must have landed, must be published (fence.proxy.async by the thread that wrote them), and must still be
-// the same bytes when the wait ends; the registers of its sums hold NaN in between.
+// wait: they must have landed, must be published (fence.proxy.async after that, by a thread that knows), and must still
+// be the same bytes when the wait ends; the registers of its sums hold NaN in between.
 
 // What cuTensorMapEncodeIm2col is told of a tensor of 2-byte elements; sizes are (c, w, h, n), strides bytes.
 struct TensorMap {
@@ -46,7 +48,8 @@ struct TensorMap {
 uint32_t shared_address(const void* p);
 void init_barrier(uint64_t* barrier, int arrivals);
 void publish_barriers();
-void arrive(uint64_t* barrier);
+void arrive(uint64_t* barrier, int count);
+void arrive_after_copies(uint64_t* barrier);
 void expect_bytes(uint64_t* barrier, uint32_t bytes);
 void wait_barrier(uint64_t* barrier, uint32_t parity);
 void sync_warp();

@@ -43,6 +43,14 @@ RNP_DEVICE void publish_barriers() {
 RNP_DEVICE void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(barrier)) : "memory");
 }
+// As `count` threads would.
+RNP_DEVICE void arrive_for(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+// Once all cp.async that this thread has begun have landed; the thread goes on at once.
+RNP_DEVICE void arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(shared_address(barrier)) : "memory");
+}
 // Announces bytes to the phase that is under way; no arrival.
 RNP_DEVICE void expect_bytes(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(bytes)
@@ -70,8 +78,8 @@ RNP_DEVICE void sync_threads(int number, int threads) {
 
 // ---- copies ----
 
-// What this thread wrote to shared memory by ordinary stores or cp.async (and has waited for) is seen by wgmma and the
-// copy engine after the next barrier [fence.proxy.async].
+// What threads wrote to shared memory by ordinary stores or cp.async, and this thread has waited for, is seen by the
+// wgmma that it issues next [fence.proxy.async].
 RNP_DEVICE void publish_writes() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
 // `bytes`, a multiple of 16, by the copy engine; they count towards the barrier. All addresses are aligned to 16.
@@ -126,7 +134,9 @@ using TensorMap = emulator::TensorMap;
 inline uint32_t shared_address(const void* p) { return emulator::shared_address(p); }
 inline void init_barrier(uint64_t* barrier, int arrivals) { emulator::init_barrier(barrier, arrivals); }
 inline void publish_barriers() { emulator::publish_barriers(); }
-inline void arrive(uint64_t* barrier) { emulator::arrive(barrier); }
+inline void arrive(uint64_t* barrier) { emulator::arrive(barrier, 1); }
+inline void arrive_for(uint64_t* barrier, int count) { emulator::arrive(barrier, count); }
+inline void arrive_after_copies(uint64_t* barrier) { emulator::arrive_after_copies(barrier); }
 inline void expect_bytes(uint64_t* barrier, uint32_t bytes) { emulator::expect_bytes(barrier, bytes); }
 inline void wait_barrier(uint64_t* barrier, uint32_t parity) { emulator::wait_barrier(barrier, parity); }
 inline void sync_warp() { emulator::sync_warp(); }

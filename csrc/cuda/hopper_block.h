@@ -6,13 +6,41 @@
 
 namespace rnp::cuda {
 
-// What consumers must know of a tile beside its rows. width 0: there is no further tile.
+// What loaders and consumers must know of a tile. width 0: there is no further tile.
 struct TileState {
   int32_t k_live;                  // K in channels, at least the longest row's, a multiple of 16
   int32_t width;                   // live output channels of the widest row
-  int32_t first_channel;           // of the tensor
+  int32_t group, first_channel;    // in the group
   int32_t first_chunk, end_chunk;  // of K
   int32_t segment;
+  int32_t stage;    // where its stages begin in the ring
+  uint32_t parity;  // of the ring there
+  int32_t boxes;    // im2col copies that bring a stage's rows; 0: cp.async does
+  int32_t rows;     // that are live: the first ones
+  uint32_t pixel;   // of the first row
+};
+
+// The rows of a tile that are pixels of one sample; those of run i begin at row i · positions - TileState::pixel.
+struct Run {
+  int32_t sample;
+  int32_t row;       // the first
+  uint32_t pixel;    // of that row
+  int32_t in_live;   // live input channels of the group
+  int32_t out_live;  // live output channels of the tile
+  int32_t line;      // of the scale and bias tables
+};
+static_assert(sizeof(Run) == 24);
+
+// Rows that one im2col copy brings: pixels that follow each other in one sample, or on into the next one.
+struct Box {
+  uint8_t run, row, size;  // the run and the row where it begins, and the logarithm of the number of rows
+};
+
+// A row as cp.async fetches it.
+struct alignas(16) CopiedRow {
+  int64_t input;    // of the pixel under tap delta 0, channel 0 of the group (may lie outside the map)
+  uint32_t taps;    // valid taps: low half along y, high half along x
+  int32_t in_live;  // 0 in a dead row
 };
 
 // A place in a ring of `kSize` stages, and the parity of its barriers' phase.
@@ -23,50 +51,72 @@ struct Ring {
   RNP_DEVICE void next() {
     if (++at == kSize) at = 0, parity ^= 1;
   }
+  RNP_DEVICE void skip(int32_t stages) {
+    const int32_t to = at + stages, rounds = to / kSize;
+    at = to - rounds * kSize;
+    parity ^= static_cast<uint32_t>(rounds) & 1;
+  }
 };
 
 template <typename Tile>
 struct HopperBlock {
   using T = typename Tile::T;
   static constexpr int kProducers = 128, kWarps = kHopperConsumers / 32;
-  // Stages of cp.async under way before the oldest is handed over. The stage whose place is needed next must have been,
-  // and the one after it too: consumers give a stage back when they have begun the next.
-  static constexpr int kAhead = Tile::kStages - 2;
 
   const ConvArgs& p;
-  const TensorMap* map;
+  const TensorMap* maps;  // kBoxSizes
   char* stages;
-  float* staging;
-  Row* rows_of_both;
+  char* staging;
+  Run* runs_of_both;
+  CopiedRow* copied_rows;
   TileState* states;
-  uint64_t *full, *empty, *rows_full, *rows_empty;
-  int32_t* longest;  // [0]: K in channels, [1]: width, [2]: rows that one im2col copy cannot bring, [3]: the next tile
+  uint64_t *full, *empty, *rows_full, *rows_empty, *turn;
+  Box* boxes_of_both;
+  int32_t* box_count;
 
-  RNP_DEVICE HopperBlock(const ConvArgs& args, const TensorMap* tensor_map, char* shared) : p(args), map(tensor_map) {
+  RNP_DEVICE HopperBlock(const ConvArgs& args, const TensorMap* tensor_maps, char* shared)
+      : p(args), maps(tensor_maps) {
     const uint32_t skip = (1024 - (shared_address(shared) & 1023)) & 1023;
     stages = shared + skip;
-    staging = reinterpret_cast<float*>(stages + Tile::kStages * Tile::kStageBytes);
-    rows_of_both = reinterpret_cast<Row*>(reinterpret_cast<char*>(staging) + Tile::kStagingBytes);
-    full = reinterpret_cast<uint64_t*>(rows_of_both + 2 * Tile::BM);
+    staging = stages + Tile::kStages * Tile::kStageBytes;
+    copied_rows = reinterpret_cast<CopiedRow*>(staging + Tile::kStagingBytes);
+    runs_of_both = reinterpret_cast<Run*>(copied_rows + Tile::BM);
+    full = reinterpret_cast<uint64_t*>(runs_of_both + 2 * (Tile::BM + 1));
     empty = full + Tile::kStages;
     rows_full = empty + Tile::kStages;
     rows_empty = rows_full + 2;
-    longest = reinterpret_cast<int32_t*>(rows_empty + 2);
-    states = reinterpret_cast<TileState*>(longest + 4);
-    static_assert((2 * Tile::kStages + 4) * 8 + 16 + 2 * sizeof(TileState) <= Tile::kStateBytes);
+    turn = rows_empty + 2;
+    states = reinterpret_cast<TileState*>(turn + 2);
+    box_count = reinterpret_cast<int32_t*>(states + 2);
+    boxes_of_both = reinterpret_cast<Box*>(box_count + 1);
+    static_assert((2 * Tile::kStages + 6) * 8 + 2 * sizeof(TileState) + 4 + 2 * kMostBoxes * sizeof(Box) <=
+                  Tile::kStateBytes);
+    static_assert(sizeof(CopiedRow) * Tile::BM == Tile::kRowBytes &&
+                  sizeof(Run) * 2 * (Tile::BM + 1) == Tile::kRunBytes);
   }
+
+  // Whether a tile belongs to one warpgroup of consumers; a property of the launch.
+  RNP_DEVICE bool turns() const { return Tile::kTurns && p.segment_chunks >= p.chunks; }
 
   RNP_DEVICE char* input_of(int stage) const { return stages + stage * Tile::kStageBytes; }
   RNP_DEVICE char* weights_of(int stage) const { return input_of(stage) + Tile::BM * kPackBytes; }
-  RNP_DEVICE Row* rows_of(int buffer) const { return rows_of_both + buffer * Tile::BM; }
+  RNP_DEVICE Run* runs_of(int buffer) const { return runs_of_both + buffer * (Tile::BM + 1); }
 
   RNP_DEVICE static bool first_lane() { return (thread_index() & 31) == 0; }
 
-  // One arrival for each warp that fills or empties a stage, or gives rows back; one for a tile's description.
+  RNP_DEVICE Box* boxes_of(int buffer) const { return boxes_of_both + buffer * kMostBoxes; }
+
+  // A stage is full when every loader has arrived: each when its copies have landed, or one for all, and the bytes that
+  // were announced have come. One arrival of each warp that empties a stage, gives rows back or passes the turn; one
+  // for a tile's description.
   RNP_DEVICE void make_barriers() const {
     if (thread_index() == 0) {
-      for (int i = 0; i < Tile::kStages; ++i) init_barrier(full + i, kProducers / 32), init_barrier(empty + i, kWarps);
-      for (int i = 0; i < 2; ++i) init_barrier(rows_full + i, 1), init_barrier(rows_empty + i, kWarps);
+      const int warps = turns() ? kWarps / 2 : kWarps;
+      for (int i = 0; i < Tile::kStages; ++i) init_barrier(full + i, kHopperLoaders), init_barrier(empty + i, warps);
+      for (int i = 0; i < 2; ++i) {
+        init_barrier(rows_full + i, 1), init_barrier(rows_empty + i, warps + kHopperLoaders / 32);
+        init_barrier(turn + i, kWarps / 2);
+      }
       publish_barriers();
     }
     sync_block();

@@ -1,49 +1,70 @@
-// The consumers of the sm_90a kernel: two warpgroups that multiply and store, 64 rows of each tile.
+// The consumers of the sm_90a kernel: two warpgroups that multiply and store.
 #pragma once
 
-#include "cuda/hopper_block.h"
+#include "cuda/hopper_epilogue.h"
 #include "cuda/hopper_wgmma.h"
 
 namespace rnp::cuda {
 
-// Threads 128 … 383.
+// Threads 128 … 383. A warpgroup computes 64 rows of each tile, or (turns) all 128 of every second one.
 template <typename Tile>
-struct HopperConsumer : HopperBlock<Tile> {
-  using Base = HopperBlock<Tile>;
+struct HopperConsumer : HopperEpilogue<Tile> {
+  using Base = HopperEpilogue<Tile>;
+  using Base::consumer, Base::consumer_group, Base::store;
   using Base::empty, Base::first_lane, Base::full, Base::input_of, Base::kProducers, Base::p, Base::rows_empty,
       Base::rows_full;
-  using Base::rows_of, Base::staging, Base::states, Base::weights_of;
+  using Base::runs_of, Base::staging, Base::states, Base::turn, Base::turns, Base::weights_of;
   using typename Base::T;
+  using Stages = Ring<Tile::kStages>;
 
-  RNP_DEVICE static int consumer() { return thread_index() - kProducers; }
-  RNP_DEVICE static int consumer_group() { return consumer() / 128; }
+  // Of a thread, for 64 rows or twice 64, whatever the width: one epilogue serves all main loops.
+  template <int kHalves>
+  using Sums = float[kHalves][Tile::BN / 2];
+
+  // Of the barrier on which this warpgroup waits for its next turn to multiply: the first group's first is free.
+  uint32_t turn_parity = consumer_group() == 0 ? 1 : 0;
+
+  // One step of K for kHalves times 64 rows.
+  template <int N, int kHalves>
+  RNP_DEVICE static void multiply_step(Sums<kHalves>& sums, uint64_t a, uint64_t b) {
+    RNP_UNROLL
+    for (int h = 0; h < kHalves; ++h) multiply_warpgroup(T{}, Width<N>{}, sums[h], a + h * (64 * kPackBytes >> 4), b);
+  }
 
   // Adds chunks first … end - 1 of K to the sums: all their taps. One stage's products are under way while the next
   // stage is waited for.
-  template <int N>
-  RNP_DEVICE void multiply_chunks(const TileState& s, int32_t first, int32_t end, float (&sums)[N / 2],
-                                  Ring<Tile::kStages>& ring) {
+  template <int N, int kHalves>
+  RNP_DEVICE void multiply_chunks(const TileState& s, int32_t first, int32_t end, Sums<kHalves>& sums, Stages& ring) {
     const int32_t taps = p.y.count * p.x.count;
     constexpr int32_t kSteps = Tile::BK / Tile::kStep;
+    const int32_t first_row = kHalves == 1 ? consumer_group() * 64 : 0;
     int32_t used = -1;
-    pin(sums);
+    // In turn, and not before the other group has seen its last stage full: until then a stage of the other's tile that
+    // is still on its way looks, by its parity, like this one's.
+    if constexpr (kHalves == 2) {
+      wait_barrier(turn + consumer_group(), turn_parity);
+      turn_parity ^= 1;
+    }
+    RNP_UNROLL
+    for (int h = 0; h < kHalves; ++h) pin(sums[h]);
     for (int32_t chunk = first; chunk < end; ++chunk) {
       const int32_t steps = (s.k_live - chunk * Tile::BK) / Tile::kStep;
       for (int32_t tap = 0; tap < taps; ++tap) {
         wait_barrier(full + ring.at, ring.parity);
-        const uint64_t a = operand_descriptor(shared_address(input_of(ring.at) + consumer_group() * 64 * kPackBytes));
+        if (s.boxes == 0) publish_writes();
+        const uint64_t a = operand_descriptor(shared_address(input_of(ring.at) + first_row * kPackBytes));
         const uint64_t b = operand_descriptor(shared_address(weights_of(ring.at)));
         if (steps >= kSteps) {  // nothing between the products, or the compiler fences each
           begin_products();
           RNP_UNROLL
           for (int step = 0; step < kSteps; ++step)
-            multiply_warpgroup(T{}, Width<N>{}, sums, a + step * kDescriptorStep, b + step * kDescriptorStep);
+            multiply_step<N, kHalves>(sums, a + step * kDescriptorStep, b + step * kDescriptorStep);
           commit_products();
         } else {
           RNP_ROLL
           for (int step = 0; step < steps; ++step) {
             begin_products();
-            multiply_warpgroup(T{}, Width<N>{}, sums, a + step * kDescriptorStep, b + step * kDescriptorStep);
+            multiply_step<N, kHalves>(sums, a + step * kDescriptorStep, b + step * kDescriptorStep);
             commit_products();  // a group each: the wait below covers one stage more closely than it must
           }
         }
@@ -53,90 +74,85 @@ struct HopperConsumer : HopperBlock<Tile> {
         ring.next();
       }
     }
+    if constexpr (kHalves == 2) {
+      sync_warp();  // the turn is passed when every lane has seen the last stage
+      if (first_lane()) arrive(turn + 1 - consumer_group());
+    }
     wait_products<0>();
-    pin(sums);
+    RNP_UNROLL
+    for (int h = 0; h < kHalves; ++h) pin(sums[h]);
     if (used >= 0 && first_lane()) arrive(empty + used);
   }
 
-  // The sums of one warpgroup: staged 32 channels at a time, stored from there.
-  template <int N>
-  RNP_DEVICE void store(const TileState& s, const Row* rows, const float (&sums)[N / 2]) {
-    const int group = consumer_group(), thread = consumer() & 127, lane = thread & 31;
-    float* staged = staging + group * 64 * Tile::kSlabStride;
-    float* own = staged + (thread / 32 * 16 + lane / 4) * Tile::kSlabStride + (lane & 3) * 2;
-    const int32_t width = s.width < N ? s.width : N;
-    RNP_ROLL
-    for (int32_t slab = 0; slab < width; slab += Tile::kSlab) {
+  // The main loop of the tile's width.
+  template <int kHalves>
+  RNP_DEVICE void multiply(const TileState& s, int32_t first, int32_t end, Sums<kHalves>& sums, Stages& ring) {
+    RNP_UNROLL
+    for (int h = 0; h < kHalves; ++h) {
       RNP_UNROLL
-      for (int j = 0; j < N / 8; ++j) {
-        const int32_t column = j * 8 - slab;
-        if (column >= 0 && column < Tile::kSlab) {
-          RNP_UNROLL
-          for (int i = 0; i < 4; ++i) own[(i >> 1) * 8 * Tile::kSlabStride + column + (i & 1)] = sums[j * 4 + i];
-        }
-      }
-      sync_threads(2 + group, 128);
-      const Slab what{staged, slab, s.first_channel + slab};
-      if (p.partial)
-        store_partial<64, Tile::kSlab, Tile::kSlabStride>(
-            p.partial + int64_t{s.segment} * p.cut.n * p.cut.positions * p.c_out, rows, what, thread, 128);
-      else
-        store_slab<T, 64, Tile::kSlab, Tile::kSlabStride>(p, rows, what, thread, 128);
-      sync_threads(2 + group, 128);
+      for (int i = 0; i < Tile::BN / 2; ++i) sums[h][i] = 0;
+    }
+    switch ((s.width + Tile::kGrain - 1) / Tile::kGrain) {  // the widths of wgmma: 1 … 8 grains
+#define RNP_CASE(grains)                                                        \
+  case grains:                                                                  \
+    multiply_chunks<grains * Tile::kGrain, kHalves>(s, first, end, sums, ring); \
+    break;
+      RNP_CASE(1)
+      RNP_CASE(2)
+      RNP_CASE(3)
+      RNP_CASE(4)
+      RNP_CASE(5)
+      RNP_CASE(6)
+      RNP_CASE(7)
+      default:
+        RNP_CASE(8)
+#undef RNP_CASE
     }
   }
 
-  // A tile of at most N live channels: its segments of K one after the other, each from zero, then added. A tile has
-  // one where the layer has one, or where the launch splits K.
-  template <int N>
-  RNP_DEVICE void compute(const TileState& s, const Row* rows, Ring<Tile::kStages>& ring) {
-    float sums[N / 2];
+  // A tile whose K is one segment.
+  template <int kHalves>
+  RNP_DEVICE void compute(const TileState& s, const Run* runs, Stages& ring) {
+    Sums<kHalves> sums;
+    multiply<kHalves>(s, s.first_chunk, s.end_chunk, sums, ring);
     RNP_UNROLL
-    for (int i = 0; i < N / 2; ++i) sums[i] = 0;
-    if constexpr (Tile::kSegments) {
-      float total[N / 2];
+    for (int h = 0; h < kHalves; ++h) store(s, runs, (kHalves == 1 ? consumer_group() : h) * 64, sums[h]);
+  }
+
+  // The segments of K one after the other, each from zero, then added; one of them where the launch splits K.
+  RNP_DEVICE void compute_segments(const TileState& s, const Run* runs, Stages& ring) {
+    Sums<1> sums;
+    float total[Tile::BN / 2];
+    RNP_UNROLL
+    for (int i = 0; i < Tile::BN / 2; ++i) total[i] = 0;
+    for (int32_t chunk = s.first_chunk; chunk < s.end_chunk; chunk += p.segment_chunks) {
+      const int32_t end = chunk + p.segment_chunks < s.end_chunk ? chunk + p.segment_chunks : s.end_chunk;
+      multiply<1>(s, chunk, end, sums, ring);
       RNP_UNROLL
-      for (int i = 0; i < N / 2; ++i) total[i] = 0;
-      for (int32_t chunk = s.first_chunk; chunk < s.end_chunk; chunk += p.segment_chunks) {
-        const int32_t end = chunk + p.segment_chunks < s.end_chunk ? chunk + p.segment_chunks : s.end_chunk;
-        multiply_chunks<N>(s, chunk, end, sums, ring);
-        RNP_UNROLL
-        for (int i = 0; i < N / 2; ++i) {
-          total[i] = chunk == s.first_chunk ? sums[i] : total[i] + sums[i];
-          sums[i] = 0;
-        }
-      }
-      store<N>(s, rows, total);
-    } else {
-      multiply_chunks<N>(s, s.first_chunk, s.end_chunk, sums, ring);
-      store<N>(s, rows, sums);
+      for (int i = 0; i < Tile::BN / 2; ++i) total[i] = chunk == s.first_chunk ? sums[0][i] : total[i] + sums[0][i];
     }
+    store(s, runs, consumer_group() * 64, total);
   }
 
   RNP_DEVICE void consume() {
-    Ring<Tile::kStages> ring;
     Ring<2> buffer;
-    for (;; buffer.next()) {
+    if (turns()) buffer.skip(consumer_group());
+    for (;; buffer.skip(turns() ? 2 : 1)) {
       wait_barrier(rows_full + buffer.at, buffer.parity);
       const TileState s = states[buffer.at];
       if (s.width == 0) break;
-      const Row* rows = rows_of(buffer.at) + consumer_group() * 64;
-      switch ((s.width + Tile::kGrain - 1) / Tile::kGrain) {  // the widths of wgmma: 1 … 8 grains
-#define RNP_CASE(grains)                           \
-  case grains:                                     \
-    compute<grains * Tile::kGrain>(s, rows, ring); \
-    break;
-        RNP_CASE(1)
-        RNP_CASE(2)
-        RNP_CASE(3)
-        RNP_CASE(4)
-        RNP_CASE(5)
-        RNP_CASE(6)
-        RNP_CASE(7)
-        default:
-          RNP_CASE(8)
-#undef RNP_CASE
+      const Run* runs = runs_of(buffer.at);
+      Stages ring;
+      ring.at = s.stage, ring.parity = s.parity;
+      if constexpr (Tile::kTurns) {
+        if (turns())
+          compute<2>(s, runs, ring);
+        else
+          compute_segments(s, runs, ring);
+      } else {
+        compute<1>(s, runs, ring);
       }
+      sync_warp();  // every lane has read its rows
       if (first_lane()) arrive(rows_empty + buffer.at);
     }
     if (p.zero_tail && p.out_prefix && !p.partial) write_tails<T>(p, consumer(), kHopperConsumers);

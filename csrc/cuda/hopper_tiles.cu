@@ -10,11 +10,15 @@
 namespace rnp::cuda {
 namespace {
 
+struct Maps {
+  CUtensorMap of_size[kBoxSizes];
+};
+
 template <typename Tile>
 __global__ void __launch_bounds__(kHopperThreads, 1)
-    hopper_tile_kernel(const __grid_constant__ ConvArgs p, const __grid_constant__ CUtensorMap map) {
+    hopper_tile_kernel(const __grid_constant__ ConvArgs p, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(1024) char shared[];
-  hopper_block<Tile>(p, &map, shared);
+  hopper_block<Tile>(p, maps.of_size, shared);
 }
 
 template <typename T>
@@ -37,7 +41,7 @@ decltype(&cuTensorMapEncodeIm2col) encoder() {
 }
 
 // False where the driver refuses: the kernel then fetches by cp.async, with the same result.
-bool encode(const Im2colBox& b, CUtensorMap* map) {
+bool encode(const Im2colBox& b, Maps* maps) {
   static const auto call = encoder();
   if (!call) return false;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(b.c), static_cast<cuuint64_t>(b.w), static_cast<cuuint64_t>(b.h),
@@ -46,26 +50,29 @@ bool encode(const Im2colBox& b, CUtensorMap* map) {
                                 static_cast<cuuint64_t>(b.n_stride)};
   const cuuint32_t steps[] = {1, static_cast<cuuint32_t>(b.step[0]), static_cast<cuuint32_t>(b.step[1]), 1};
   // Elements are moved, never read: any type of two bytes.
-  return call(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(b.base), sizes, strides, b.lower, b.upper,
-              kPackChannels, 128, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  for (int i = 0; i < kBoxSizes; ++i)
+    if (call(maps->of_size + i, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(b.base), sizes, strides, b.lower,
+             b.upper, kPackChannels, 1u << i, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+      return false;
+  return true;
 }
 
 // A persistent grid: a block to each multiprocessor, never more than there can be tiles. Then the sum of the segments.
 template <typename Tile>
 cudaError_t launch(const TileLaunch& what, int multiprocessors, cudaStream_t stream) {
   ConvArgs args = what.args;
-  CUtensorMap map = {};
-  args.use_tma = args.use_tma && encode(what.box, &map);
+  Maps maps = {};
+  args.use_tma = args.use_tma && encode(what.box, &maps);
   const auto kernel = hopper_tile_kernel<Tile>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
   if (error != cudaSuccess) return error;
   const int64_t tiles = args.cut.most_tiles() * args.splits;
   const int grid = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(multiprocessors, tiles)));
-  kernel<<<grid, kHopperThreads, Tile::kSharedBytes, stream>>>(args, map);
+  kernel<<<grid, kHopperThreads, Tile::kSharedBytes, stream>>>(args, maps);
   error = cudaGetLastError();
   if (error != cudaSuccess || !args.partial) return error;
-  const int64_t blocks = (args.cut.n * args.cut.positions * args.c_out + 255) / 256;
+  const int64_t blocks = (args.cut.n * args.cut.positions + 7) / 8;  // a warp for each position
   sum_segments_kernel<typename Tile::T>
       <<<static_cast<int>(std::min<int64_t>(blocks, int64_t{multiprocessors} * 16)), 256, 0, stream>>>(args);
   return cudaGetLastError();

@@ -14,7 +14,27 @@ struct OrderArgs {
   const int32_t *in_prefix = nullptr, *out_prefix = nullptr;
   int32_t *sample = nullptr, *in = nullptr, *out = nullptr;  // (n)
   int32_t* ticket = nullptr;                                 // set to 0
+  // gpu::live_samples of every block of channels of the cut; filled where one block sorts.
+  gpu::Cut cut;
+  int32_t* live = nullptr;  // (groups, blocks)
+
+  // A batch that one thread block sorts in shared memory: its keys are (out, in, sample) in 64 bits.
+  static constexpr int32_t kSampleBits = 10, kChannelBits = 27;
+  RNP_HD bool one_block() const {
+    constexpr int32_t kMost = (1 << kChannelBits) - 1;
+    return n <= 1 << kSampleBits && c_in <= kMost && c_out <= kMost;
+  }
+  RNP_HD int64_t blocks() const { return int64_t{cut.groups} * cut.blocks(); }
+  int64_t workspace() const { return 3 * int64_t{n} + 1 + blocks(); }  // elements of the arrays
+  // The arrays follow each other from `at` on.
+  void place(int32_t* at) { sample = at, in = at + n, out = at + 2 * n, ticket = at + 3 * n, live = at + 3 * n + 1; }
 };
+
+// The order that a launch was given, as its kernel reads it.
+inline void use_order(ConvArgs& a, const OrderArgs& o) {
+  a.order_sample = o.sample, a.order_in = o.in, a.order_out = o.out, a.ticket = o.ticket;
+  a.order_live = o.one_block() ? o.live : nullptr;
+}
 
 struct PackArgs {
   PackedTiles layout;

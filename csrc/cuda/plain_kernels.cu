@@ -15,6 +15,11 @@ constexpr int64_t kMostBlocks = int64_t{1} << 30;  // of a grid
 
 __global__ void __launch_bounds__(kThreads) order_kernel(const __grid_constant__ OrderArgs p) { order_block(p); }
 
+__global__ void __launch_bounds__(1 << OrderArgs::kSampleBits) sort_kernel(const __grid_constant__ OrderArgs p) {
+  extern __shared__ __align__(8) char shared[];
+  sort_block(p, shared);
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kPlainThreads) pack_kernel(const __grid_constant__ PackArgs p, int64_t elements,
                                                              int32_t chunks, int32_t taps, int32_t chunk, bool flat) {
@@ -44,6 +49,12 @@ int grid_for(int64_t threads, int block, int64_t most) {
 }  // namespace
 
 const char* launch_order(const OrderArgs& p, void* stream) {
+  if (p.one_block()) {
+    int threads = 32;
+    while (threads < p.n) threads *= 2;
+    sort_kernel<<<1, threads, threads * sizeof(uint64_t), static_cast<cudaStream_t>(stream)>>>(p);
+    return last_error();
+  }
   order_kernel<<<grid_for(p.n, kThreads, kMostBlocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
   return last_error();
 }

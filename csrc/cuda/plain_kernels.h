@@ -26,7 +26,8 @@ RNP_DEVICE T narrow_to(Sum<T> v) {
 }
 RNP_DEVICE double multiply_add(double a, double b, double c) { return a * b + c; }
 
-// Thread i of the launch finds the place of sample i: no exchange between threads, so any number of blocks will do.
+// For any batch: thread i of the launch finds the place of sample i; no exchange between threads, so any number of
+// blocks will do.
 RNP_DEVICE void order_block(const OrderArgs& p) {
   const int64_t first = block_index() * thread_count() + thread_index();
   if (first == 0) *p.ticket = 0;
@@ -36,6 +37,53 @@ RNP_DEVICE void order_block(const OrderArgs& p) {
   p.sample[place] = i;
   p.in[place] = p.in_prefix ? gpu::clamp_prefix(p.in_prefix[i], p.c_in) : p.c_in;
   p.out[place] = p.out_prefix ? gpu::clamp_prefix(p.out_prefix[i], p.c_out) : p.c_out;
+}
+
+// The same by one block of a power of two of threads, at least one for each sample: a bitonic sort of 64-bit keys in
+// shared memory. Comparing each sample with each other took 80 microseconds on an H200 for 256 of them.
+RNP_DEVICE void sort_block(const OrderArgs& p, char* shared) {
+  constexpr int kIn = OrderArgs::kSampleBits, kOut = kIn + OrderArgs::kChannelBits;
+  uint64_t* keys = reinterpret_cast<uint64_t*>(shared);
+  const int i = thread_index(), threads = thread_count();
+  uint64_t own = ~uint64_t{0};
+  if (i < p.n) {
+    const int32_t in = p.in_prefix ? gpu::clamp_prefix(p.in_prefix[i], p.c_in) : p.c_in;
+    const int32_t out = p.out_prefix ? gpu::clamp_prefix(p.out_prefix[i], p.c_out) : p.c_out;
+    own = static_cast<uint64_t>(p.c_out - out) << kOut | static_cast<uint64_t>(p.c_in - in) << kIn |
+          static_cast<uint64_t>(i);
+  }
+  keys[i] = own;
+  if (i == 0) *p.ticket = 0;
+  for (int size = 2; size <= threads; size *= 2)
+    for (int step = size / 2; step > 0; step /= 2) {
+      sync_block();
+      const uint64_t other = keys[i ^ step];
+      sync_block();
+      const bool keep_less = ((i & step) == 0) == ((i & size) == 0);
+      if ((other < own) == keep_less) own = other;
+      keys[i] = own;
+    }
+  sync_block();
+  if (i < p.n) {
+    constexpr uint64_t kChannels = (uint64_t{1} << OrderArgs::kChannelBits) - 1;
+    p.sample[i] = static_cast<int32_t>(own & ((1 << kIn) - 1));
+    p.in[i] = p.c_in - static_cast<int32_t>(own >> kIn & kChannels);
+    p.out[i] = p.c_out - static_cast<int32_t>(own >> kOut);
+  }
+  for (int32_t b = i; b < p.blocks(); b += threads) {
+    const int32_t group = b / p.cut.blocks();
+    const int64_t first = int64_t{group} * p.cut.group_out + int64_t{b - group * p.cut.blocks()} * p.cut.bn;
+    const uint64_t bound = static_cast<uint64_t>(p.c_out - first) << kOut;  // keys below it: out > first
+    int32_t low = 0, high = p.n;
+    while (low < high) {
+      const int32_t middle = (low + high) / 2;
+      if (keys[middle] < bound)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    p.live[b] = low;
+  }
 }
 
 template <typename T>

@@ -1,6 +1,7 @@
 #include "cuda/plan.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 namespace rnp::cuda {
 namespace {
@@ -19,7 +20,8 @@ PackedTiles layout(const ConvShape& s, DType dtype, Role role) {
   return t;
 }
 
-// Taps of the outputs o ≡ residue (mod stride): all of them, where the layer itself runs.
+// Taps of the outputs o ≡ residue (mod stride): all of them, where the layer itself runs. Those of an input gradient
+// are equally far apart too.
 Axis axis_of(Role role, int64_t residue, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
   Axis a = {};
   a.step = role == Role::kForward ? small(stride) : 1;
@@ -30,8 +32,9 @@ Axis axis_of(Role role, int64_t residue, int64_t kernel, int64_t stride, int64_t
       if (t % stride != 0) continue;
       delta = t / stride;
     }
-    a.delta[a.count] = static_cast<int16_t>(delta);
-    a.tap[a.count++] = static_cast<uint8_t>(k);
+    if (a.count == 0) a.delta = small(delta), a.tap = small(k);
+    if (a.count == 1) a.delta_step = small(delta) - a.delta, a.tap_step = small(k) - a.tap;
+    ++a.count;
   }
   return a;
 }
@@ -66,10 +69,11 @@ Im2colBox im2col_box(const ConvArgs& a, int32_t element) {
   const Axis* const axes[] = {&a.x, &a.y};
   const int64_t sizes[] = {b.w, b.h}, outs[] = {a.out_w, out_h};
   for (int i = 0; i < 2; ++i) {
-    const auto [least, most] = std::minmax_element(axes[i]->delta, axes[i]->delta + axes[i]->count);
-    const int64_t lower = *least, upper = lower + (outs[i] - 1) * axes[i]->step - (sizes[i] - 1);
-    b.possible = b.possible && lower >= -128 && lower <= 127 && upper >= -128 && upper <= 127 && *most - lower <= 255 &&
-                 axes[i]->step <= 8;
+    const int64_t reach = int64_t{axes[i]->count - 1} * axes[i]->delta_step;  // from the first tap to the last
+    const int64_t lower = axes[i]->delta + std::min<int64_t>(reach, 0);
+    const int64_t upper = lower + (outs[i] - 1) * axes[i]->step - (sizes[i] - 1);
+    b.possible = b.possible && lower >= -128 && lower <= 127 && upper >= -128 && upper <= 127 &&
+                 std::abs(reach) <= 255 && axes[i]->step <= 8;
     b.lower[i] = small(lower), b.upper[i] = small(upper), b.step[i] = axes[i]->step;
   }
   return b;
@@ -87,7 +91,8 @@ void plan_hopper(TileLaunch& launch, DType dtype, const Device& device) {
   const int32_t taps = a.y.count * a.x.count;
   a.segment_chunks = std::max(1, segment_chunks(a.cut.positions, a.chunks, taps, a.cut.groups));
   const int32_t segments = (a.chunks + a.segment_chunks - 1) / a.segment_chunks;
-  const HopperChoice choice = choose_tile_sm90(rows, a.cut.group_out, a.cut.groups, segments, device.multiprocessors);
+  const HopperChoice choice = choose_tile_sm90(rows, a.cut.group_out, a.cut.groups, segments, device.multiprocessors,
+                                               a.in_prefix || a.out_prefix);
   a.cut.bm = 128, a.cut.bn = choice.bn;
   if (choice.split) {
     a.splits = segments;
@@ -96,6 +101,11 @@ void plan_hopper(TileLaunch& launch, DType dtype, const Device& device) {
   launch.box = im2col_box(a, 2);
   a.use_tma = launch.box.possible;
   a.box_lower_w = launch.box.lower[0], a.box_lower_h = launch.box.lower[1];
+  const auto even = [](const Strides4& st) { return st.c == 1 && (st.n | st.h | st.w) % 2 == 0; };
+  a.pairs = a.output_stride.c == 1 && a.c_out % 2 == 0 && (a.cut.groups == 1 || a.cut.group_out % 2 == 0) &&
+            (!a.residual || (even(a.residual_stride) && reinterpret_cast<uintptr_t>(a.residual) % 4 == 0));
+  const auto dense = [&](const Strides4& st) { return st.h == a.out_w * st.w; };
+  a.dense = dense(a.output_stride) && (!a.residual || dense(a.residual_stride));
   const bool bf16 = dtype == DType::kBFloat16;
   launch.tile = choice.wide ? (bf16 ? TileName::sm90_bf16_128x256 : TileName::sm90_fp16_128x256)
                             : (bf16 ? TileName::sm90_bf16_128x128 : TileName::sm90_fp16_128x128);

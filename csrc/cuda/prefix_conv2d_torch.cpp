@@ -235,14 +235,16 @@ void run_convolution(const char* op, PrefixConv2dParams p, bool input_grad, int6
   OptionalTensor workspace;
   for (TileLaunch& launch : tile_launches(p, role, static_cast<int32_t>(lines), allow_tf32, device)) {
     ConvArgs& a = launch.args;
-    if (a.in_prefix || a.out_prefix) {  // launches follow each other on the stream and may share the order's memory
-      const int64_t n = a.cut.n;
-      if (!workspace) workspace = empty_on(like, {3 * n + 1}, ScalarType::Int);
-      int32_t* order = static_cast<int32_t*>(workspace->mutable_data_ptr());
-      OrderArgs o{static_cast<int32_t>(n), a.c_in,       a.c_out, a.in_prefix, a.out_prefix, order, order + n,
-                  order + 2 * n,           order + 3 * n};
+    if (a.in_prefix || a.out_prefix) {
+      OrderArgs o;
+      o.n = static_cast<int32_t>(a.cut.n), o.c_in = a.c_in, o.c_out = a.c_out, o.cut = a.cut;
+      o.in_prefix = a.in_prefix, o.out_prefix = a.out_prefix;
+      // Launches follow each other on the stream and may share the order's memory.
+      if (!workspace || workspace->numel() < o.workspace())
+        workspace = empty_on(like, {o.workspace()}, ScalarType::Int);
+      o.place(static_cast<int32_t*>(workspace->mutable_data_ptr()));
       check_launch(op, launch_order(o, stream));
-      a.order_sample = o.sample, a.order_in = o.in, a.order_out = o.out, a.ticket = o.ticket;
+      use_order(a, o);
     }
     OptionalTensor partial;
     if (launch.partial_elements > 0) {  // freed at once, for what follows on the stream

@@ -78,30 +78,39 @@ struct Tile {
   X(fp32_128x64, float, Math::kFfma, 128, 64, 3, 168)
 
 // A tile of sm_90a: BM x BN outputs; a stage of the pipeline is BM rows of input and BN of weights, 128 bytes each, all
-// swizzled as wgmma and the copy engine want them. The tile's rows are described twice over, since the producers are a
-// tile ahead of the consumers. One block to a multiprocessor.
+// swizzled as wgmma and the copy engine want them. Tiles are described twice over, since their description is up to a
+// tile ahead of their products. One block to a multiprocessor.
+//
+// A narrow tile belongs to one warpgroup of consumers, which has 128 sums a thread for it: the two take turns, and one
+// stores while the other multiplies. The two share a wide tile, 64 rows each, and the narrow ones of layers whose K is
+// summed in segments (64 sums of a segment and 64 of all).
 template <typename T_, int BN_>
 struct HopperTile {
   using T = T_;
   static constexpr int BM = 128, BN = BN_, BK = kPackChannels, kStep = 16;
   static constexpr int kGrain = BN / 8;  // widths of one wgmma: multiples of this, so eight main loops are compiled
+  static constexpr bool kTurns = BN <= 128;
   static constexpr int kStages = BN == 256 ? 4 : 6;
-  static constexpr bool kSegments = BN <= 128;  // 64 sums of a segment and 64 of all segments fit into registers
 
   static constexpr int kStageBytes = (BM + BN) * kPackBytes;
-  static constexpr int kSlab = 32, kSlabStride = kSlab + 8;  // floats: rows of half a warp in different banks
-  static constexpr int kStagingBytes = BM * kSlabStride * 4;
-  static constexpr int kRowBytes = 2 * BM * 48;  // struct Row
-  static constexpr int kStateBytes = 256;        // barriers and the states of two tiles
+  static constexpr int kSlab = 64;                     // channels that a warp stages at a time
+  static constexpr int kStagedBytes = 16 * kSlab * 2;  // its 16 rows of them
+  static constexpr int kStagingBytes = 8 * kStagedBytes;
+  static constexpr int kRunBytes = 2 * (BM + 1) * 24;  // struct Run of two tiles
+  static constexpr int kRowBytes = BM * 16;            // struct CopiedRow
+  static constexpr int kStateBytes = 512;  // barriers, the states of two tiles, the boxes that bring their rows
   // 1024 more: the pipeline begins at a multiple of them, where the swizzle does.
-  static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kStagingBytes + kRowBytes + kStateBytes;
+  static constexpr int kSharedBytes =
+      1024 + kStages * kStageBytes + kStagingBytes + kRunBytes + kRowBytes + kStateBytes;
   static_assert(sizeof(T) == 2 && (BN == 128 || BN == 256), "the widths that hopper_wgmma.h has");
 };
 
-constexpr int kHopperConsumers = 256, kHopperThreads = 384;
-// Registers of a thread of either kind: 128 · 72 + 256 · 216 = 384 · 168, what the kernel starts with. A consumer holds
+constexpr int kHopperLoaders = 64, kHopperConsumers = 256, kHopperThreads = 384;
+constexpr int kBoxSizes = 8;    // of the boxes that im2col copies bring: 1, 2, 4 … 128 rows of a tile
+constexpr int kMostBoxes = 32;  // of a tile
+// Registers of a thread of either kind: 128 · 88 + 256 · 208 = 384 · 168, what the kernel starts with. A consumer holds
 // up to 128 sums, a producer addresses.
-constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
+constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
 static_assert(128 * kProducerRegisters + kHopperConsumers * kConsumerRegisters == kHopperThreads * 168);
 
 // X(name, storage, BN, registers): all tiles of sm_90a. `registers`: of one thread at the start, 65536 / 384 rounded
@@ -155,19 +164,34 @@ constexpr int32_t segment_chunks(int64_t positions, int64_t chunks, int64_t taps
   return static_cast<int32_t>(for_length > for_number ? for_length : for_number);
 }
 
-// sm_90a, one block to a multiprocessor: the wide tile where it still leaves four to each, else 128 channels, or 64
-// where even those are too few. Layers summed in segments have no registers for the wide one. Shapes alone decide.
+// sm_90a, one block to a multiprocessor: the width whose tiles take the least time. Cycles of a stage as fitted to an
+// H200: 1117 for 256 channels, 672 for 128, 540 for 64. At full width tiles come in rounds, one on each multiprocessor;
+// of a mixed batch some 0.4 of the work is left, and the end waits for one tile more. Layers summed in segments have no
+// registers for the wide tile; their segments become tiles of their own where the tiles would keep at most a quarter of
+// the multiprocessors busy (of three times as many, split lost half: 512 channels at 7x7, batch 32). Shapes alone
+// decide, and no bit depends on it.
 struct HopperChoice {
   int bn;      // channels of a tile
   bool wide;   // by the kernel of 256
   bool split;  // segments are tiles of their own
 };
 constexpr HopperChoice choose_tile_sm90(int64_t rows, int64_t group_out, int64_t groups, int32_t segments,
-                                        int multiprocessors) {
+                                        int multiprocessors, bool mixed) {
   const auto tiles = [&](int64_t bn) { return (rows + 127) / 128 * ((group_out + bn - 1) / bn) * groups; };
-  if (segments == 1 && group_out > 128 && tiles(256) >= int64_t{4} * multiprocessors) return {256, true, false};
-  const int bn = group_out > 64 && tiles(128) >= int64_t{4} * multiprocessors ? 128 : 64;
-  return {bn, false, segments > 1 && tiles(bn) < multiprocessors};
+  const auto stage = [](int64_t width, bool wide) { return wide ? 300 + width * 13 / 4 : 400 + width * 17 / 8; };
+  HopperChoice best{64, false, false};
+  int64_t least = 0;
+  for (const int bn : {64, 128, 256}) {
+    const bool wide = bn == 256;
+    if ((wide && segments > 1) || (bn > 64 && group_out <= bn / 2)) continue;
+    const int64_t last = group_out % bn, blocks = (group_out + bn - 1) / bn;
+    const int64_t cycles = (group_out / bn * stage(bn, wide) + (last > 0 ? stage(last, wide) : 0)) / blocks;
+    const int64_t hundredths = mixed ? tiles(bn) * 40 / multiprocessors + 100
+                                     : (tiles(bn) + multiprocessors - 1) / multiprocessors * 100;  // of a round
+    if (bn == 64 || hundredths * cycles <= least) best = {bn, wide, false}, least = hundredths * cycles;
+  }
+  best.split = segments > 1 && tiles(best.bn) * 4 <= multiprocessors;
+  return best;
 }
 
 }  // namespace rnp::cuda

@@ -354,6 +354,7 @@ Statistics launch(int64_t blocks, int threads, size_t shared_bytes, uint64_t see
     m.at_barrier = m.finished = 0;
     m.barriers.clear(), m.named.clear(), m.bulk.clear();
     m.unpublished.assign(shared_bytes / 16 + 1, 0), m.coming.assign(shared_bytes / 16 + 1, 0);
+    m.arrived.clear();
     m.barriers_published = false;
     for (Fiber& fiber : m.fibers) prepare(fiber);
     while (m.finished < threads && m.fault.empty()) {

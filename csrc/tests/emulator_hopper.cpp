@@ -1,5 +1,6 @@
 // What Hopper adds to the emulated machine: barriers of shared memory, the copy engine, wgmma. Layouts are those of the
 // PTX ISA: matrix descriptors and the 128-byte swizzle, the accumulator's registers, im2col mode.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -47,13 +48,23 @@ void issue(BulkCopy copy, uint64_t* barrier) {
   m.bulk.push_back(std::move(copy));
 }
 
+void take_arrivals(Barrier& b, int count) {
+  if (b.pending < count) return fail("more arrivals than a phase has");
+  b.pending -= count;
+  end_phase(b);
+}
+
 void land(const BulkCopy& copy) {
   Machine& m = *machine;
   for (const auto& [place, bytes] : copy.runs) {
     std::memcpy(m.shared + place, bytes.data(), bytes.size());
-    for (size_t unit = place / 16; unit < (place + bytes.size()) / 16; ++unit) m.coming[unit] = 0;
+    for (size_t unit = place / 16; unit < (place + bytes.size()) / 16; ++unit) {
+      m.coming[unit] = 0;
+      if (copy.of_a_thread) m.unpublished[unit] = kArrived, m.arrived.push_back(unit);
+    }
   }
   Barrier& b = m.barriers[copy.barrier];
+  if (copy.of_a_thread) return take_arrivals(b, 1);
   b.bytes -= copy.bytes;
   end_phase(b);
 }
@@ -83,10 +94,38 @@ float element(const Product& p, int row, int k) {
 }
 
 // Sum (row, column) of a warp's 16 rows: which lane holds it, and where.
-float& sum_at(Warp& w, int width, int row, int column) {
+float& sum_at(Sums& sums, int row, int column) {
   const int lane = row % 8 * 4 + column % 8 / 2;
   const int at = column / 8 * 4 + row / 8 * 2 + column % 2;
-  return w.sums[static_cast<size_t>(lane * (width / 2) + at)];
+  return sums.values[static_cast<size_t>(lane * (sums.width / 2) + at)];
+}
+
+// The sums that the lanes name: those of products under way, or new ones.
+size_t sums_of(Warp& w, const Operation& mine) {
+  const size_t own = static_cast<size_t>(mine.width) / 2;
+  for (size_t i = 0; i < w.sums.size(); ++i) {
+    const Sums& s = w.sums[i];
+    int same = 0;
+    for (int l = 0; l < kLanes; ++l) {
+      const float* const d = w.lane[l].d;
+      same += d == s.registers[l];
+      if (d != s.registers[l] && d < s.registers[l] + s.width / 2 && s.registers[l] < d + own)
+        fail("wgmma: sums that overlap others under way");
+    }
+    if (same == 0) continue;
+    if (same != kLanes || s.width != mine.width) fail("wgmma: sums that are others in part");
+    return i;
+  }
+  Sums s{mine.width, {}, std::vector<float>(kLanes * own)};
+  for (int l = 0; l < kLanes; ++l) {
+    s.registers[l] = w.lane[l].d;
+    for (size_t i = 0; i < own; ++i) {
+      s.values[static_cast<size_t>(l) * own + i] = s.registers[l][i];
+      s.registers[l][i] = std::numeric_limits<float>::quiet_NaN();
+    }
+  }
+  w.sums.push_back(std::move(s));
+  return w.sums.size() - 1;
 }
 
 std::vector<char> operands(const Product& p, int warp, bool check) {
@@ -98,27 +137,14 @@ std::vector<char> operands(const Product& p, int warp, bool check) {
 
 void start(Warp& w, const Operation& mine, int warp) {
   if (!w.fenced) fail("wgmma without wgmma.fence");
-  const size_t own = static_cast<size_t>(mine.width) / 2;
   for (int l = 0; l < kLanes; ++l) {
     const Operation& o = w.lane[l];
     if (o.width != mine.width || o.type != mine.type || o.operand[0] != mine.operand[0] ||
         o.operand[1] != mine.operand[1])
       fail("wgmma: lanes differ");
-    if (!w.products.empty() && (w.registers[l] != o.d || w.products[0].width != mine.width))
-      fail("wgmma: two sets of sums under way");
   }
   if (!machine->fault.empty()) return;
-  if (w.products.empty()) {
-    w.sums.resize(kLanes * own);
-    for (int l = 0; l < kLanes; ++l) {
-      w.registers[l] = w.lane[l].d;
-      for (size_t i = 0; i < own; ++i) {
-        w.sums[static_cast<size_t>(l) * own + i] = w.registers[l][i];
-        w.registers[l][i] = std::numeric_limits<float>::quiet_NaN();
-      }
-    }
-  }
-  Product p{mine.width, mine.type, {mine.operand[0], mine.operand[1]}, {}, w.groups};
+  Product p{mine.width, mine.type, {mine.operand[0], mine.operand[1]}, {}, w.groups, sums_of(w, mine)};
   p.bytes = operands(p, warp, true);
   w.products.push_back(std::move(p));
   ++machine->statistics.group_products;
@@ -131,7 +157,7 @@ void finish(Warp& w, const Product& p, int warp) {
   for (int i = 0; i < p.width * kStep; ++i) b[static_cast<size_t>(i)] = element(p, 16 + i / kStep, i % kStep);
   for (int row = 0; row < 16; ++row)
     for (int column = 0; column < p.width; ++column) {
-      float& d = sum_at(w, p.width, row, column);
+      float& d = sum_at(w.sums[p.sums], row, column);
       const float *x = &a[static_cast<size_t>(row * kStep)], *y = &b[static_cast<size_t>(column * kStep)];
       double sum = d;
       for (int k = 0; k < kStep; ++k) sum += static_cast<double>(x[k]) * static_cast<double>(y[k]);
@@ -148,8 +174,12 @@ void wait(Warp& w, int64_t most, int warp) {
     w.products.erase(w.products.begin(), w.products.begin() + static_cast<std::ptrdiff_t>(done));
     return;
   }
-  const size_t own = static_cast<size_t>(w.products[0].width) / 2;
-  for (int l = 0; l < kLanes; ++l) std::memcpy(w.registers[l], &w.sums[static_cast<size_t>(l) * own], own * 4);
+  for (const Sums& sums : w.sums) {
+    const size_t own = static_cast<size_t>(sums.width) / 2;
+    for (int l = 0; l < kLanes; ++l)
+      std::memcpy(sums.registers[l], &sums.values[static_cast<size_t>(l) * own], own * 4);
+  }
+  w.sums.clear();
   w.products.clear();
   w.fenced = false;
 }
@@ -183,6 +213,16 @@ void hopper_operation(Warp& w, const Operation& mine) {
       return;
     case 10:
       return;
+    case 11: {  // the greatest value, and whose low bits are set
+      int32_t most = w.lane[0].left;
+      uint32_t bits = 0;
+      for (int l = 0; l < kLanes; ++l) {
+        most = std::max(most, w.lane[l].left);
+        bits |= static_cast<uint32_t>(w.lane[l].left & 1) << l;
+      }
+      for (int l = 0; l < kLanes; ++l) w.lane[l].left = most, w.lane[l].width = static_cast<int>(bits);
+      return;
+    }
     default:
       fail("an unknown operation");
   }
@@ -214,13 +254,27 @@ void init_barrier(uint64_t* barrier, int arrivals) {
 
 void publish_barriers() { machine->barriers_published = true; }
 
-void arrive(uint64_t* barrier) {
+void arrive(uint64_t* barrier, int count) {
   Barrier* b = barrier_at(barrier);
   if (!b) return;
   ++machine->progress;
-  if (b->pending == 0) return fail("more arrivals than a phase has");
-  --b->pending;
-  end_phase(*b);
+  take_arrivals(*b, count);
+}
+
+void arrive_after_copies(uint64_t* barrier) {
+  Machine& m = *machine;
+  if (!barrier_at(barrier)) return;
+  Fiber& fiber = m.fibers[static_cast<size_t>(m.current)];
+  if (!fiber.groups.empty()) fail("copies that were committed and not waited for");
+  BulkCopy all{{}, place_of(barrier), 0, true};
+  for (const Copy& c : fiber.open) {
+    std::vector<char> bytes(16, 0);
+    if (c.bytes > 0) std::memcpy(bytes.data(), c.from, static_cast<size_t>(c.bytes));
+    m.statistics.copied_bytes += c.bytes;
+    all.runs.emplace_back(place_of(c.to), std::move(bytes));
+  }
+  fiber.open.clear();
+  m.bulk.push_back(std::move(all));
 }
 
 void expect_bytes(uint64_t* barrier, uint32_t bytes) {
@@ -253,6 +307,9 @@ void publish_writes() {
   for (size_t unit : fiber.landed)
     if (m.unpublished[unit] == m.current + 1) m.unpublished[unit] = 0;
   fiber.landed.clear();
+  for (size_t unit : m.arrived)
+    if (m.unpublished[unit] == kArrived) m.unpublished[unit] = 0;
+  m.arrived.clear();
 }
 
 void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
@@ -271,7 +328,7 @@ void copy_im2col(void* shared, const TensorMap& map, uint64_t* barrier, int32_t 
   const size_t bytes = row_bytes * static_cast<size_t>(map.pixels);
   const size_t place = place_of(checked_shared(shared, bytes, 128));
   if (offset_w < 0 || offset_h < 0 || offset_w > 255 || offset_h > 255) fail("im2col: an offset beyond 0…255");
-  if (place % 1024 != 0 || row_bytes != 128) fail("im2col: a box that is not swizzled from its beginning");
+  if (row_bytes != 128) fail("im2col: a row of another size than the swizzle's");
   BulkCopy copy{{}, 0, static_cast<int64_t>(bytes)};
   for (int32_t pixel = 0; pixel < map.pixels; ++pixel) {
     const int64_t x = w + offset_w, y = h + offset_h;
@@ -281,7 +338,8 @@ void copy_im2col(void* shared, const TensorMap& map, uint64_t* barrier, int32_t 
       const int64_t channel = c + piece * 8;
       const int64_t count = inside ? std::min<int64_t>(8, map.size[0] - channel) : 0;
       if (count > 0)
-        std::memcpy(values.data(), map.base + n * map.stride[3] + y * map.stride[2] + x * map.stride[1] + channel * 2,
+        std::memcpy(values.data(),
+                    map.base + int64_t{n} * map.stride[3] + y * map.stride[2] + x * map.stride[1] + channel * 2,
                     static_cast<size_t>(count) * 2);
       copy.runs.emplace_back(swizzle(place + static_cast<size_t>(pixel) * row_bytes + static_cast<size_t>(piece) * 16),
                              std::move(values));
@@ -296,6 +354,18 @@ void copy_im2col(void* shared, const TensorMap& map, uint64_t* barrier, int32_t 
   }
   machine->statistics.im2col_bytes += static_cast<int64_t>(bytes);
   issue(std::move(copy), barrier);
+}
+
+int32_t max_in_warp(int32_t v) {
+  Operation o = operation(11);
+  o.left = v;
+  return meet(o).left;
+}
+
+uint32_t ballot(bool v) {
+  Operation o = operation(11);
+  o.left = v;
+  return static_cast<uint32_t>(meet(o).width);
 }
 
 void sync_warp() { meet(operation(10)); }

@@ -15,6 +15,7 @@
 namespace rnp::cuda::emulator {
 
 constexpr int kLanes = 32;
+constexpr int kArrived = -1;
 constexpr size_t kStack = 256 * 1024;
 
 struct Copy {
@@ -24,7 +25,7 @@ struct Copy {
 };
 
 struct Operation {  // what one lane brings to an operation of its warp
-  int kind;         // 0: ldmatrix, 1…3: mma, 4: shuffle, 5: ldmatrix.trans, 6…10: of emulator_hopper.cpp
+  int kind;         // 0: ldmatrix, 1…3: mma, 4: shuffle, 5: ldmatrix.trans, 6…11: of emulator_hopper.cpp
   uint32_t* r;
   const void* row;
   float* d;
@@ -41,6 +42,13 @@ struct Product {  // one warp's share of a wgmma that has been issued: 16 rows
   uint64_t operand[2];
   std::vector<char> bytes;  // both operands as they were then
   int64_t group;
+  size_t sums;  // which of the warp's
+};
+
+struct Sums {  // what products under way add to, while the registers hold NaN
+  int width;
+  float* registers[kLanes];
+  std::vector<float> values;
 };
 
 struct Warp {
@@ -48,8 +56,7 @@ struct Warp {
   int arrived = 0;
   int64_t generation = 0;
   std::vector<Product> products;  // of wgmma, under way
-  std::vector<float> sums;        // what they add to, while the registers hold NaN
-  float* registers[kLanes] = {};
+  std::vector<Sums> sums;
   int64_t groups = 0;  // of products, committed
   bool fenced = false;
 };
@@ -70,10 +77,11 @@ struct Barrier {  // an mbarrier
   uint32_t phase = 0;  // how many have ended
 };
 
-struct BulkCopy {                                          // of the copy engine, under way
+struct BulkCopy {                                          // under way, and a barrier hears of its end
   std::vector<std::pair<size_t, std::vector<char>>> runs;  // places in shared memory and what goes there
   size_t barrier;
-  int64_t bytes;
+  int64_t bytes;             // of the copy engine: what the barrier was told to expect
+  bool of_a_thread = false;  // the cp.async of one, which arrives with them
 };
 
 struct NamedBarrier {
@@ -99,8 +107,11 @@ struct Machine {
   std::map<size_t, Barrier> barriers;  // by their place in shared memory
   std::map<int, NamedBarrier> named;
   std::vector<BulkCopy> bulk;
-  std::vector<int> unpublished;  // of each 16 bytes: 1 + the thread whose cp.async wgmma does not see yet, or 0
-  std::vector<char> coming;      // of each 16 bytes: whether the copy engine is about to write them
+  // Of each 16 bytes: 1 + the thread whose cp.async wgmma does not see yet, kArrived if a barrier heard that it landed,
+  // 0.
+  std::vector<int> unpublished;
+  std::vector<size_t> arrived;  // places of kArrived
+  std::vector<char> coming;     // of each 16 bytes: whether the copy engine is about to write them
   bool barriers_published = false;
 };
 extern Machine* machine;

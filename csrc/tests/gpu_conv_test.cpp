@@ -50,8 +50,8 @@ emulator::Statistics compute(GpuCase<T>& c, bool tf32, int offset, uint64_t seed
                                  : (c.p.dtype == DType::kBFloat16 ? TileName::bf16_128x128 : TileName::fp16_128x128);
       force_tile(launch, first, offset);
     }
-    Ordered order;
-    set_order(launch.args, order);
+    std::vector<int32_t> order;
+    set_order(launch.args, order, seed % 2 == 1);
     const emulator::Statistics one = run_tile(launch, seed);
     all.bank_conflicts += one.bank_conflicts, all.matrix_products += one.matrix_products;
     all.copied_bytes += one.copied_bytes;

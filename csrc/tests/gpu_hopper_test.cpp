@@ -16,20 +16,24 @@ constexpr cuda::Device kHopper{132, true};
 constexpr int64_t kBlocks = 3;
 
 emulator::Statistics run_tile(cuda::TileLaunch& launch, uint64_t seed) {
-  emulator::TensorMap map;
+  emulator::TensorMap maps[cuda::kBoxSizes];
   const cuda::Im2colBox& b = launch.box;
-  map.base = static_cast<const char*>(b.base);
-  const int64_t sizes[] = {b.c, b.w, b.h, b.n}, strides[] = {2, b.w_stride, b.h_stride, b.n_stride};
-  std::memcpy(map.size, sizes, sizeof sizes), std::memcpy(map.stride, strides, sizeof strides);
-  std::memcpy(map.lower, b.lower, sizeof b.lower), std::memcpy(map.upper, b.upper, sizeof b.upper);
-  std::memcpy(map.step, b.step, sizeof b.step);
+  for (int i = 0; i < cuda::kBoxSizes; ++i) {
+    emulator::TensorMap& map = maps[i];
+    map.base = static_cast<const char*>(b.base);
+    const int64_t sizes[] = {b.c, b.w, b.h, b.n}, strides[] = {2, b.w_stride, b.h_stride, b.n_stride};
+    std::memcpy(map.size, sizes, sizeof sizes), std::memcpy(map.stride, strides, sizeof strides);
+    std::memcpy(map.lower, b.lower, sizeof b.lower), std::memcpy(map.upper, b.upper, sizeof b.upper);
+    std::memcpy(map.step, b.step, sizeof b.step);
+    map.pixels = 1 << i;
+  }
   switch (launch.tile) {
 #define RNP_RUN(name, T, BN, registers)                                                                 \
   case TileName::name: {                                                                                \
     using Tile = cuda::HopperTile<T, BN>;                                                               \
     emulator::Statistics seen =                                                                         \
         emulator::launch(kBlocks, cuda::kHopperThreads, Tile::kSharedBytes, seed,                       \
-                         [&](char* shared) { cuda::hopper_block<Tile>(launch.args, &map, shared); });   \
+                         [&](char* shared) { cuda::hopper_block<Tile>(launch.args, maps, shared); });   \
     if (launch.args.partial)                                                                            \
       emulator::launch(kBlocks, 64, 0, seed, [&](char*) { cuda::sum_segments_block<T>(launch.args); }); \
     return seen;                                                                                        \
@@ -80,8 +84,8 @@ Seen compute(GpuCase<T>& c, Way way, uint64_t seed) {
     go(way, launch);
     std::vector<float> partial(static_cast<size_t>(launch.partial_elements), kNaN);
     launch.args.partial = partial.empty() ? nullptr : partial.data();
-    Ordered order;
-    set_order(launch.args, order);
+    std::vector<int32_t> order;
+    set_order(launch.args, order, seed % 2 == 1);
     const emulator::Statistics one = run_tile(launch, seed);
     ++seen.launches;
     seen.bulk += one.bulk_bytes, seen.im2col += one.im2col_bytes, seen.copied += one.copied_bytes;

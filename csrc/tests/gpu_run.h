@@ -26,26 +26,25 @@ void pack(GpuCase<T>& c) {
   c.p.packed = static_cast<const float*>(to);
 }
 
-struct Ordered {
-  std::vector<int32_t> sample, in, out;
-  int32_t ticket = 77;
-};
-
-inline void set_order(cuda::ConvArgs& a, Ordered& o) {
+// Sorts as a launch does: a small batch by one block, or (`by_places`) any batch by counting.
+inline void set_order(cuda::ConvArgs& a, std::vector<int32_t>& memory, bool by_places = false) {
   if (!a.in_prefix && !a.out_prefix) return;
-  const size_t n = static_cast<size_t>(a.cut.n);
-  o.sample.assign(n, -1), o.in.assign(n, -1), o.out.assign(n, -1);
-  cuda::OrderArgs args{static_cast<int32_t>(a.cut.n),
-                       a.c_in,
-                       a.c_out,
-                       a.in_prefix,
-                       a.out_prefix,
-                       o.sample.data(),
-                       o.in.data(),
-                       o.out.data(),
-                       &o.ticket};
-  emulator::launch((a.cut.n + 31) / 32, 32, 0, 1, [&](char*) { cuda::order_block(args); });
-  a.order_sample = o.sample.data(), a.order_in = o.in.data(), a.order_out = o.out.data(), a.ticket = &o.ticket;
+  cuda::OrderArgs args;
+  args.n = static_cast<int32_t>(a.cut.n), args.c_in = a.c_in, args.c_out = a.c_out, args.cut = a.cut;
+  args.in_prefix = a.in_prefix, args.out_prefix = a.out_prefix;
+  memory.assign(static_cast<size_t>(args.workspace()), -1);
+  args.place(memory.data());
+  if (by_places) {
+    emulator::launch((a.cut.n + 31) / 32, 32, 0, 1, [&](char*) { cuda::order_block(args); });
+    use_order(a, args);
+    a.order_live = nullptr;
+    return;
+  }
+  int threads = 32;
+  while (threads < args.n) threads *= 2;
+  emulator::launch(1, threads, static_cast<size_t>(threads) * 8, 1,
+                   [&](char* shared) { cuda::sort_block(args, shared); });
+  use_order(a, args);
 }
 
 inline const char* mode_name(GpuMode mode) {

@@ -1,0 +1,207 @@
+// From the consumers' registers to the output of the sm_90a kernel.
+#pragma once
+
+#include "cuda/hopper_block.h"
+
+namespace rnp::cuda {
+
+// A warp holds 16 rows in the layout of wgmma's accumulator: lane l rows l / 4 and + 8, channels 8 j + 2 (l % 4) and
+// + 1. It finishes and narrows 64 channels at a time, turns them in shared memory (pieces of 16 bytes, swizzled) and
+// stores whole lines. Every address is found before the loops: with the general form of `finish` for each element this
+// took 40,000 cycles a tile on an H200, as long as half the products of 256 channels.
+template <typename Tile>
+struct HopperEpilogue : HopperBlock<Tile> {
+  using Base = HopperBlock<Tile>;
+  using Base::kProducers, Base::p, Base::staging;
+  using typename Base::T;
+  using Sums64 = float[Tile::BN / 2];  // of a thread, for 64 rows
+
+  RNP_DEVICE static int consumer() { return thread_index() - kProducers; }
+  RNP_DEVICE static int consumer_group() { return consumer() / 128; }
+
+  RNP_DEVICE int32_t first_channel_of(const TileState& s) const { return s.group * p.cut.group_out + s.first_channel; }
+
+  // A row of the tile, as far as storing needs it. Offsets are to channel 0 of the tensor.
+  struct Place {
+    int32_t out_live;  // 0 in a dead row
+    int32_t line;
+    int64_t output, residual;
+  };
+
+  RNP_DEVICE Place place_of(const TileState& s, const Run* runs, int row) const {
+    Place out = {};
+    if (row >= s.rows) return out;
+    const uint32_t pixels = s.pixel + static_cast<uint32_t>(row), positions = static_cast<uint32_t>(p.cut.positions);
+    const uint32_t i = pixels < positions ? 0 : pixels / positions;
+    const Run& run = runs[i];
+    const int64_t n = run.sample;
+    const int32_t pixel = static_cast<int32_t>(pixels - i * positions);
+    out.out_live = run.out_live;
+    out.line = run.line;
+    if (p.partial) {
+      out.output = (n * p.cut.positions + pixel) * p.c_out;
+    } else if (p.dense) {
+      out.output = n * p.output_stride.n + pixel * p.output_stride.w;
+      if (p.residual) out.residual = n * p.residual_stride.n + pixel * p.residual_stride.w;
+    } else {
+      const int32_t oy = pixel / p.out_w, ox = pixel - oy * p.out_w;
+      out.output = n * p.output_stride.n + oy * p.output_stride.h + ox * p.output_stride.w;
+      if (p.residual) out.residual = n * p.residual_stride.n + oy * p.residual_stride.h + ox * p.residual_stride.w;
+    }
+    return out;
+  }
+
+  // Of one of a lane's two rows; pointers are to its first channel of the tile.
+  struct Part {
+    int32_t live;  // channels from there on
+    const float *scale, *bias;
+    const T* residual;
+  };
+
+  RNP_DEVICE Part part_of(const Place& row, int32_t channel, int pair) const {
+    Part out;
+    out.live = row.out_live - pair;
+    out.scale = p.scale ? p.scale + row.line * p.scale_row_stride + channel : nullptr;
+    out.bias = p.bias ? p.bias + row.line * p.bias_row_stride + channel : nullptr;
+    out.residual = p.residual ? static_cast<const T*>(p.residual) + row.residual + channel : nullptr;
+    return out;
+  }
+
+  // Channels `at` and at + 1 of the row, finished as `finish` does.
+  template <bool kTables, bool kResidual>
+  RNP_DEVICE uint32_t finish_pair(const Part& part, int at, const float* v) const {
+    float out[2] = {v[0], v[1]};
+    if constexpr (kTables) {
+      RNP_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const bool live = part.live > at + e;
+        const float scale = live && p.scale ? part.scale[at + e] : 1.0f;
+        const float bias = live && p.bias ? part.bias[at + e] : 0.0f;
+        out[e] = multiply_add(out[e], scale, bias);
+      }
+    } else {
+      RNP_UNROLL
+      for (int e = 0; e < 2; ++e) out[e] = multiply_add(out[e], 1.0f, 0.0f);  // as `finish`: no -0
+    }
+    if constexpr (kResidual) {
+      uint32_t two = 0;
+      if (part.live > at) two = *reinterpret_cast<const uint32_t*>(part.residual + at);
+      out[0] += widen(T{static_cast<uint16_t>(two)});
+      out[1] += widen(T{static_cast<uint16_t>(two >> 16)});
+    }
+    if (p.relu) out[0] = relu(out[0]), out[1] = relu(out[1]);
+    return narrow_two(T{}, out[0], out[1]);
+  }
+
+  // Channels slab … slab + 63 of both rows, to shared memory.
+  template <bool kTables, bool kResidual>
+  RNP_DEVICE void stage(const Part (&part)[2], int slab, const Sums64& sums, char* to, int turn) const {
+    RNP_UNROLL
+    for (int j = 0; j < Tile::kSlab / 8; ++j) {
+      RNP_UNROLL
+      for (int high = 0; high < 2; ++high)
+        *reinterpret_cast<uint32_t*>(to + high * 8 * 128 + ((j ^ turn) << 4)) =
+            finish_pair<kTables, kResidual>(part[high], slab + j * 8, &sums[(slab / 8 + j) * 4 + high * 2]);
+    }
+  }
+
+  // Rows first_row … + 63 of the tile.
+  RNP_DEVICE void store(const TileState& s, const Run* runs, int first_row, const Sums64& sums) const {
+    const int lane = thread_index() & 31, warp = consumer() / 32, pair = (lane & 3) * 2, turn = lane >> 2;
+    first_row += (warp & 3) * 16;
+    if (!p.pairs) return store_singly(s, runs, first_row, sums);
+    const int32_t channel = first_channel_of(s) + pair;
+    if (p.partial) return store_partial(s, runs, first_row, channel, sums);
+    const Part part[2] = {part_of(place_of(s, runs, first_row + turn), channel, pair),
+                          part_of(place_of(s, runs, first_row + turn + 8), channel, pair)};
+    char* staged = staging + warp * Tile::kStagedBytes;
+    char* to = staged + turn * 128 + pair * 2;
+    // Four times four rows, eight lanes each.
+    const int piece = lane & 7, first = lane >> 3;
+    T* out[4];
+    int32_t live[4];
+    RNP_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const Place row = place_of(s, runs, first_row + i * 4 + first);
+      out[i] = static_cast<T*>(p.output) + row.output + first_channel_of(s) + piece * 8;
+      live[i] = row.out_live - piece * 8;
+    }
+    RNP_UNROLL
+    for (int slab = 0; slab < Tile::BN; slab += Tile::kSlab) {
+      if (slab < s.width) {
+        if (!p.scale && !p.bias) {
+          if (p.residual)
+            stage<false, true>(part, slab, sums, to, turn);
+          else
+            stage<false, false>(part, slab, sums, to, turn);
+        } else {
+          if (p.residual)
+            stage<true, true>(part, slab, sums, to, turn);
+          else
+            stage<true, false>(part, slab, sums, to, turn);
+        }
+        sync_warp();
+        RNP_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const char* from = staged + swizzled(i * 4 + first, piece);
+          if (live[i] >= slab + 8 && (reinterpret_cast<uintptr_t>(out[i]) & 15) == 0) {
+            *reinterpret_cast<Vec16*>(out[i] + slab) = *reinterpret_cast<const Vec16*>(from);
+          } else {
+            RNP_ROLL
+            for (int e = 0; e < 8 && slab + e < live[i]; ++e) out[i][slab + e] = reinterpret_cast<const T*>(from)[e];
+          }
+        }
+        sync_warp();
+      }
+    }
+  }
+
+  // The unfinished sums of a segment.
+  RNP_DEVICE void store_partial(const TileState& s, const Run* runs, int first_row, int32_t channel,
+                                const Sums64& sums) const {
+    const int lane = thread_index() & 31, pair = (lane & 3) * 2;
+    RNP_UNROLL
+    for (int high = 0; high < 2; ++high) {
+      const Place row = place_of(s, runs, first_row + (lane >> 2) + high * 8);
+      const int32_t live = row.out_live - pair;
+      float* to = p.partial + int64_t{s.segment} * p.cut.n * p.cut.positions * p.c_out + row.output + channel;
+      RNP_UNROLL
+      for (int j = 0; j < Tile::BN / 8; ++j) {
+        const float* v = &sums[j * 4 + high * 2];
+        if (live > j * 8) store_two_floats(to + j * 8, v[0], v[1]);  // one too many at most: beyond what is read
+      }
+    }
+  }
+
+  // Anything, element by element: outputs whose channels are not neighbours, odd strides. 32 channels at a time go
+  // through shared memory, so that one loop serves all of them.
+  RNP_DEVICE void store_singly(const TileState& s, const Run* runs, int first_row, const Sums64& sums) const {
+    const int lane = thread_index() & 31, warp = consumer() / 32;
+    float* staged = reinterpret_cast<float*>(staging + warp * Tile::kStagedBytes);
+    float* partial = p.partial ? p.partial + int64_t{s.segment} * p.cut.n * p.cut.positions * p.c_out : nullptr;
+    RNP_UNROLL
+    for (int slab = 0; slab < Tile::BN; slab += 32) {
+      if (slab < s.width) {
+        RNP_UNROLL
+        for (int i = 0; i < 16; ++i)
+          staged[((lane >> 2) + (i >> 1 & 1) * 8) * 32 + (i >> 2) * 8 + (lane & 3) * 2 + (i & 1)] = sums[slab / 2 + i];
+        sync_warp();
+        RNP_ROLL
+        for (int r = 0; r < 16; ++r) {
+          const Place row = place_of(s, runs, first_row + r);
+          if (slab + lane < row.out_live) {
+            const int32_t c = first_channel_of(s) + slab + lane;
+            if (p.partial)
+              partial[row.output + c] = staged[r * 32 + lane];
+            else
+              static_cast<T*>(p.output)[row.output + c * p.output_stride.c] =
+                  narrow<T>(finish<T>(p, row.line, row.residual, c, staged[r * 32 + lane]));
+          }
+        }
+        sync_warp();
+      }
+    }
+  }
+};
+
+}  // namespace rnp::cuda
