@@ -7,6 +7,7 @@ which takes a second for what takes a GPU microseconds, a target is `quick`: it 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,18 @@ def targets() -> list[Target]:
     return found
 
 
+@contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Inside, float32 convolutions on CUDA multiply their operands as they are ("ieee") or may round them ("tf32")."""
+    setting = torch.backends.cudnn.conv
+    before = setting.fp32_precision
+    setting.fp32_precision = precision
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
 def call(case: Case, arguments: Tensors, **more: Any) -> tuple[Tensor, Tensor | None]:
     """The backend in force: output and means, or None where the case has no means."""
     result = ops.prefix_conv2d(**arguments, **more)
@@ -100,6 +113,22 @@ def check_output(case: Case, arguments: Tensors, output: Tensor, means: Tensor |
         assert means is not None and native_means is not None and true_means is not None
         assert means.dtype == torch.float32
         assert_as_accurate_as_native("means", means, native_means.float(), true_means)
+
+
+def check_tf32(case: Case, device: str) -> None:
+    """float32 where TF32 is allowed. cuDNN takes TF32 for some shapes and not for others, so its error says nothing of
+    ours; the bound is arithmetic's: each operand loses at most 2^-10 of itself (cut off, not rounded), so each sum at
+    most 2^-9 of the sum of its products' absolute values, and the addition in float32 far less."""
+    arguments = testing.make(case, torch.float32, device)
+    with float32_products("tf32"):
+        output, _ = call(case, arguments)
+    wide = testing.convert(arguments, torch.float64)
+    truth, _ = testing.run_reference(case, wide)
+    absolute = {k: v.abs() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in wide.items()}
+    size, _ = testing.run_reference(case, absolute)
+    assert output.dtype is torch.float32 and output.shape == truth.shape
+    error, allowed = (defined(case, output) - truth).abs(), (2**-9 + 2**-16) * size + 1e-6
+    assert (error <= allowed).all(), f"error {error.max():.3g}, allowed {allowed[error == error.max()].max():.3g} there"
 
 
 def leaves(arguments: Tensors, dtype: torch.dtype) -> Tensors:

@@ -39,7 +39,8 @@ def running(request: pytest.FixtureRequest) -> Iterator[Target]:
     target: Target = request.getfixturevalue("target")
     if target.why_not is not None:
         pytest.skip(f"{target}: {target.why_not}")
-    with rnp_kernels.backend(target.backend):
+    # Beside native torch, which is free to use TF32 where we do not: test_on_a_gpu.py tests that.
+    with rnp_kernels.backend(target.backend), conformance.float32_products("ieee"):
         yield target
 
 

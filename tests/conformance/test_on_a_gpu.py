@@ -23,7 +23,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         why_not = "its kernels are interpreted in this process"
     if why_not is not None:
         pytest.skip(f"{name}: {why_not}")
-    with rnp_kernels.backend(name):
+    with rnp_kernels.backend(name), conformance.float32_products("ieee"):
         yield name
 
 
@@ -124,6 +124,14 @@ def test_a_large_batch_of_arbitrary_prefixes(backend: str) -> None:
         for n in (0, 350, 699):
             one = {name: value[n : n + 1] for name, value in prefixes.items()}
             assert torch.equal(rnp_kernels.prefix_conv2d(x[n : n + 1], w, padding=1, **one), whole[n : n + 1])
+
+
+TF32 = ("3x3", "1x1 stride 2", "7x7 stem", "groups", "mixed prefixes", "everything", "prefix, unaligned channels")
+
+
+@pytest.mark.parametrize("name", TF32)
+def test_float32_products_may_be_rounded_to_tf32(backend: str, name: str) -> None:
+    conformance.check_tf32(testing.case(name), "cuda")
 
 
 @pytest.mark.large
