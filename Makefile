@@ -29,7 +29,7 @@ PIP := $(VENV)/bin/python -m pip -qq --no-input
 # Whatever ends up in the wheel: when one of these changes, it is built again.
 SOURCES := $(shell find csrc cmake rnp_kernels python -type f ! -name '*.so' ! -name '*.pyc' ! -path '*.egg-info/*') \
            pyproject.toml setup.py CMakeLists.txt MANIFEST.in README.md LICENSE constraints.txt
-CPP_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CPP_SOURCES := $(shell find csrc bench -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help demo test bench cpp-build ctest pytest lint sanitize proof count-tests instructions record-instructions wheel clean
 help:

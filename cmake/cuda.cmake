@@ -90,3 +90,12 @@ else()
   target_compile_definitions(rnp_cuda PRIVATE RNP_SM90=0)
 endif()
 install(TARGETS rnp_cuda LIBRARY DESTINATION rnp_kernels)
+
+# A tool for people at a GPU, built on demand; its header says how. Not in an sdist.
+if("90a" IN_LIST RNP_CUDA_ARCHS AND EXISTS "${CMAKE_SOURCE_DIR}/bench/gpu_tiles.cu")
+  add_executable(gpu_tiles EXCLUDE_FROM_ALL bench/gpu_tiles.cu csrc/cuda/conv_tiles.cu csrc/cuda/plain_kernels.cu csrc/cuda/plan.cpp)
+  set_target_properties(gpu_tiles PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+  target_include_directories(gpu_tiles PRIVATE csrc)
+  target_link_libraries(gpu_tiles PRIVATE rnp_cuda_sm90)
+  target_compile_definitions(gpu_tiles PRIVATE RNP_SM90=1)
+endif()
