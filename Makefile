@@ -105,7 +105,7 @@ cpp-build: $(STAMPS)/cmake
 
 ctest: cpp-build
 	@echo "== C++ tests"
-	$(VENV)/bin/ctest --test-dir $(BUILD)/cpp-tests --output-on-failure --no-tests=error
+	$(VENV)/bin/ctest --test-dir $(BUILD)/cpp-tests --parallel 2 --output-on-failure --no-tests=error
 
 pytest: $(STAMPS)/test $(STAMPS)/cmake
 	@echo "== pytest $(ARGS)"
@@ -115,7 +115,7 @@ sanitize: $(STAMPS)/cmake
 	@echo "== C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	$(CMAKE_CONFIGURE) -B $(BUILD)/sanitize -DRNP_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo > /dev/null
 	$(call CMAKE_BUILD,$(BUILD)/sanitize)
-	UBSAN_OPTIONS=print_stacktrace=1 $(VENV)/bin/ctest --test-dir $(BUILD)/sanitize --output-on-failure --no-tests=error
+	UBSAN_OPTIONS=print_stacktrace=1 $(VENV)/bin/ctest --test-dir $(BUILD)/sanitize --parallel 2 --output-on-failure --no-tests=error
 
 # What can be proved of speed without a clock. The third proof, that no kernel loop spills, is a test of pytest's.
 proof: count-tests instructions

@@ -88,7 +88,7 @@ SMALL = {"input": (4, 512, 7, 7), "weight": (512, 512, 3, 3)}
         (SMALL, "tile sm90_bf16_128x128, 128 rows x 64 channels, K in segments of 64 channels, split over blocks"),
         (
             {**SMALL, "input": (256, 512, 7, 7)},
-            "tile sm90_bf16_128x128, 128 rows x 64 channels, K in segments of 64 channels",
+            "tile sm90_bf16_128x128, 128 rows x 128 channels, K in segments of 64 channels",
         ),
         ({"weight": (48, 128, 3, 3)}, "tile bf16_128x64, 128 rows x 64 channels"),  # wgmma needs 64 outputs
         ({"channels_last": False}, "tile bf16_128x64, 128 rows x 64 channels, gathered"),
