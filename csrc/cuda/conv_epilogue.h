@@ -5,15 +5,32 @@
 
 namespace rnp::cuda {
 
-// The finished value of one output element: `line` of the tables, `residual` the offset of the row's channel 0. Product
-// and sum are fused by name, not by the compiler's leave: every kernel must make the same bits of the same sum.
+// What finishes one row's sums, from one of its channels on; null where there is none.
+template <typename T>
+struct Finish {
+  const float *scale, *bias;
+  const T* residual;
+  int64_t step;  // of the residual, from channel to channel
+
+  // `line` of the tables, `at` the offset of the row's channel 0 in the residual.
+  RNP_DEVICE Finish(const ConvArgs& p, int32_t line, int64_t at, int32_t channel) {
+    scale = p.scale ? p.scale + line * p.scale_row_stride + channel : nullptr;
+    bias = p.bias ? p.bias + line * p.bias_row_stride + channel : nullptr;
+    step = p.residual_stride.c;
+    residual = p.residual ? static_cast<const T*>(p.residual) + at + channel * step : nullptr;
+  }
+
+  // Product and sum are fused by name, not by the compiler's leave: every kernel must make the same bits of a sum.
+  RNP_DEVICE float operator()(const ConvArgs& p, int e, float v) const {
+    v = multiply_add(v, scale ? scale[e] : 1.0f, bias ? bias[e] : 0.0f);
+    if (residual) v += widen(residual[e * step]);
+    return p.relu ? relu(v) : v;
+  }
+};
+
 template <typename T>
 RNP_DEVICE float finish(const ConvArgs& p, int32_t line, int64_t residual, int32_t channel, float v) {
-  const float scale = p.scale ? p.scale[line * p.scale_row_stride + channel] : 1.0f;
-  const float bias = p.bias ? p.bias[line * p.bias_row_stride + channel] : 0.0f;
-  v = multiply_add(v, scale, bias);
-  if (p.residual) v += widen(static_cast<const T*>(p.residual)[residual + channel * p.residual_stride.c]);
-  return p.relu ? relu(v) : v;
+  return Finish<T>(p, line, residual, channel)(p, 0, v);
 }
 
 // Four neighbouring elements in one store where the address allows it, else `count` of them one by one.
@@ -52,11 +69,10 @@ RNP_DEVICE void store_slab(const ConvArgs& p, const Row* rows, const Slab& s, in
       const Row& row = rows[r];
       const int count = row.out_live - s.slab - c;
       if (count <= 0) continue;
+      const Finish<T> finished(p, row.line, row.residual, s.first + c);
       T v[4];
       RNP_UNROLL
-      for (int e = 0; e < 4; ++e)
-        v[e] = narrow<T>(e < count ? finish<T>(p, row.line, row.residual, s.first + c + e, s.sums[r * kStride + c + e])
-                                   : 0.0f);
+      for (int e = 0; e < 4; ++e) v[e] = narrow<T>(e < count ? finished(p, e, s.sums[r * kStride + c + e]) : 0.0f);
       store_four(output + row.output + s.first + c, v, count);
     }
   } else {  // neighbouring threads write neighbouring pixels of one channel
