@@ -165,7 +165,7 @@ constexpr int32_t segment_chunks(int64_t positions, int64_t chunks, int64_t taps
 }
 
 // sm_90a, one block to a multiprocessor: the width whose tiles take the least time. Cycles of a stage as fitted to an
-// H200: 1117 for 256 channels, 672 for 128, 540 for 64. At full width tiles come in rounds, one on each multiprocessor;
+// H200: 1117 for 256 channels, 672 for 128, 575 for 64. At full width tiles come in rounds, one on each multiprocessor;
 // of a mixed batch some 0.4 of the work is left, and the end waits for one tile more. Layers summed in segments have no
 // registers for the wide tile; their segments become tiles of their own where the tiles would keep at most a quarter of
 // the multiprocessors busy (of three times as many, split lost half: 512 channels at 7x7, batch 32). Shapes alone
@@ -178,7 +178,7 @@ struct HopperChoice {
 constexpr HopperChoice choose_tile_sm90(int64_t rows, int64_t group_out, int64_t groups, int32_t segments,
                                         int multiprocessors, bool mixed) {
   const auto tiles = [&](int64_t bn) { return (rows + 127) / 128 * ((group_out + bn - 1) / bn) * groups; };
-  const auto stage = [](int64_t width, bool wide) { return wide ? 300 + width * 13 / 4 : 400 + width * 17 / 8; };
+  const auto stage = [](int64_t width, bool wide) { return wide ? 300 + width * 13 / 4 : 480 + width * 3 / 2; };
   HopperChoice best{64, false, false};
   int64_t least = 0;
   for (const int bn : {64, 128, 256}) {
