@@ -10,6 +10,7 @@
 // bytes, in the same order, so a GPU's tiles agree among themselves.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -166,10 +167,10 @@ constexpr int32_t segment_chunks(int64_t positions, int64_t chunks, int64_t taps
 
 // sm_90a, one block to a multiprocessor: the width whose tiles take the least time. Cycles of a stage as fitted to an
 // H200: 1117 for 256 channels, 672 for 128, 575 for 64. At full width tiles come in rounds, one on each multiprocessor;
-// of a mixed batch some 0.4 of the work is left, and the end waits for one tile more. Layers summed in segments have no
-// registers for the wide tile; their segments become tiles of their own where the tiles would keep at most a quarter of
-// the multiprocessors busy (of three times as many, split lost half: 512 channels at 7x7, batch 32). Shapes alone
-// decide, and no bit depends on it.
+// of a mixed batch some 0.4 of the work is left, its end waits for half a tile more, and nothing is shorter than its
+// longest tile. Layers summed in segments have no registers for the wide tile; their segments become tiles of their own
+// where the tiles would keep at most a quarter of the multiprocessors busy (of three times as many, split lost half:
+// 512 channels at 7x7, batch 32). Shapes alone decide, and no bit depends on it.
 struct HopperChoice {
   int bn;      // channels of a tile
   bool wide;   // by the kernel of 256
@@ -186,9 +187,10 @@ constexpr HopperChoice choose_tile_sm90(int64_t rows, int64_t group_out, int64_t
     if ((wide && segments > 1) || (bn > 64 && group_out <= bn / 2)) continue;
     const int64_t last = group_out % bn, blocks = (group_out + bn - 1) / bn;
     const int64_t cycles = (group_out / bn * stage(bn, wide) + (last > 0 ? stage(last, wide) : 0)) / blocks;
-    const int64_t hundredths = mixed ? tiles(bn) * 40 / multiprocessors + 100
-                                     : (tiles(bn) + multiprocessors - 1) / multiprocessors * 100;  // of a round
-    if (bn == 64 || hundredths * cycles <= least) best = {bn, wide, false}, least = hundredths * cycles;
+    const int64_t rounds = (tiles(bn) + multiprocessors - 1) / multiprocessors;
+    const int64_t hundredths = mixed ? std::max<int64_t>(100, tiles(bn) * 40 / multiprocessors + 50) : rounds * 100;
+    const int64_t time = hundredths * cycles;
+    if (bn == 64 || time <= least) best = {bn, wide, false}, least = time;
   }
   best.split = segments > 1 && tiles(best.bn) * 4 <= multiprocessors;
   return best;
