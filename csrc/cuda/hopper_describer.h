@@ -53,7 +53,8 @@ struct HopperDescriber : HopperBlock<Tile> {
     for (int32_t base = 0; base < spanned; base += 32) {
       const int32_t i = base + lane();
       const int64_t place = first_place + i;
-      Run run = {0, i == 0 ? 0 : i * positions - static_cast<int32_t>(s.pixel), i == 0 ? s.pixel : 0, 0, 0, 0};
+      Run run = {0, 0, i == 0 ? s.pixel : 0, 0, 0, 0};
+      if (i > 0 && i < spanned) run.row = i * positions - static_cast<int32_t>(s.pixel);
       bool starts = false;
       if (i < spanned && place < p.cut.n) {
         const int32_t width = gpu::live_of_group(order.out_at(place), at.group, p.cut.group_out) - first_channel;
