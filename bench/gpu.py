@@ -15,6 +15,7 @@ left out are listed with the reason; nothing is estimated.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -97,6 +98,19 @@ def ceilings() -> dict[str, float]:
     return {"flops": rate, "bytes": 2 * source.nbytes / ms["copy"]["median"] * 1e3}
 
 
+def tensors(layer: Layer, batch: int) -> tuple[Tensor, Tensor]:
+    """As Layer.tensors, made on the device: a batch of 256 at 224x224 takes a CPU longer than all its rows."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def values(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device="cuda", dtype=DTYPE)
+
+    x = values(batch, layer.size, layer.size, layer.c_in).permute(0, 3, 1, 2)
+    inner = layer.c_in // layer.groups
+    w = values(layer.c_out, layer.kernel, layer.kernel, inner).permute(0, 3, 1, 2)
+    return x, w / (inner * layer.kernel**2) ** 0.5
+
+
 def slices(x: Tensor, w: Tensor, layer: Layer, ins: list[int], outs: list[int]) -> Tensor:
     """A dense convolution for each sample; the widths are known to the host, which favours it."""
     size = (x.shape[0], layer.c_out, layer.out_size, layer.out_size)
@@ -127,7 +141,7 @@ def _bound(layer: Layer, batch: int, share_in: float, share_out: float, theory: 
 
 def layer_row(layer: Layer, batch: int, top: dict[str, float]) -> dict[str, Any]:
     """One layer at one batch: full width beside cuDNN, then widths drawn at random beside every rival."""
-    x, w = (t.cuda().contiguous(memory_format=torch.channels_last) for t in layer.tensors(batch, DTYPE))
+    x, w = tensors(layer, batch)
     geometry = (layer.stride, layer.padding, 1, layer.groups)
     ins, outs = (t.cuda() for t in layer.widths(batch)["mixed"])
     masked = torch.where(rnp_kernels.reference.live(layer.c_in, ins, x), x, 0)
@@ -196,8 +210,9 @@ def network_row(name: str, batch: int) -> dict[str, Any]:
     images = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
     dense = getattr(torchvision.models, name)().eval().to(memory_format=torch.channels_last)
     networks, theory = {}, {}
+    converted = rnp.convert(dense, images[:1])
     for target in TARGETS:
-        pruned = rnp.convert(dense, images[:1])
+        pruned = copy.deepcopy(converted)
         actions = actions_for(pruned, target, batch)
         theory[str(target)] = pruned.dense_macs / float(pruned.macs(actions).double().mean())
         pruned.policy = rnp.policies.Fixed(actions)
@@ -220,7 +235,7 @@ def tune(layers: list[Layer]) -> dict[str, list[int]]:
 
     totals: dict[str, dict[tuple[int, ...], float]] = {}
     for layer in layers:
-        x, w = (t.cuda().contiguous(memory_format=torch.channels_last) for t in layer.tensors(64, DTYPE))
+        x, w = tensors(layer, 64)
         key = tiles.key_of(DTYPE, "tf32", False, layer.out_size**2, layer.c_out // layer.groups)
         if tiles.is_direct(DTYPE, layer.groups, layer.c_in // layer.groups, layer.c_out // layer.groups):
             continue
