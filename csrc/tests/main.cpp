@@ -1,5 +1,5 @@
-// Runs every registered test, or those whose name contains the argument, or (`--half 0`, `--half 1`) every second one, so
-// that two processes share them. Exit status 0 only if all ran and passed.
+// Runs every registered test, or those whose name contains the argument, or (`--half 0`, `--half 1`) every second one,
+// so that two processes share them. Exit status 0 only if all ran and passed.
 #include <cstdlib>
 #include <cstring>
 
