@@ -112,6 +112,16 @@ std::vector<std::string> split(const std::string& text) {
   return parts;
 }
 
+// Every word is one of `known`.
+void require_known(const char* what, const std::vector<std::string>& words, const std::vector<std::string>& known) {
+  for (const std::string& word : words) {
+    if (std::find(known.begin(), known.end(), word) != known.end()) continue;
+    std::string all;
+    for (const std::string& one : known) all += (all.empty() ? "" : ", ") + one;
+    require((std::string(what) + " must be of " + all + "; got " + word).c_str());
+  }
+}
+
 struct Problem {
   ConvShape s;
   Memory<uint16_t> x, w, y, packed;
@@ -220,11 +230,18 @@ struct Problem {
 int main(int count, char** words) {
   const auto word = [&](int at, const char* otherwise) { return split(count > at ? words[at] : otherwise); };
   const std::vector<std::string> ways = word(1, "planned,256,128,64,copied,sm80"), layers = word(2, "");
+  require_known("ways", ways, split("planned,256,128,64,copied,sm80"));
+  std::vector<std::string> names;
+  for (const Layer& layer : kLayers) names.push_back(layer.name);
+  require_known("layers", layers, names);
+  const std::vector<std::string> batches = word(3, "256,32");
+  for (const std::string& batch : batches)
+    if (std::atoll(batch.c_str()) <= 0) require(("batches must be positive numbers; got " + batch).c_str());
   Device device;
   require(current_device(&device));
   constexpr size_t kFlush = size_t{256} << 20;
   Memory<char> flush(kFlush);
-  for (const std::string& batch : word(3, "256,32"))
+  for (const std::string& batch : batches)
     for (const Layer& layer : kLayers) {
       if (!layers.empty() && std::find(layers.begin(), layers.end(), layer.name) == layers.end()) continue;
       const int64_t wanted = std::atoll(batch.c_str());

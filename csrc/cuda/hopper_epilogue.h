@@ -51,20 +51,14 @@ struct HopperEpilogue : HopperBlock<Tile> {
     return out;
   }
 
-  // Of one of a lane's two rows; pointers are to its first channel of the tile.
+  // Of one of a lane's two rows, from its first channel of the tile on.
   struct Part {
-    int32_t live;  // channels from there on
-    const float *scale, *bias;
-    const T* residual;
+    int32_t live;  // channels
+    Finish<T> with;
   };
 
   RNP_DEVICE Part part_of(const Place& row, int32_t channel, int pair) const {
-    Part out;
-    out.live = row.out_live - pair;
-    out.scale = p.scale ? p.scale + row.line * p.scale_row_stride + channel : nullptr;
-    out.bias = p.bias ? p.bias + row.line * p.bias_row_stride + channel : nullptr;
-    out.residual = p.residual ? static_cast<const T*>(p.residual) + row.residual + channel : nullptr;
-    return out;
+    return {row.out_live - pair, Finish<T>(p, row.line, row.residual, channel)};
   }
 
   // Channels `at` and at + 1 of the row, finished as `finish` does.
@@ -75,8 +69,8 @@ struct HopperEpilogue : HopperBlock<Tile> {
       RNP_UNROLL
       for (int e = 0; e < 2; ++e) {
         const bool live = part.live > at + e;
-        const float scale = live && p.scale ? part.scale[at + e] : 1.0f;
-        const float bias = live && p.bias ? part.bias[at + e] : 0.0f;
+        const float scale = live && p.scale ? part.with.scale[at + e] : 1.0f;
+        const float bias = live && p.bias ? part.with.bias[at + e] : 0.0f;
         out[e] = multiply_add(out[e], scale, bias);
       }
     } else {
@@ -85,7 +79,7 @@ struct HopperEpilogue : HopperBlock<Tile> {
     }
     if constexpr (kResidual) {
       uint32_t two = 0;
-      if (part.live > at) two = *reinterpret_cast<const uint32_t*>(part.residual + at);
+      if (part.live > at) two = *reinterpret_cast<const uint32_t*>(part.with.residual + at);
       out[0] += widen(T{static_cast<uint16_t>(two)});
       out[1] += widen(T{static_cast<uint16_t>(two >> 16)});
     }

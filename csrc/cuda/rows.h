@@ -15,8 +15,6 @@ struct alignas(16) Row {
   int64_t residual;
   int32_t out_live;  // live output channels of the tile
   int32_t line;      // of the scale and bias tables
-  int32_t sample;
-  uint32_t pixel;  // of the output
 };
 static_assert(sizeof(Row) == 48);
 

@@ -6,7 +6,7 @@
 // in the order (chunk, ky, kx), in steps of 32 bytes (16 channels of 2 bytes, 8 of 4): neither the tile nor the batch
 // can change a sum's bits.
 //
-// sm_90a (hopper_kernel.h): two warpgroups of consumers, 64 rows each, and one that fetches for them. Chunks are 128
+// sm_90a (hopper_kernel.h): two warpgroups of consumers and one that describes and fetches for them. Chunks are 128
 // bytes, in the same order, so a GPU's tiles agree among themselves.
 #pragma once
 
