@@ -26,7 +26,10 @@ def test_the_conformance_suite_interpreted(tmp_path: Path, monkeypatch: pytest.M
     if why_not is not None:
         pytest.skip(why_not)
     # From another folder: the checkout's rnp_kernels, which has no libraries, must not hide the installed one.
-    options = ["-q", "-k", "triton", "-p", "no:cacheprovider", "-c", str(_ROOT / "pyproject.toml")]
+    # The interpreter is Python on one thread, so each core takes tests of its own.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    workers = ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal"]
+    options = ["-q", *workers, "-k", "triton", "-p", "no:cacheprovider", "-c", str(_ROOT / "pyproject.toml")]
     command = [sys.executable, "-m", "pytest", *options, "--rootdir", str(_ROOT), str(_SUITE)]
     run = subprocess.run(command, env=os.environ.copy(), cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
