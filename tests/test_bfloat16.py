@@ -100,6 +100,7 @@ LAYERS = {  # c_in, size, c_out, kernel, groups, channels_last: ours and oneDNN'
     "NCHW": (32, 14, 48, 3, 1, False),
     "depthwise": (64, 14, 64, 3, 64, True),
     "grouped": (64, 14, 64, 3, 4, True),
+    "ours, groups of 24": (96, 14, 96, 3, 4, True),
 }
 
 

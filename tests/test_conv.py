@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import rnp_kernels
-from rnp_kernels import PrefixConv2d, replace_conv2d
+from rnp_kernels import _C, PrefixConv2d, replace_conv2d, stock
 
 SETTINGS = {
     "plain": {"kernel_size": 3},
@@ -63,6 +63,9 @@ ROUTES = {  # input, output channels, kernel, groups, channels_last, dtype: one 
     "ours, depthwise, NCHW": ((3, 20, 30, 30), 20, 5, 20, False, torch.float32),
     "ours, groups of 4": ((3, 24, 9, 9), 24, 3, 6, True, torch.float32),
     "oneDNN, depthwise": ((3, 40, 9, 9), 40, 3, 40, False, torch.float32),
+    "ours, groups of 16": ((3, 32, 15, 14), 32, 3, 2, True, torch.float32),
+    "ours, groups of 24 to 20, 1x1": ((3, 72, 9, 9), 60, 1, 3, True, torch.float32),
+    "oneDNN, groups of 16 on a small map": ((3, 32, 9, 9), 32, 3, 2, True, torch.float32),
     "oneDNN, grouped": ((3, 24, 9, 9), 12, 3, 3, False, torch.float32),
     "oneDNN, large map": ((3, 8, 58, 57), 16, 3, 1, True, torch.float32),
     "bfloat16": ((3, 24, 9, 9), 12, 3, 1, True, torch.bfloat16),
@@ -70,13 +73,16 @@ ROUTES = {  # input, output channels, kernel, groups, channels_last, dtype: one 
 }
 
 
-@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES.keys())
-def test_full_width_has_the_same_bits_on_every_way(route: tuple, isa: str, threads: None, direct: None) -> None:
-    shape, out, kernel, groups, last, dtype = route
+@pytest.mark.parametrize("name", ROUTES)
+def test_full_width_has_the_same_bits_on_every_way(name: str, isa: str, threads: None, direct: None) -> None:
+    shape, out, kernel, groups, last, dtype = ROUTES[name]
     conv = PrefixConv2d(shape[1], out, kernel, padding=kernel // 2, groups=groups, dtype=dtype)
     x = torch.randn(shape, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     full, part = int32(shape[1], shape[1], shape[1]), int32(out, out // 2, out)
+    if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        path = _C.stock_path(shape[1:], conv.weight.shape, (1, 1), (kernel // 2,) * 4, (1, 1), groups, "float32", last)
+        assert (path == stock.OURS) == name.startswith("ours")
     results = []
     for count in (1, 2):
         torch.set_num_threads(count)

@@ -83,7 +83,9 @@ def test_a_live_sample_does_not_depend_on_poison(case: Case, isa: str) -> None:
 STOCK_LAYERS = {
     "3x3 on a large map": (16, 56, 32, 3, 1, 1, True),
     "contiguous 1x1 with stride": (64, 56, 64, 1, 2, 1, False),
-    "large groups": (32, 14, 32, 3, 1, 2, True),
+    "groups of 16 in steps of two": (32, 14, 32, 3, 2, 2, True),
+    "groups of 10": (40, 14, 40, 3, 1, 4, True),
+    "contiguous large groups": (64, 14, 64, 3, 1, 2, False),
     "depthwise 9x9": (48, 14, 48, 9, 1, 48, True),
     "contiguous depthwise on a small map": (48, 14, 48, 3, 2, 48, False),
     "contiguous groups of 8": (32, 14, 32, 3, 1, 4, False),

@@ -17,9 +17,23 @@ constexpr int64_t kFewElements = 20480;
 std::atomic<bool> has_float32{false}, has_float16{false};
 std::atomic<StockBFloat16> its_bfloat16{StockBFloat16::kNone};
 
-// Larger groups are many small convolutions for ours.
-Stock grouped_path(const ConvShape& s, bool channels_last) {
-  if (!PackedLayout(s).small_groups()) return Stock::kOneDnn;
+// Groups of more than 8 channels, channels_last: ours 0.6 to 1.0 of oneDNN's time (bench/NOTES.md, "Groups of more than
+// 8 channels") but where vectors are half empty (9 to 11 channels: 1.0 to 1.3), or full and a group's map is soon done
+// (12 to 16 channels on 7x7 maps: 0.7 to 1.2, in steps of two to 7x7 1.0 to 1.3). In bfloat16 an item takes half of the
+// time, and 1x1 kernels and narrow groups are level or slower.
+Stock large_groups_path(const ConvShape& s, DType dtype, bool channels_last) {
+  constexpr int64_t kFewest = 12;
+  const int64_t fewest = std::min(s.group_in(), s.group_out()), area = s.kh * s.kw;
+  bool wins = channels_last && fewest >= kFewest;
+  if (s.group_out() <= PackedLayout::kHalfLanes && area > 1)
+    wins = wins && s.stride_h * s.stride_w == 1 && s.out_h * s.out_w >= 14 * 14;
+  if (dtype != DType::kFloat32) wins = wins && fewest > PackedLayout::kHalfLanes && area > 1;
+  return wins ? Stock::kNone : Stock::kOneDnn;
+}
+
+Stock grouped_path(const ConvShape& s, DType dtype, bool channels_last) {
+  if (!PackedLayout(s).small_groups()) return large_groups_path(s, dtype, channels_last);
+  if (dtype != DType::kFloat32) return Stock::kOneDnn;
   const bool depthwise = s.group_in() == 1 && s.group_out() == 1;
   if (channels_last) {
     // What the kernels whose lanes are channels can do (cpu/grouped_tile.h); the rest would be transposed twice.
@@ -82,7 +96,7 @@ Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, bool pairs
   if (dtype == DType::kFloat32 && !has_float32) return Stock::kNone;
   // The same rule for bfloat16, with oneDNN in place of the matrix product.
   const Stock gemm = dtype == DType::kBFloat16 ? Stock::kOneDnn : Stock::kGemm;
-  if (s.groups > 1) return dtype == DType::kFloat32 ? grouped_path(s, channels_last) : Stock::kOneDnn;
+  if (s.groups > 1) return grouped_path(s, dtype, channels_last);
   // Squeeze and excitation: a float32 module goes around the operator (cpu/layer_call.h), others do not.
   const bool map_of_one = s.h * s.w * s.kh * s.kw * s.stride_h * s.stride_w == 1 && s.pad_top + s.pad_left == 0;
   if (dtype != DType::kFloat32 && map_of_one) return gemm;
