@@ -7,6 +7,7 @@
 
 #include "core/half.h"
 #include "core/packing.h"
+#include "cpu/call.h"
 #include "cpu/epilogue.h"
 #include "cpu/grouped_kernels.h"
 #include "cpu/isa.h"
@@ -41,7 +42,13 @@ bool columns_touch(const PrefixConv2dParams& p) {
 class GroupedCall {
  public:
   GroupedCall(const PrefixConv2dParams& params, const GroupedKernels& kernels, float* row_sums)
-      : p_(params), s_(params.shape), layout_(s_), kernels_(kernels), row_sums_(row_sums), lane_row_(lane_kernel()) {}
+      : p_(params),
+        s_(params.shape),
+        layout_(s_),
+        kernels_(kernels),
+        row_sums_(row_sums),
+        lane_row_(lane_kernel()),
+        stream_(streams()) {}
 
   void run(const Threads& threads, const std::function<float*(size_t)>& scratch) {
     // Cycles of one output row of all channels, about.
@@ -85,6 +92,9 @@ class GroupedCall {
         const int64_t written = p_.tail == Tail::kSkip ? live : end;
         if (row_sums_ && first < written) sum_rows(p_, n, row0, row1, first, written, row_sums_);
       }
+#if defined(__x86_64__)
+      if (stream_) __builtin_ia32_sfence();  // before anyone reads what this thread has stored
+#endif
     });
   }
 
@@ -110,6 +120,18 @@ class GroupedCall {
     return s_.n * (s_.h * s_.w * s_.c_in + s_.out_h * s_.out_w * s_.c_out) * static_cast<int64_t>(sizeof(float));
   }
 
+  // As 1x1 layers do (Call::stream): where the call's own input would drive the output from the caches, storing through
+  // them reads each line of it first.
+  bool streams() const {
+    const bool aligned = reinterpret_cast<uintptr_t>(p_.output) % 64 == 0 && p_.output_stride.n % 16 == 0 &&
+                         p_.output_stride.h % 16 == 0 && p_.output_stride.w % 16 == 0;
+    if (!lane_row_ || !kernels_.streams || !aligned || p_.output_pixel || p_.pooled || bytes() <= kStreamPointwiseAbove)
+      return false;
+    int64_t live = 0;
+    for (int64_t n = 0; n < s_.n; ++n) live += p_.out_live(n);
+    return live * s_.out_h * s_.out_w * static_cast<int64_t>(sizeof(float)) > kFewBytes;
+  }
+
   // Rows [row0, row1) of sample n, all channels.
   void lanes(int64_t n, int64_t row0, int64_t row1) const {
     const int64_t live = p_.out_live(n), in_live = p_.in_live(n), line = p_.row ? p_.row[n] : 0;
@@ -126,6 +148,7 @@ class GroupedCall {
     a.out_col_step = p_.output_stride.w;
     a.residual_col_step = p_.residual_stride.w;
     a.relu = p_.activation == Activation::kRelu;
+    a.stream = stream_;
     // Pixels a multiple of 1 KB apart share a few sets of L1. Then a row's channels are taken in turn, so that what
     // comes next lies in the next line; otherwise the rows, so that two of three input rows are still there. Depthwise
     // layers that come from memory take the channels in turn too: so they read and write whole pixels.
@@ -315,6 +338,7 @@ class GroupedCall {
   const GroupedKernels& kernels_;
   float* row_sums_;
   LaneRowKernel lane_row_;  // null: planes
+  bool stream_;             // lanes of channels: outputs are stored past the caches
   int workers_ = 1;
   int64_t rows_ = 1, bands_ = 1, bundle_ = 1;  // output rows of a band; groups copied at once
 };

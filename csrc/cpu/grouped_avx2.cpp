@@ -12,6 +12,7 @@ struct V256 {
   using Mask = __m256i;
   static constexpr int kWidth = 8, kRegisters = 16;
   static constexpr bool kMasksAreFree = false;
+  static constexpr bool kStreams = false;
 
   static RNP_INLINE T zero() { return _mm256_setzero_ps(); }
   static RNP_INLINE T load(const float* p) { return _mm256_loadu_ps(p); }

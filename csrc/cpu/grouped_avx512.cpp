@@ -15,10 +15,12 @@ struct V512 {
   using Mask = __mmask16;
   static constexpr int kWidth = 16, kRegisters = 32;
   static constexpr bool kMasksAreFree = true;
+  static constexpr bool kStreams = true;
 
   static RNP_INLINE T zero() { return _mm512_setzero_ps(); }
   static RNP_INLINE T load(const float* p) { return _mm512_loadu_ps(p); }
   static RNP_INLINE void store(float* p, T v) { _mm512_storeu_ps(p, v); }
+  static RNP_INLINE void stream(float* p, T v) { _mm512_stream_ps(p, v); }
   static RNP_INLINE T set1(float v) { return _mm512_set1_ps(v); }
   static RNP_INLINE T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
   static RNP_INLINE T add(T a, T b) { return _mm512_add_ps(a, b); }

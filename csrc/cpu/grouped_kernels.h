@@ -25,6 +25,7 @@ struct LaneRowArgs {
   const float* residual;
   int64_t out_col_step, residual_col_step;
   bool relu;
+  bool stream;  // whole vectors are stored past the caches; they are whole, aligned lines (kernels that `stream`)
   const float* ahead;  // column 0 of the input rows that the next output row reads first, to be asked for meanwhile
   int64_t ahead_rows, ahead_row_step;
 };
@@ -78,7 +79,8 @@ struct PlaneBandArgs {
 };
 
 struct GroupedKernels {
-  int lanes;  // of a vector
+  int lanes;     // of a vector
+  bool streams;  // knows LaneRowArgs::stream
   LaneRowKernel lane_row[kLaneWidths][2][kLaneGroups];
   void (*planes)(const PlaneArgs&);
   void (*plane_band)(const PlaneBandArgs&);

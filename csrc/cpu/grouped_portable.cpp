@@ -13,6 +13,7 @@ struct V128 {
   };
   static constexpr int kWidth = 4, kRegisters = 13;  // of 16: gcc needs three for products
   static constexpr bool kMasksAreFree = false;
+  static constexpr bool kStreams = false;
 
   static RNP_INLINE T zero() { return T{}; }
   static RNP_INLINE T load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }

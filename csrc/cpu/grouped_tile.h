@@ -145,6 +145,13 @@ struct LaneRow {
       for (int c = 0; c < C; ++c) acc[c] = V::relu(acc[c]);
     }
     float* to = a.out + first * a.out_col_step;
+    if constexpr (V::kStreams) {
+      if (a.stream && a.out_live >= kWidth) {
+        RNP_UNROLL
+        for (int c = 0; c < C; ++c, to += a.out_col_step) V::stream(to, acc[c]);
+        return;
+      }
+    }
     RNP_UNROLL
     for (int c = 0; c < C; ++c, to += a.out_col_step) kFull ? V::store(to, acc[c]) : V::masked_store(to, out, acc[c]);
   }
@@ -381,6 +388,7 @@ template <class V>
 GroupedKernels grouped_kernels() {
   GroupedKernels k = {};
   k.lanes = V::kWidth;
+  k.streams = V::kStreams;
   add_groups<V, 3, 1>(k.lane_row[0][0]);
   add_groups<V, 3, 2>(k.lane_row[0][1]);
   add_groups<V, 5, 1>(k.lane_row[1][0]);
