@@ -58,6 +58,7 @@ ROUTES = {  # input, output channels, kernel, groups, channels_last, dtype: one 
     "ours": ((3, 32, 9, 9), 40, 3, 1, True, torch.float32),
     "oneDNN, NCHW": ((3, 12, 12, 11), 20, 3, 1, False, torch.float32),
     "one product, NCHW": ((3, 12, 12, 11), 20, 1, 1, False, torch.float32),
+    "ours, 1x1, NCHW": ((3, 24, 12, 11), 20, 1, 1, False, torch.float32),
     "oneDNN, large NCHW": ((3, 64, 19, 20), 20, 3, 1, False, torch.float32),
     "ours, depthwise": ((3, 40, 9, 9), 40, 3, 40, True, torch.float32),
     "ours, depthwise, NCHW": ((3, 20, 30, 30), 20, 5, 20, False, torch.float32),

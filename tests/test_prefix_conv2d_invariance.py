@@ -82,7 +82,7 @@ def test_a_live_sample_does_not_depend_on_poison(case: Case, isa: str) -> None:
 # Layers of every branch of csrc/core/stock.cpp: (C_in, size, C_out, kernel, stride, groups, channels_last).
 STOCK_LAYERS = {
     "3x3 on a large map": (16, 56, 32, 3, 1, 1, True),
-    "contiguous 1x1 with stride": (64, 56, 64, 1, 2, 1, False),
+    "contiguous 1x1 with stride": (320, 24, 64, 1, 2, 1, False),
     "groups of 16 in steps of two": (32, 14, 32, 3, 2, 2, True),
     "groups of 10": (40, 14, 40, 3, 1, 4, True),
     "contiguous large groups": (64, 14, 64, 3, 1, 2, False),
@@ -90,9 +90,9 @@ STOCK_LAYERS = {
     "contiguous depthwise on a small map": (48, 14, 48, 3, 2, 48, False),
     "contiguous groups of 8": (32, 14, 32, 3, 1, 4, False),
     "contiguous 3x3": (32, 28, 48, 3, 1, 1, False),
-    "contiguous 1x1": (64, 28, 96, 1, 1, 1, False),
-    "contiguous 1x1 on a small map": (128, 14, 96, 1, 1, 1, False),
-    "contiguous 1x1, small": (16, 14, 96, 1, 1, 1, False),
+    "contiguous 1x1 of few channels": (12, 48, 96, 1, 1, 1, False),
+    "contiguous 1x1 on a small map": (520, 14, 96, 1, 1, 1, False),
+    "contiguous 1x1, small": (12, 14, 96, 1, 1, 1, False),
     "contiguous stem": (3, 120, 32, 3, 2, 1, False),
 }
 

@@ -17,11 +17,24 @@ constexpr int64_t kFewElements = 20480;
 std::atomic<bool> has_float32{false}, has_float16{false};
 std::atomic<StockBFloat16> its_bfloat16{StockBFloat16::kNone};
 
+// Contiguous NCHW, 1x1: what plane_pointwise (cpu/plane_pointwise.h) does in less time than torch's path: 0.64 to 0.97
+// of it (one thread; 64 -> 64 to 256 -> 1024 on 112x112 to 14x14 maps, 256 -> 512 in steps of two), where weights 2 KB
+// apart or more and small maps leave it level (1024 -> 256 at 14x14) or slower (512 -> 1024 in steps of two: up
+// to 1.09).
+bool plane_products_win(const ConvShape& s) {
+  const int64_t positions = s.out_h * s.out_w;
+  if (s.kh * s.kw != 1 || s.pad_top + s.pad_left != 0 || s.group_in() < 16 || s.group_out() < 8) return false;
+  if (s.group_out() < 20 && positions > 56 * 56) return false;
+  if (s.stride_h * s.stride_w > 1) return positions > 64 && s.stride_w <= 2 && s.group_in() <= 256;
+  return positions >= 20 * 20 || (positions > 64 && s.group_in() <= 512);
+}
+
 // Groups of more than 8 channels, channels_last: ours 0.6 to 1.0 of oneDNN's time (bench/NOTES.md, "Groups of more than
 // 8 channels") but where vectors are half empty (9 to 11 channels: 1.0 to 1.3), or full and a group's map is soon done
 // (12 to 16 channels on 7x7 maps: 0.7 to 1.2, in steps of two to 7x7 1.0 to 1.3). In bfloat16 an item takes half of the
 // time, and 1x1 kernels and narrow groups are level or slower.
 Stock large_groups_path(const ConvShape& s, DType dtype, bool channels_last) {
+  if (!channels_last && dtype == DType::kFloat32 && plane_products_win(s)) return Stock::kNone;
   constexpr int64_t kFewest = 12;
   const int64_t fewest = std::min(s.group_in(), s.group_out()), area = s.kh * s.kw;
   bool wins = channels_last && fewest >= kFewest;
@@ -121,6 +134,7 @@ Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, bool pairs
   // repacks at every call, outweigh that.
   const bool small = s.out_h * s.out_w <= 64 && !(pairs && s.kh * s.kw == 1);
   if (channels_last || small) return Stock::kNone;
+  if (dtype == DType::kFloat32 && plane_products_win(s)) return Stock::kNone;
   if (dtype == DType::kFloat32 && (planes_win(s) || (s.kh * s.kw == 1 && !product && small_sample)))
     return Stock::kNone;
   // For a small sample alone torch takes a slow path of its own and oneDNN's call is most of its time: ours 0.2 to 0.8

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "cpu/microkernel_tile.h"
+#include "cpu/plane_pointwise_tile.h"
 #include "cpu/pointwise_tile.h"
 #include "cpu/winograd_transform.h"
 
@@ -71,6 +72,7 @@ const Kernels& avx2_kernels() {
     k.depthwise_row = &depthwise_row<V256>;
     k.copy_pixels = &copy_pixels<V256>;
     k.winograd = winograd_kernels<V256>();
+    add_planes<V256, 6>(k);
     return k;
   }();
   return kernels;

@@ -7,6 +7,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
 #include "cpu/microkernel_tile.h"
+#include "cpu/plane_pointwise_tile.h"
 #include "cpu/pointwise_tile.h"
 #include "cpu/winograd_transform.h"
 
@@ -154,6 +155,7 @@ const Kernels& avx512_kernels() {
     k.depthwise_row = &depthwise_row<V512>;
     k.copy_pixels = &copy_pixels<V512>;
     k.winograd = winograd_kernels<V512>();
+    add_planes<V512, 14>(k);
     return k;
   }();
   return kernels;

@@ -1,6 +1,7 @@
 // Portable kernels: the compiler's 4-wide vectors, at the baseline instruction set. Up to 5 pixels x 8 channels: 10
 // accumulators, 2 weights, 1 broadcast and 1 product of 16 registers.
 #include "cpu/microkernel_tile.h"
+#include "cpu/plane_pointwise_tile.h"
 #include "cpu/pointwise_tile.h"
 #include "cpu/winograd_transform.h"
 
@@ -58,6 +59,7 @@ const Kernels& portable_kernels() {
     k.depthwise_row = &depthwise_row<V128>;
     k.copy_pixels = &copy_pixels<V128>;
     k.winograd = winograd_kernels<V128>();
+    add_planes<V128, 5>(k);
     return k;
   }();
   return kernels;

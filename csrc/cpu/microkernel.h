@@ -72,6 +72,31 @@ struct PointwiseArgs {
 };
 using PointwiseKernel = void (*)(const PointwiseArgs&);
 
+// A tile of a 1x1 kernel on contiguous NCHW (plane_pointwise_tile.h): output channels x one or two vectors of pixels.
+struct PlaneTileArgs {
+  const float* w;  // of the tile's first output channel, input channels side by side
+  int64_t w_step;  // floats between output channels
+  const float* x;  // panel: [input channel][the tile's lanes]
+  int64_t count;   // input channels
+
+  // Sums of earlier input-channel blocks, [output channel][lanes]: read unless `first`, written unless `last`.
+  bool first, last;
+  float* partial;
+
+  // Used when `last`: out = activation(scale * sum + bias + residual). Scale and bias hold a value for each output
+  // channel, or are null.
+  int pixels;  // to be stored
+  float* out;
+  int64_t out_step;  // between output channels
+  const float* scale;
+  const float* bias;
+  const float* residual;
+  int64_t residual_step;
+  bool relu;
+  bool stream;  // store past the caches: whole, aligned cache lines
+};
+using PlaneTileKernel = void (*)(const PlaneTileArgs&);
+
 // Channels of a panel of the depthwise band: whole vectors of every ISA, and one cache line, so that neighbouring
 // pixels never share a cache set.
 constexpr int64_t kDepthwisePanel = 16;
@@ -119,6 +144,11 @@ struct Kernels {
   // Fills a panel with `count` channels of kMaxCols pixels. Null: no panels, and `pointwise` alone.
   void (*copy_panel)(const float* const* from, int64_t count, float* to);
   WinogradKernels winograd;
+  // 1x1 on contiguous NCHW: [vectors - 1][output channels - 1], up to max_cols of them; null in kernels of pairs.
+  int plane_lanes;  // of a vector
+  PlaneTileKernel plane[2][kMaxCols];
+  void (*copy_planes)(const float* from, int64_t plane_step, int64_t channels, int64_t pixels, float* to);
+  void (*copy_every_second)(const float* from, int64_t count, float* to);
 
   const TileWidth& widest() const { return width[widths - 1]; }
   // The width to take next where `left` output channels are left: the one that covers them, or the largest below it

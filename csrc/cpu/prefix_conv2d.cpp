@@ -3,7 +3,6 @@
 #include "cpu/prefix_conv2d.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -17,11 +16,13 @@
 #include "cpu/isa.h"
 #include "cpu/microkernel.h"
 #include "cpu/pack_weight.h"
+#include "cpu/plane_pointwise.h"
 #include "cpu/pointwise.h"
 #include "cpu/prefetch.h"
 #include "cpu/scratch.h"
 #include "cpu/tiles.h"
 #include "cpu/winograd.h"
+#include "cpu/work_queue.h"
 
 namespace rnp::cpu {
 namespace {
@@ -34,13 +35,6 @@ const Kernels& kernels_of(Isa isa, bool pairs = false) {
 #endif
   return portable_kernels();
 }
-
-// Waking a thread and waiting for it costs some microseconds: each must have this much to do (WorkItem::cost, about
-// cycles).
-constexpr double kCostOfThread = 5e4;
-
-// Times that each worker comes for items, where there are so many: enough to balance what is left.
-constexpr size_t kClaims = 16;
 
 // Sums the runs of a tile, in one chain or in one per kernel row. The cut must not depend on the tile, hence not on the
 // band.
@@ -199,8 +193,9 @@ void prefix_conv2d(const PrefixConv2dParams& p, const Threads& threads) {
   if (p.dtype == DType::kFloat64) return prefix_conv2d_plain(p, threads);
   const Kernels& kernels = kernels_of(current_isa(), p.pairs);
   static thread_local ScratchMemory scratch;
+  const auto memory_of = [](size_t floats) { return scratch.get(floats); };
   if (const WinogradSamples split(p); !split.samples.empty()) {
-    winograd_conv2d(p, split.samples, kernels, threads, [](size_t floats) { return scratch.get(floats); });
+    winograd_conv2d(p, split.samples, kernels, threads, memory_of);
     PrefixConv2dParams rest = p;
     rest.winograd = nullptr;
     rest.elsewhere = split.chosen.data();
@@ -211,7 +206,9 @@ void prefix_conv2d(const PrefixConv2dParams& p, const Threads& threads) {
   float* sums = p.pooled ? row_sums.data() : nullptr;
   const Call call(p, kernels);
   if (call.layout.small_groups() || runs_in_planes(p)) {
-    grouped_conv2d(p, threads, [](size_t floats) { return scratch.get(floats); }, sums);
+    grouped_conv2d(p, threads, memory_of, sums);
+  } else if (multiplies_planes(p)) {
+    plane_pointwise(p, kernels, threads, memory_of, sums);
   } else {
     const std::vector<WorkItem> items = schedule(p, threads.count);
     int64_t need = 0;
@@ -220,37 +217,12 @@ void prefix_conv2d(const PrefixConv2dParams& p, const Threads& threads) {
       need = std::max(need, call.band_floats(item) + call.sum_floats(item));
       cost += item.cost;
     }
-    const int64_t useful = static_cast<int64_t>(cost / kCostOfThread) + 1;
-    const int workers =
-        static_cast<int>(std::min<int64_t>({threads.count, static_cast<int64_t>(items.size()), useful}));
+    const int workers = useful_workers(cost, items.size(), threads);
     float* memory = scratch.get(static_cast<size_t>(need * workers));
-    // Many items are taken some at a time: neighbours are groups whose channels share pages, and lines that the
-    // hardware fetches in pairs (1024 channels at 7x7 in groups of 16, batch 8, two threads: 948 us one by one, 594
-    // so).
-    const size_t batch = std::max<size_t>(1, items.size() / (kClaims * static_cast<size_t>(workers)));
-    std::atomic<size_t> next{0};
-    threads(workers, [&](int worker) {
-      LastPlan last;
-      size_t i = 0, end = 0;  // the item at hand, the end of those taken with it
-      const auto take = [&] {
-        if (i + 1 < end) return i + 1;
-        const size_t first = next.fetch_add(batch);
-        end = std::min(first + batch, items.size());
-        return first;
+    hand_out(items.size(), workers, threads, [&](int worker) {
+      return [&, own = memory + worker * need, last = LastPlan()](size_t i, size_t following) mutable {
+        run_item(call, items[i], following < items.size() ? &items[following] : nullptr, own, last, sums);
       };
-      // An item is claimed while its predecessor runs, to fetch its input meanwhile; not near the end, where an idle
-      // worker could take it.
-      const size_t claimable = items.size() > 2 * static_cast<size_t>(workers) ? items.size() - workers : 0;
-      for (i = take(); i < items.size();) {
-        const bool claim = workers == 1 || i + 1 < end || i < claimable;
-        const size_t following = claim ? take() : items.size();
-        run_item(call, items[i], following < items.size() ? &items[following] : nullptr, memory + worker * need, last,
-                 sums);
-        i = claim ? following : take();
-      }
-#if defined(__x86_64__)
-      if (call.stream) __builtin_ia32_sfence();  // before anyone reads what this thread has stored
-#endif
     });
   }
   if (p.pooled)
@@ -271,7 +243,7 @@ std::string describe_kernel(const ConvShape& s, DType dtype) {
   const int64_t lanes = kernels.width_for(s.group_out()).lanes;
   return name + "tile " + std::to_string(plan.row_tiles[0].count) + "x" + std::to_string(plan.col_tiles[0].count) +
          " pixels x " + std::to_string(lanes) + " channels" +
-         (dtype == DType::kFloat32 && few_channels(s) ? "; contiguous: planes" : "");
+         (dtype == DType::kFloat32 && (few_channels(s) || multiplies_planes(s)) ? "; contiguous: planes" : "");
 }
 
 }  // namespace rnp::cpu

@@ -2,7 +2,8 @@
 //
 //   output channels   up to a narrow tile: the multiples of 8 (AVX-512, AVX2) or 4 (portable) are exact, and no width
 //                     costs more than the next of them; small groups: whole vectors of channels (channels_last) or
-//                     of positions of a band with its row ends padded (contiguous)
+//                     of positions of a band with its row ends padded (contiguous); contiguous 1x1: whole vectors
+//                     of positions
 //   Winograd          (m + 2)^2 products for each tile of m x m outputs, instead of 9 m^2, of a folded stem 49 for each
 //                     folded channel; the last tile of a row or column is computed whole
 //   input channels    bfloat16 multiplied in pairs: up to an even number
@@ -276,6 +277,22 @@ TEST(contiguous_few_channels_compute_whole_vectors_of_positions) {
       for (size_t n = 0; n < in_prefix.size(); ++n) wanted += lanes * 9 * in_prefix[n] * out_prefix[n];
       CHECK_EQUAL(counted(s, in_prefix, out_prefix, 1, 0, DType::kFloat32, false), wanted)
           << isa << ", stride " << stride;
+    }
+  });
+}
+
+// 1x1: lanes are positions of the whole map, the last vector whole, for as many outputs as are live.
+TEST(contiguous_1x1_computes_whole_vectors_of_positions) {
+  on_every_isa([](const std::string& isa) {
+    for (const int64_t stride : {1, 2}) {
+      const ConvShape s = square("1x1", 300, 9 * stride, 40, 1, stride).shape();
+      const std::vector<int32_t> in_prefix = {300, 270, 7, 0}, out_prefix = {40, 13, 33, 40};
+      const int64_t lanes = (s.out_h * s.out_w + vector_lanes() - 1) / vector_lanes() * vector_lanes();
+      int64_t wanted = 0;
+      for (size_t n = 0; n < in_prefix.size(); ++n) wanted += lanes * in_prefix[n] * out_prefix[n];
+      for (const int threads : {1, 3})
+        CHECK_EQUAL(counted(s, in_prefix, out_prefix, threads, 0, DType::kFloat32, false), wanted)
+            << isa << ", stride " << stride;
     }
   });
 }

@@ -48,6 +48,8 @@ const Case kCases[] = {
     {"1x1_quarter", 1, 128, 14, 128, 1, 1, 1, 1, 1},
     {"1x1_stride_2", 1, 64, 28, 64, 1, 2, 1, 4, 4},
     {"1x1_copied", 1, 1024, 7, 64, 1, 1, 1, 4, 4},
+    {"1x1_contiguous", 1, 128, 14, 128, 1, 1, 1, 4, 4, 0, Pass::kForward, true},
+    {"1x1_contiguous_stride_2", 1, 64, 28, 64, 1, 2, 1, 2, 2, 0, Pass::kForward, true},
     {"7x7_stem", 1, 3, 56, 32, 7, 2, 1, 4, 4},
     {"grouped", 1, 64, 14, 64, 3, 1, 4, 4, 4},
     {"depthwise", 1, 64, 28, 64, 3, 1, 64, 4, 4},
