@@ -5,10 +5,10 @@
 //   cmake -S . -B build/gpu-tiles -DRNP_CUDA=1 -DRNP_CUDA_ARCHS=90a -DRNP_BUILD_TESTS=OFF
 //   cmake --build build/gpu-tiles --target gpu_tiles && build/gpu-tiles/gpu_tiles [ways] [layers] [batches]
 //
-// ways: planned, 256, 128, 64 (channels of a tile of sm_90a), copied (planned, input by cp.async), sm80; all by
-// default. Prints for each way TFLOP/s of the valid taps and microseconds at full width, and for random widths (k = 4)
-// the share of the theoretical speed-up over that. Medians of seven, the L2 cache flushed before each, launches not in
-// a graph: below some 30 microseconds the host's time is in them.
+// ways: planned, 256, 128, 64 (channels of a tile of sm_90a), tall128, tall64 (of 256 rows), copied (planned, input by
+// cp.async), sm80; all by default. Prints for each way TFLOP/s of the valid taps and microseconds at full width, and
+// for random widths (k = 4) the share of the theoretical speed-up over that. Medians of seven, the L2 cache flushed
+// before each, launches not in a graph: below some 30 microseconds the host's time is in them.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -92,15 +92,18 @@ constexpr Layer kLayers[] = {
     {"r3_1x1_up", 256, 14, 1024, 1, 1}, {"r3_1x1_down", 1024, 14, 256, 1, 1}, {"r4_1x1_up", 512, 7, 2048, 1, 1},
     {"r4_1x1_down", 2048, 7, 512, 1, 1}};
 
+constexpr const char* kWays = "planned,256,128,64,tall128,tall64,copied,sm80";
+
 // Makes the launch go `way`; false where its layer cannot.
 bool go(const std::string& way, TileLaunch& launch) {
   ConvArgs& a = launch.args;
   if (way == "copied") a.use_tma = false;
   if (way == "planned" || way == "copied" || way == "sm80") return true;
-  const int bn = std::atoi(way.c_str());
+  const bool tall = way.rfind("tall", 0) == 0;
+  const int bn = std::atoi(way.c_str() + (tall ? 4 : 0));
   if (bn == 0 || !is_hopper(launch.tile) || a.cut.group_out <= bn / 2) return false;
-  if (bn == 256 && a.segment_chunks < a.chunks) return false;
-  a.cut.bn = bn, a.splits = 1, launch.partial_elements = 0;
+  if ((tall || bn == 256) && a.segment_chunks < a.chunks) return false;
+  a.cut.bm = tall ? kTallRows : 128, a.cut.bn = bn, a.splits = 1, launch.partial_elements = 0;
   launch.tile = bn == 256 ? TileName::sm90_bf16_128x256 : TileName::sm90_bf16_128x128;
   return true;
 }
@@ -229,8 +232,8 @@ struct Problem {
 
 int main(int count, char** words) {
   const auto word = [&](int at, const char* otherwise) { return split(count > at ? words[at] : otherwise); };
-  const std::vector<std::string> ways = word(1, "planned,256,128,64,copied,sm80"), layers = word(2, "");
-  require_known("ways", ways, split("planned,256,128,64,copied,sm80"));
+  const std::vector<std::string> ways = word(1, kWays), layers = word(2, "");
+  require_known("ways", ways, split(kWays));
   std::vector<std::string> names;
   for (const Layer& layer : kLayers) names.push_back(layer.name);
   require_known("layers", layers, names);

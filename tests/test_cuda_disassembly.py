@@ -88,8 +88,8 @@ class HopperTile:
 
     def shared_bytes(self) -> int:
         """HopperTile::kSharedBytes."""
-        stages = {256: 4, 128: 6}[self.bn]
-        return 1024 + stages * (128 + self.bn) * 128 + 8 * 16 * 64 * 2 + 2 * 129 * 24 + 128 * 16 + 512
+        stages, rows = {256: (4, 128), 128: (6, 256)}[self.bn]  # the narrow kernel also has tiles of 256 rows
+        return 1024 + stages * (128 + self.bn) * 128 + 8 * 16 * 64 * 2 + 2 * (rows + 1) * 24 + rows * 16 + 512
 
     def widths(self) -> list[int]:
         """The columns of its wgmma instructions: multiples of an eighth of the tile."""
@@ -200,7 +200,8 @@ def test_hopper_tiles_multiply_warpgroups_and_fetch_by_the_copy_engine():
         assert seen["LDGSTS"] > 0, f"{tile.name}: no cp.async where rows are scattered"
         assert seen["SYNCS"] > 0 and seen["USETMAXREG"] == 2, tile.name
         # A sum moved between products would make the compiler wait for each: as many waits as places that ask for one.
-        # A narrow tile has main loops for one warpgroup's 128 rows, and for two times 64 where K is summed in segments.
+        # A narrow tile has main loops for one warpgroup's 128 rows, which tiles of 256 rows share, and for two times 64
+        # where K is summed in segments.
         loops = len(tile.widths()) * (2 if tile.bn == 128 else 1)
         assert seen["WARPGROUP"] == 4 * loops, f"{tile.name}: {seen['WARPGROUP']} arrivals and waits"
 

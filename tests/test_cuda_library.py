@@ -80,7 +80,13 @@ SMALL = {"input": (4, 512, 7, 7), "weight": (512, 512, 3, 3)}
 @pytest.mark.parametrize(
     ("changed", "kernel"),
     [
-        ({}, "tile sm90_bf16_128x128, 128 rows x 128 channels"),
+        ({}, "tile sm90_bf16_128x128, 256 rows x 128 channels"),
+        ({"weight": (64, 128, 3, 3)}, "tile sm90_bf16_128x128, 256 rows x 64 channels"),
+        ({"input": (8, 128, 28, 28)}, "tile sm90_bf16_128x128, 128 rows x 64 channels"),
+        (
+            {"input": (256, 512, 28, 28), "weight": (128, 512, 1, 1), "padding": (0, 0, 0, 0)},
+            "tile sm90_bf16_128x128, 128 rows x 128 channels",
+        ),
         (
             {"dtype": "float16", "input": (256, 256, 14, 14), "weight": (512, 256, 3, 3)},
             "tile sm90_fp16_128x256, 128 rows x 256 channels",

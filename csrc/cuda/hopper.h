@@ -102,6 +102,22 @@ RNP_DEVICE void copy_im2col(void* shared, const TensorMap* map, uint64_t* barrie
       : "memory");
 }
 
+// from[at] where `live`, else `otherwise`: one predicated load, where the compiler might branch around it.
+RNP_DEVICE float load_if(bool live, const float* from, int at, float otherwise) {
+  asm("{\n.reg .pred live;\nsetp.ne.u32 live, %1, 0;\n@live ld.global.f32 %0, [%2];\n}\n"
+      : "+f"(otherwise)
+      : "r"(static_cast<uint32_t>(live)), "l"(from + at));
+  return otherwise;
+}
+// Two elements of two bytes, from an even one on.
+RNP_DEVICE uint32_t load_two_if(bool live, const void* from, int at) {
+  uint32_t two = 0;
+  asm("{\n.reg .pred live;\nsetp.ne.u32 live, %1, 0;\n@live ld.global.u32 %0, [%2];\n}\n"
+      : "+r"(two)
+      : "r"(static_cast<uint32_t>(live)), "l"(static_cast<const uint16_t*>(from) + at));
+  return two;
+}
+
 // ---- warpgroups ----
 
 template <int N>
@@ -148,6 +164,10 @@ inline void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t
 inline void copy_im2col(void* shared, const TensorMap* map, uint64_t* barrier, int32_t c, int32_t w, int32_t h,
                         int32_t n, uint16_t offset_w, uint16_t offset_h) {
   emulator::copy_im2col(shared, *map, barrier, c, w, h, n, offset_w, offset_h);
+}
+inline float load_if(bool live, const float* from, int at, float otherwise) { return live ? from[at] : otherwise; }
+inline uint32_t load_two_if(bool live, const void* from, int at) {
+  return live ? *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(from) + at) : 0;
 }
 template <int N>
 inline void take_registers() {}

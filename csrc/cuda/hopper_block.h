@@ -35,6 +35,7 @@ static_assert(sizeof(Run) == 24);
 struct Box {
   uint8_t run, row, size;  // the run and the row where it begins, and the logarithm of the number of rows
 };
+static_assert(kTallRows <= 256);
 
 // A row as cp.async fetches it.
 struct alignas(16) CopiedRow {
@@ -43,17 +44,17 @@ struct alignas(16) CopiedRow {
   int32_t in_live;  // 0 in a dead row
 };
 
-// A place in a ring of `kSize` stages, and the parity of its barriers' phase.
-template <int kSize>
+// A place in a ring of `size` stages, and the parity of its barriers' phase.
 struct Ring {
+  int32_t size;
   int32_t at = 0;
   uint32_t parity = 0;
   RNP_DEVICE void next() {
-    if (++at == kSize) at = 0, parity ^= 1;
+    if (++at == size) at = 0, parity ^= 1;
   }
   RNP_DEVICE void skip(int32_t stages) {
-    const int32_t to = at + stages, rounds = to / kSize;
-    at = to - rounds * kSize;
+    const int32_t to = at + stages, rounds = to / size;
+    at = to - rounds * size;
     parity ^= static_cast<uint32_t>(rounds) & 1;
   }
 };
@@ -80,8 +81,8 @@ struct HopperBlock {
     stages = shared + skip;
     staging = stages + Tile::kStages * Tile::kStageBytes;
     copied_rows = reinterpret_cast<CopiedRow*>(staging + Tile::kStagingBytes);
-    runs_of_both = reinterpret_cast<Run*>(copied_rows + Tile::BM);
-    full = reinterpret_cast<uint64_t*>(runs_of_both + 2 * (Tile::BM + 1));
+    runs_of_both = reinterpret_cast<Run*>(copied_rows + Tile::kMostRows);
+    full = reinterpret_cast<uint64_t*>(runs_of_both + 2 * (Tile::kMostRows + 1));
     empty = full + Tile::kStages;
     rows_full = empty + Tile::kStages;
     rows_empty = rows_full + 2;
@@ -91,16 +92,21 @@ struct HopperBlock {
     boxes_of_both = reinterpret_cast<Box*>(box_count + 1);
     static_assert((2 * Tile::kStages + 6) * 8 + 2 * sizeof(TileState) + 4 + 2 * kMostBoxes * sizeof(Box) <=
                   Tile::kStateBytes);
-    static_assert(sizeof(CopiedRow) * Tile::BM == Tile::kRowBytes &&
-                  sizeof(Run) * 2 * (Tile::BM + 1) == Tile::kRunBytes);
+    static_assert(sizeof(CopiedRow) * Tile::kMostRows == Tile::kRowBytes &&
+                  sizeof(Run) * 2 * (Tile::kMostRows + 1) == Tile::kRunBytes);
   }
 
-  // Whether a tile belongs to one warpgroup of consumers; a property of the launch.
-  RNP_DEVICE bool turns() const { return Tile::kTurns && p.segment_chunks >= p.chunks; }
+  // Properties of the launch: whether tiles are tall, and whether each belongs to one warpgroup of consumers.
+  RNP_DEVICE bool tall() const { return Tile::kTurns && p.cut.bm == kTallRows; }
+  RNP_DEVICE bool turns() const { return Tile::kTurns && !tall() && p.segment_chunks >= p.chunks; }
 
-  RNP_DEVICE char* input_of(int stage) const { return stages + stage * Tile::kStageBytes; }
-  RNP_DEVICE char* weights_of(int stage) const { return input_of(stage) + Tile::BM * kPackBytes; }
-  RNP_DEVICE Run* runs_of(int buffer) const { return runs_of_both + buffer * (Tile::BM + 1); }
+  RNP_DEVICE int rows() const { return Tile::kTurns ? p.cut.bm : Tile::BM; }
+  RNP_DEVICE Ring ring() const { return {tall() ? Tile::kTallStages : Tile::kStages}; }
+  RNP_DEVICE Ring ring_of(const TileState& s) const { return {ring().size, s.stage, s.parity}; }
+
+  RNP_DEVICE char* input_of(int stage) const { return stages + stage * (rows() + Tile::BN) * kPackBytes; }
+  RNP_DEVICE char* weights_of(int stage) const { return input_of(stage) + rows() * kPackBytes; }
+  RNP_DEVICE Run* runs_of(int buffer) const { return runs_of_both + buffer * (Tile::kMostRows + 1); }
 
   RNP_DEVICE static bool first_lane() { return (thread_index() & 31) == 0; }
 

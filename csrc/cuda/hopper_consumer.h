@@ -6,16 +6,16 @@
 
 namespace rnp::cuda {
 
-// Threads 128 … 383. A warpgroup computes 64 rows of each tile, or (turns) all 128 of every second one.
+// Threads 128 … 383. A warpgroup computes 64 rows of each tile, or 128: of a tall one, or (turns) of every second one.
 template <typename Tile>
 struct HopperConsumer : HopperEpilogue<Tile> {
   using Base = HopperEpilogue<Tile>;
   using Base::consumer, Base::consumer_group, Base::store;
   using Base::empty, Base::first_lane, Base::full, Base::input_of, Base::kProducers, Base::p, Base::rows_empty,
       Base::rows_full;
-  using Base::runs_of, Base::staging, Base::states, Base::turn, Base::turns, Base::weights_of;
+  using Base::ring_of, Base::runs_of, Base::staging, Base::states, Base::tall, Base::turn, Base::turns,
+      Base::weights_of;
   using typename Base::T;
-  using Stages = Ring<Tile::kStages>;
 
   // Of a thread, for 64 rows or twice 64, whatever the width: one epilogue serves all main loops.
   template <int kHalves>
@@ -23,6 +23,12 @@ struct HopperConsumer : HopperEpilogue<Tile> {
 
   // Of the barrier on which this warpgroup waits for its next turn to multiply: the first group's first is free.
   uint32_t turn_parity = consumer_group() == 0 ? 1 : 0;
+
+  // The first of a warpgroup's rows in its tile.
+  template <int kHalves>
+  RNP_DEVICE int own_row() const {
+    return kHalves == 2 && turns() ? 0 : consumer_group() * (kHalves * 64);
+  }
 
   // One step of K for kHalves times 64 rows.
   template <int N, int kHalves>
@@ -34,14 +40,14 @@ struct HopperConsumer : HopperEpilogue<Tile> {
   // Adds chunks first … end - 1 of K to the sums: all their taps. One stage's products are under way while the next
   // stage is waited for.
   template <int N, int kHalves>
-  RNP_DEVICE void multiply_chunks(const TileState& s, int32_t first, int32_t end, Sums<kHalves>& sums, Stages& ring) {
+  RNP_DEVICE void multiply_chunks(const TileState& s, int32_t first, int32_t end, Sums<kHalves>& sums, Ring& ring) {
     const int32_t taps = p.y.count * p.x.count;
     constexpr int32_t kSteps = Tile::BK / Tile::kStep;
-    const int32_t first_row = kHalves == 1 ? consumer_group() * 64 : 0;
+    const int32_t first_row = own_row<kHalves>();
     int32_t used = -1;
     // In turn, and not before the other group has seen its last stage full: until then a stage of the other's tile that
     // is still on its way looks, by its parity, like this one's.
-    if constexpr (kHalves == 2) {
+    if (kHalves == 2 && turns()) {
       wait_barrier(turn + consumer_group(), turn_parity);
       turn_parity ^= 1;
     }
@@ -74,7 +80,7 @@ struct HopperConsumer : HopperEpilogue<Tile> {
         ring.next();
       }
     }
-    if constexpr (kHalves == 2) {
+    if (kHalves == 2 && turns()) {
       sync_warp();  // the turn is passed when every lane has seen the last stage
       if (first_lane()) arrive(turn + 1 - consumer_group());
     }
@@ -86,7 +92,7 @@ struct HopperConsumer : HopperEpilogue<Tile> {
 
   // The main loop of the tile's width.
   template <int kHalves>
-  RNP_DEVICE void multiply(const TileState& s, int32_t first, int32_t end, Sums<kHalves>& sums, Stages& ring) {
+  RNP_DEVICE void multiply(const TileState& s, int32_t first, int32_t end, Sums<kHalves>& sums, Ring& ring) {
     RNP_UNROLL
     for (int h = 0; h < kHalves; ++h) {
       RNP_UNROLL
@@ -112,15 +118,15 @@ struct HopperConsumer : HopperEpilogue<Tile> {
 
   // A tile whose K is one segment.
   template <int kHalves>
-  RNP_DEVICE void compute(const TileState& s, const Run* runs, Stages& ring) {
+  RNP_DEVICE void compute(const TileState& s, const Run* runs, Ring& ring) {
     Sums<kHalves> sums;
     multiply<kHalves>(s, s.first_chunk, s.end_chunk, sums, ring);
     RNP_UNROLL
-    for (int h = 0; h < kHalves; ++h) store(s, runs, (kHalves == 1 ? consumer_group() : h) * 64, sums[h]);
+    for (int h = 0; h < kHalves; ++h) store(s, runs, own_row<kHalves>() + h * 64, sums[h]);
   }
 
   // The segments of K one after the other, each from zero, then added; one of them where the launch splits K.
-  RNP_DEVICE void compute_segments(const TileState& s, const Run* runs, Stages& ring) {
+  RNP_DEVICE void compute_segments(const TileState& s, const Run* runs, Ring& ring) {
     Sums<1> sums;
     float total[Tile::BN / 2];
     RNP_UNROLL
@@ -135,17 +141,16 @@ struct HopperConsumer : HopperEpilogue<Tile> {
   }
 
   RNP_DEVICE void consume() {
-    Ring<2> buffer;
+    Ring buffer{2};
     if (turns()) buffer.skip(consumer_group());
     for (;; buffer.skip(turns() ? 2 : 1)) {
       wait_barrier(rows_full + buffer.at, buffer.parity);
       const TileState s = states[buffer.at];
       if (s.width == 0) break;
       const Run* runs = runs_of(buffer.at);
-      Stages ring;
-      ring.at = s.stage, ring.parity = s.parity;
+      Ring ring = ring_of(s);
       if constexpr (Tile::kTurns) {
-        if (turns())
+        if (turns() || tall())
           compute<2>(s, runs, ring);
         else
           compute_segments(s, runs, ring);

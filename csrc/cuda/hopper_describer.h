@@ -10,9 +10,8 @@ namespace rnp::cuda {
 template <typename Tile>
 struct HopperDescriber : HopperBlock<Tile> {
   using Base = HopperBlock<Tile>;
-  using Base::box_count, Base::boxes_of, Base::p, Base::rows_empty, Base::rows_full, Base::runs_of, Base::states,
-      Base::turns;
-  using Stages = Ring<Tile::kStages>;
+  using Base::box_count, Base::boxes_of, Base::p, Base::rows, Base::rows_empty, Base::rows_full, Base::runs_of,
+      Base::states, Base::turns;
 
   RNP_DEVICE static int lane() { return thread_index() & 31; }
 
@@ -25,10 +24,12 @@ struct HopperDescriber : HopperBlock<Tile> {
 
   // The boxes of rows first … end - 1, which begin with run `run`.
   RNP_DEVICE void add_boxes(Box* boxes, int32_t run, int32_t first, int32_t end) const {
-    const uint32_t rows = static_cast<uint32_t>(end - first);
-    int32_t at = add_in_block(box_count, count_bits(rows));
-    for (int size = highest_bit(rows); size >= 0; --size) {
-      if ((rows >> size & 1) == 0) continue;
+    constexpr int kLargest = kBoxSizes - 1, kLargestRows = 1 << kLargest;
+    const int32_t all = end - first;
+    int32_t at = add_in_block(box_count, all / kLargestRows + count_bits(static_cast<uint32_t>(all % kLargestRows)));
+    while (first < end) {
+      const int highest = highest_bit(static_cast<uint32_t>(end - first));
+      const int size = highest < kLargest ? highest : kLargest;
       if (at < kMostBoxes)
         boxes[at] = {static_cast<uint8_t>(run), static_cast<uint8_t>(first), static_cast<uint8_t>(size)};
       ++at;
@@ -42,7 +43,8 @@ struct HopperDescriber : HopperBlock<Tile> {
     const int32_t positions = static_cast<int32_t>(p.cut.positions), first_channel = at.block * p.cut.bn;
     TileState s = {};
     s.pixel = static_cast<uint32_t>(first_row - first_place * p.cut.positions);
-    const int32_t spanned = static_cast<int32_t>((s.pixel + Tile::BM - 1) / static_cast<uint32_t>(positions)) + 1;
+    const int32_t spanned =
+        static_cast<int32_t>((s.pixel + static_cast<uint32_t>(rows()) - 1) / static_cast<uint32_t>(positions)) + 1;
     if (lane() == 0) *box_count = 0;
     sync_warp();
     int32_t longest = 0, widest = 0, uneven = -p.c_in - 1, live_rows = 0;
@@ -65,7 +67,7 @@ struct HopperDescriber : HopperBlock<Tile> {
           run.line = p.row ? gpu::clamp_prefix(p.row[run.sample], p.lines - 1) : 0;
           starts = i == 0 || begins(order, place);
           const int32_t end = (i + 1) * positions - static_cast<int32_t>(s.pixel);
-          live_rows = end < Tile::BM ? end : Tile::BM;
+          live_rows = end < rows() ? end : rows();
           if (run.in_live > longest) longest = run.in_live;
           if (run.out_live > widest) widest = run.out_live;
           if (run.in_live % Tile::BK != 0 && -run.in_live > uneven) uneven = -run.in_live;
@@ -108,8 +110,7 @@ struct HopperDescriber : HopperBlock<Tile> {
   RNP_DEVICE void describe() const {
     const gpu::Order order = order_of(p);
     gpu::Cursor at;
-    Stages ring;
-    Ring<2> buffer;
+    Ring ring = this->ring(), buffer{2};
     int64_t number = block_index();
     while (at.seek(p.cut, order, p.splits == 1 ? number : number / p.splits)) {
       wait_barrier(rows_empty + buffer.at, buffer.parity ^ 1);

@@ -66,20 +66,18 @@ struct HopperEpilogue : HopperBlock<Tile> {
   RNP_DEVICE uint32_t finish_pair(const Part& part, int at, const float* v) const {
     float out[2] = {v[0], v[1]};
     if constexpr (kTables) {
+      // Of two channels the tables have both where they have one: ConvArgs::pairs.
+      const bool scaled = part.live > at && p.scale, biased = part.live > at && p.bias;
       RNP_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const bool live = part.live > at + e;
-        const float scale = live && p.scale ? part.with.scale[at + e] : 1.0f;
-        const float bias = live && p.bias ? part.with.bias[at + e] : 0.0f;
-        out[e] = multiply_add(out[e], scale, bias);
-      }
+      for (int e = 0; e < 2; ++e)
+        out[e] = multiply_add(out[e], load_if(scaled, part.with.scale, at + e, 1.0f),
+                              load_if(biased, part.with.bias, at + e, 0.0f));
     } else {
       RNP_UNROLL
       for (int e = 0; e < 2; ++e) out[e] = multiply_add(out[e], 1.0f, 0.0f);  // as `finish`: no -0
     }
     if constexpr (kResidual) {
-      uint32_t two = 0;
-      if (part.live > at) two = *reinterpret_cast<const uint32_t*>(part.with.residual + at);
+      const uint32_t two = load_two_if(part.live > at, part.with.residual, at);
       out[0] += widen(T{static_cast<uint16_t>(two)});
       out[1] += widen(T{static_cast<uint16_t>(two >> 16)});
     }

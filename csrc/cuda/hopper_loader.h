@@ -10,10 +10,10 @@ template <typename Tile>
 struct HopperLoader : HopperBlock<Tile> {
   using Base = HopperBlock<Tile>;
   using Base::boxes_of, Base::copied_rows, Base::empty, Base::first_lane, Base::full, Base::input_of, Base::maps,
-      Base::p, Base::rows_empty, Base::rows_full, Base::runs_of, Base::states, Base::weights_of;
+      Base::p, Base::ring_of, Base::rows, Base::rows_empty, Base::rows_full, Base::runs_of, Base::states,
+      Base::weights_of;
   using typename Base::T;
   using Cursor = StageCursor<Tile::BK, 0>;
-  using Stages = Ring<Tile::kStages>;
 
   // Announced, with `others` more, and fetched by one thread; exactly the live rows of the weights.
   RNP_DEVICE void fetch_weights(const TileState& s, const Cursor& at, int stage, uint32_t others) const {
@@ -25,7 +25,7 @@ struct HopperLoader : HopperBlock<Tile> {
   }
 
   // By the copy engine: one warp asks for the weights of every stage, in the other each lane for one box of rows.
-  RNP_DEVICE void fetch_stages(const TileState& s, int32_t stages, Stages ring) const {
+  RNP_DEVICE void fetch_stages(const TileState& s, int32_t stages, Ring ring) const {
     Cursor at;
     at.begin(p, s.group, s.first_chunk);
     for (int32_t it = 0; it < stages; ++it, at.next(p, s.group), ring.next()) {
@@ -35,7 +35,7 @@ struct HopperLoader : HopperBlock<Tile> {
     }
   }
 
-  RNP_DEVICE void fetch_box(const TileState& s, const Run* runs, const Box& box, int32_t stages, Stages ring) const {
+  RNP_DEVICE void fetch_box(const TileState& s, const Run* runs, const Box& box, int32_t stages, Ring ring) const {
     const Run& run = runs[box.run];
     const uint32_t pixel = run.pixel + static_cast<uint32_t>(box.row - run.row);
     // A box may begin some samples behind its run, where copies go on from sample to sample.
@@ -65,7 +65,7 @@ struct HopperLoader : HopperBlock<Tile> {
   // What cp.async must know of every row, by all loaders.
   RNP_DEVICE void describe_rows(const TileState& s, const Run* runs) const {
     RNP_ROLL
-    for (int r = thread_index(); r < Tile::BM; r += kHopperLoaders) {
+    for (int r = thread_index(); r < rows(); r += kHopperLoaders) {
       CopiedRow row = {0, 0, 0};
       if (r < s.rows) {
         const uint32_t pixels = s.pixel + static_cast<uint32_t>(r), positions = static_cast<uint32_t>(p.cut.positions);
@@ -84,7 +84,7 @@ struct HopperLoader : HopperBlock<Tile> {
 
   // By cp.async: eight neighbouring threads fetch one row's 128 bytes, each thread every eighth row. Pieces behind the
   // last live step are never multiplied.
-  RNP_DEVICE void fetch_copied(const TileState& s, int32_t stages, Stages ring) const {
+  RNP_DEVICE void fetch_copied(const TileState& s, int32_t stages, Ring ring) const {
     const int piece = thread_index() & 7, first = thread_index() >> 3;
     const T* const input = static_cast<const T*>(p.input);
     Cursor at;
@@ -96,13 +96,18 @@ struct HopperLoader : HopperBlock<Tile> {
       if (channel < s.k_live) {
         const uint32_t tap = 1u << at.iy | 0x10000u << at.ix;
         const T* const from = input + at.input + piece * 8;
-        char* to = input_of(ring.at) + swizzled(first, piece);  // rows 8 apart: the same place of a later row
-        RNP_UNROLL
-        for (int i = 0; i < Tile::BM / 8; ++i) {
-          const CopiedRow row = copied_rows[first + i * 8];
-          const int32_t left = row.in_live - channel;
-          const bool valid = (row.taps & tap) == tap && left > 0;
-          copy_async(to + i * 8 * kPackBytes, valid ? from + row.input : input, valid ? (left < 8 ? left * 2 : 16) : 0);
+        RNP_ROLL
+        for (int half = 0; half < rows(); half += Tile::BM) {
+          // Rows 8 apart: the same place of a later row.
+          char* to = input_of(ring.at) + half * kPackBytes + swizzled(first, piece);
+          RNP_UNROLL
+          for (int i = 0; i < Tile::BM / 8; ++i) {
+            const CopiedRow row = copied_rows[half + first + i * 8];
+            const int32_t left = row.in_live - channel;
+            const bool valid = (row.taps & tap) == tap && left > 0;
+            copy_async(to + i * 8 * kPackBytes, valid ? from + row.input : input,
+                       valid ? (left < 8 ? left * 2 : 16) : 0);
+          }
         }
       }
       arrive_after_copies(full + ring.at);
@@ -110,12 +115,11 @@ struct HopperLoader : HopperBlock<Tile> {
   }
 
   RNP_DEVICE void load() const {
-    for (Ring<2> buffer;; buffer.next()) {
+    for (Ring buffer{2};; buffer.next()) {
       wait_barrier(rows_full + buffer.at, buffer.parity);
       const TileState s = states[buffer.at];
       if (s.width == 0) break;
-      Stages ring;
-      ring.at = s.stage, ring.parity = s.parity;
+      const Ring ring = ring_of(s);
       const int32_t stages = (s.end_chunk - s.first_chunk) * p.y.count * p.x.count;
       const Run* runs = runs_of(buffer.at);
       if (s.boxes == 0) {

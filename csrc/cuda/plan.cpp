@@ -91,9 +91,10 @@ void plan_hopper(TileLaunch& launch, DType dtype, const Device& device) {
   const int32_t taps = a.y.count * a.x.count;
   a.segment_chunks = std::max(1, segment_chunks(a.cut.positions, a.chunks, taps, a.cut.groups));
   const int32_t segments = (a.chunks + a.segment_chunks - 1) / a.segment_chunks;
-  const HopperChoice choice = choose_tile_sm90(rows, a.cut.group_out, a.cut.groups, segments, device.multiprocessors,
-                                               a.in_prefix || a.out_prefix);
-  a.cut.bm = 128, a.cut.bn = choice.bn;
+  const HopperChoice choice =
+      choose_tile_sm90(rows, a.cut.group_out, a.cut.groups, segments, std::max<int64_t>(1, int64_t{a.chunks} * taps),
+                       device.multiprocessors, a.in_prefix || a.out_prefix);
+  a.cut.bm = choice.tile.bm, a.cut.bn = choice.tile.bn;
   if (choice.split) {
     a.splits = segments;
     launch.partial_elements = int64_t{segments} * rows * a.c_out;
@@ -107,8 +108,8 @@ void plan_hopper(TileLaunch& launch, DType dtype, const Device& device) {
   const auto dense = [&](const Strides4& st) { return st.h == a.out_w * st.w; };
   a.dense = dense(a.output_stride) && (!a.residual || dense(a.residual_stride));
   const bool bf16 = dtype == DType::kBFloat16;
-  launch.tile = choice.wide ? (bf16 ? TileName::sm90_bf16_128x256 : TileName::sm90_fp16_128x256)
-                            : (bf16 ? TileName::sm90_bf16_128x128 : TileName::sm90_fp16_128x128);
+  launch.tile = choice.tile.bn == 256 ? (bf16 ? TileName::sm90_bf16_128x256 : TileName::sm90_fp16_128x256)
+                                      : (bf16 ? TileName::sm90_bf16_128x128 : TileName::sm90_fp16_128x128);
 }
 
 }  // namespace

@@ -26,6 +26,7 @@ constexpr int kMaxTaps = 16;     // along one axis: a row's valid taps are two 1
 constexpr int kSlab = 64;        // output channels that the epilogue stages at a time
 constexpr int kPackBytes = 128;  // a row of packed weights: one output channel's share of a chunk of wgmma
 constexpr int kPackChannels = kPackBytes / 2;  // of 2 bytes
+constexpr int kTallRows = 256;                 // of a tall tile of sm_90a
 
 // How the products are made.
 enum class Math { kMatrix, kFfma };
@@ -85,6 +86,10 @@ struct Tile {
 // A narrow tile belongs to one warpgroup of consumers, which has 128 sums a thread for it: the two take turns, and one
 // stores while the other multiplies. The two share a wide tile, 64 rows each, and the narrow ones of layers whose K is
 // summed in segments (64 sums of a segment and 64 of all).
+//
+// The narrow kernel also computes tall tiles, of 256 rows (ConvArgs::cut says so, a property of the launch): 128 of
+// each warpgroup, by the main loops of its turns, on the same stages at the same time. Twice the rows share a stage's
+// weights; the same memory holds four such stages instead of six.
 template <typename T_, int BN_>
 struct HopperTile {
   using T = T_;
@@ -92,13 +97,15 @@ struct HopperTile {
   static constexpr int kGrain = BN / 8;  // widths of one wgmma: multiples of this, so eight main loops are compiled
   static constexpr bool kTurns = BN <= 128;
   static constexpr int kStages = BN == 256 ? 4 : 6;
+  static constexpr int kMostRows = kTurns ? kTallRows : BM;
 
   static constexpr int kStageBytes = (BM + BN) * kPackBytes;
+  static constexpr int kTallStages = kStages * kStageBytes / ((kTallRows + BN) * kPackBytes);
   static constexpr int kSlab = 64;                     // channels that a warp stages at a time
   static constexpr int kStagedBytes = 16 * kSlab * 2;  // its 16 rows of them
   static constexpr int kStagingBytes = 8 * kStagedBytes;
-  static constexpr int kRunBytes = 2 * (BM + 1) * 24;  // struct Run of two tiles
-  static constexpr int kRowBytes = BM * 16;            // struct CopiedRow
+  static constexpr int kRunBytes = 2 * (kMostRows + 1) * 24;  // struct Run of two tiles
+  static constexpr int kRowBytes = kMostRows * 16;            // struct CopiedRow
   static constexpr int kStateBytes = 512;  // barriers, the states of two tiles, the boxes that bring their rows
   // 1024 more: the pipeline begins at a multiple of them, where the swizzle does.
   static constexpr int kSharedBytes =
@@ -115,9 +122,9 @@ constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
 static_assert(128 * kProducerRegisters + kHopperConsumers * kConsumerRegisters == kHopperThreads * 168);
 
 // X(name, storage, BN, registers): all tiles of sm_90a. `registers`: of one thread at the start, 65536 / 384 rounded
-// down to eight. Shared memory: HopperTile::kSharedBytes, 225 KB of the 227 that a block may have.
+// down to eight. Shared memory: HopperTile::kSharedBytes, 226 KB of the 227 that a block may have.
 //   128 x 256  a weight tile read by both warpgroups for 128 rows: what large layers want
-//   128 x 128  smaller maps, fewer channels, and the layers whose K is summed in segments
+//   128 x 128  smaller maps, fewer channels, and the layers whose K is summed in segments; 256 rows on larger maps
 #define RNP_HOPPER_TILES(X)                \
   X(sm90_bf16_128x128, BFloat16, 128, 168) \
   X(sm90_bf16_128x256, BFloat16, 256, 168) \
@@ -165,34 +172,55 @@ constexpr int32_t segment_chunks(int64_t positions, int64_t chunks, int64_t taps
   return static_cast<int32_t>(for_length > for_number ? for_length : for_number);
 }
 
-// sm_90a, one block to a multiprocessor: the width whose tiles take the least time. Cycles of a stage as fitted to an
-// H200: 1117 for 256 channels, 672 for 128, 575 for 64. At full width tiles come in rounds, one on each multiprocessor;
-// of a mixed batch some 0.4 of the work is left, its end waits for half a tile more, and nothing is shorter than its
-// longest tile. Layers summed in segments have no registers for the wide tile; their segments become tiles of their own
-// where the tiles would keep at most a quarter of the multiprocessors busy (of three times as many, split lost half:
-// 512 channels at 7x7, batch 32). Shapes alone decide, and no bit depends on it.
+// Cycles of a tile of sm_90a with `width` live channels, from zero to its last stage. A stage costs what its bytes take
+// from L2, as fitted to an H200: 1117 for 256 channels, 672 for 128, 575 for 64, some 44 bytes a cycle. Of tall tiles
+// that rate is all that is known, so theirs is a prediction. Its two groups store at the same time, while nothing
+// multiplies but what had been fetched (4300 cycles a wide tile there, which has as many outputs as a tall one): either
+// the stages' bytes bound it or products and stores, 8 and 34 cycles a channel.
+constexpr int64_t tile_cycles_sm90(const TileSize& tile, int64_t width, int64_t stages) {
+  if (tile.bn == 256) return stages * (300 + width * 13 / 4);
+  if (tile.bm == kTallRows) return std::max((kTallRows + width) * kPackBytes * stages / 44, (8 * stages + 34) * width);
+  return stages * (480 + width * 3 / 2);
+}
+
+// sm_90a, one block to a multiprocessor: the tile whose launch takes the least time. At full width tiles come in
+// rounds, one on each multiprocessor. Of a mixed batch quarters of the widths stand for all; its list is dealt out
+// evenly, but its end waits for a third of a tile more, and nothing is shorter than its longest tile. No device has run
+// tall tiles yet, so they must promise a thirty-second. Layers summed in segments have no registers for wide and tall
+// tiles; their segments become tiles of their own where the tiles would keep at most a quarter of the multiprocessors
+// busy (of three times as many, split lost half: 512 channels at 7x7, batch 32). Shapes alone decide, and no bit
+// depends on it.
 struct HopperChoice {
-  int bn;      // channels of a tile
-  bool wide;   // by the kernel of 256
+  TileSize tile;
   bool split;  // segments are tiles of their own
 };
 constexpr HopperChoice choose_tile_sm90(int64_t rows, int64_t group_out, int64_t groups, int32_t segments,
-                                        int multiprocessors, bool mixed) {
-  const auto tiles = [&](int64_t bn) { return (rows + 127) / 128 * ((group_out + bn - 1) / bn) * groups; };
-  const auto stage = [](int64_t width, bool wide) { return wide ? 300 + width * 13 / 4 : 480 + width * 3 / 2; };
-  HopperChoice best{64, false, false};
-  int64_t least = 0;
-  for (const int bn : {64, 128, 256}) {
-    const bool wide = bn == 256;
-    if ((wide && segments > 1) || (bn > 64 && group_out <= bn / 2)) continue;
-    const int64_t last = group_out % bn, blocks = (group_out + bn - 1) / bn;
-    const int64_t cycles = (group_out / bn * stage(bn, wide) + (last > 0 ? stage(last, wide) : 0)) / blocks;
-    const int64_t rounds = (tiles(bn) + multiprocessors - 1) / multiprocessors;
-    const int64_t hundredths = mixed ? std::max<int64_t>(100, tiles(bn) * 40 / multiprocessors + 50) : rounds * 100;
-    const int64_t time = hundredths * cycles;
-    if (bn == 64 || time <= least) best = {bn, wide, false}, least = time;
+                                        int64_t stages, int multiprocessors, bool mixed) {
+  HopperChoice best{{128, 64}, false};
+  int64_t least = INT64_MAX, number = 0;
+  for (const TileSize tile :
+       {best.tile, TileSize{128, 128}, TileSize{128, 256}, TileSize{kTallRows, 64}, TileSize{kTallRows, 128}}) {
+    const bool tall = tile.bm == kTallRows;
+    if ((segments > 1 && (tall || tile.bn == 256)) || (tile.bn > 64 && group_out <= tile.bn / 2)) continue;
+    // Of the tiles side by side that cover so many channels.
+    const auto cycles = [&](int64_t width) {
+      const int64_t rest = width % tile.bn;
+      return width / tile.bn * tile_cycles_sm90(tile, tile.bn, stages) +
+             (rest > 0 ? tile_cycles_sm90(tile, rest, stages) : 0);
+    };
+    const int64_t row_tiles = (rows + tile.bm - 1) / tile.bm * groups;
+    const int64_t tiles = row_tiles * ((group_out + tile.bn - 1) / tile.bn);
+    int64_t time = (tiles + multiprocessors - 1) / multiprocessors * cycles(group_out) * row_tiles / tiles;
+    if (mixed) {
+      const int64_t longest = tile_cycles_sm90(tile, std::min<int64_t>(tile.bn, group_out), stages);
+      int64_t quarters = 0;
+      for (int64_t q = 1; q <= 4; ++q) quarters += cycles(group_out * q / 4);
+      time = std::max(longest, row_tiles * quarters / 4 * 5 / 8 / multiprocessors + longest / 3);  // 5/8: of K
+    }
+    if (tall) time += time / 32;
+    if (time <= least) best.tile = tile, least = time, number = tiles;
   }
-  best.split = segments > 1 && tiles(best.bn) * 4 <= multiprocessors;
+  best.split = segments > 1 && number * 4 <= multiprocessors;
   return best;
 }
 

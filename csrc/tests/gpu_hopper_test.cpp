@@ -47,32 +47,36 @@ emulator::Statistics run_tile(cuda::TileLaunch& launch, uint64_t seed) {
 }
 
 // How a launch is computed instead of as the plan has it, where its layer allows that.
-enum class Way { kPlanned, kNarrow, kMiddle, kWide, kSplit, kWithoutTma };
+enum class Way { kPlanned, kNarrow, kMiddle, kWide, kTall, kTallNarrow, kSplit, kWithoutTma, kTallWithoutTma };
 constexpr Way kWays[] = {Way::kPlanned, Way::kNarrow, Way::kMiddle, Way::kWide, Way::kSplit, Way::kWithoutTma};
+constexpr Way kTallWays[] = {Way::kTall, Way::kTallNarrow, Way::kTallWithoutTma};
 const char* way_name(Way way) {
-  const char* const names[] = {"as planned", "64 channels", "128 channels", "256 channels", "split", "without TMA"};
+  const char* const names[] = {"as planned",   "64 channels", "128 channels",
+                               "256 channels", "256 rows",    "256 rows, 64 channels",
+                               "split",        "without TMA", "256 rows, without TMA"};
   return names[static_cast<int>(way)];
 }
+bool is_tall(Way way) { return way == Way::kTall || way == Way::kTallNarrow || way == Way::kTallWithoutTma; }
+bool is_copied(Way way) { return way == Way::kWithoutTma || way == Way::kTallWithoutTma; }
 
 void go(Way way, cuda::TileLaunch& launch) {
   cuda::ConvArgs& a = launch.args;
-  if (way == Way::kPlanned) return;
-  if (way == Way::kWithoutTma) {
-    a.use_tma = false;
-    return;
-  }
+  if (is_copied(way)) a.use_tma = false;
+  if (way == Way::kPlanned || way == Way::kWithoutTma) return;
   const int32_t segments = (a.chunks + a.segment_chunks - 1) / a.segment_chunks;
   const bool bf16 = launch.tile == TileName::sm90_bf16_128x128 || launch.tile == TileName::sm90_bf16_128x256;
   const bool wide = way == Way::kWide && segments == 1;
   launch.tile = wide ? (bf16 ? TileName::sm90_bf16_128x256 : TileName::sm90_fp16_128x256)
                      : (bf16 ? TileName::sm90_bf16_128x128 : TileName::sm90_fp16_128x128);
-  a.cut.bn = wide ? 256 : (way == Way::kMiddle ? 128 : 64);
+  const bool middle = way == Way::kMiddle || way == Way::kTall || way == Way::kTallWithoutTma;
+  a.cut.bm = is_tall(way) && segments == 1 ? cuda::kTallRows : 128;
+  a.cut.bn = wide ? 256 : (middle ? 128 : 64);
   a.splits = way == Way::kSplit ? segments : 1;
   launch.partial_elements = a.splits > 1 ? int64_t{segments} * a.cut.n * a.cut.positions * a.c_out : 0;
 }
 
 struct Seen {
-  int64_t launches = 0, bulk = 0, im2col = 0, copied = 0, products = 0, splits = 0, wide = 0;
+  int64_t launches = 0, bulk = 0, im2col = 0, copied = 0, products = 0, splits = 0, wide = 0, tall = 0;
 };
 
 template <typename T>
@@ -91,6 +95,7 @@ Seen compute(GpuCase<T>& c, Way way, uint64_t seed) {
     seen.bulk += one.bulk_bytes, seen.im2col += one.im2col_bytes, seen.copied += one.copied_bytes;
     seen.products += one.group_products;
     seen.splits += launch.args.splits > 1, seen.wide += launch.args.cut.bn == 256;
+    seen.tall += launch.args.cut.bm == cuda::kTallRows;
   }
   return seen;
 }
@@ -114,6 +119,8 @@ std::vector<ConvCase> hopper_cases() {
   add("3x3, groups", 4, 128, 7, 160, 3, 1, 2);
   add("5x5, stride 3", 3, 64, 11, 64, 5, 3);
   add("a map of one pixel", 7, 64, 1, 64, 3, 1);
+  add("3x3, a tall tile inside one sample", 2, 64, 19, 64, 3, 1);
+  add("1x1, more tall tiles than blocks", 6, 136, 11, 200, 1, 1);
   all.push_back({.name = "dilated, padded unevenly",
                  .n = 3,
                  .c_in = 72,
@@ -134,41 +141,53 @@ std::vector<ConvCase> hopper_cases() {
 }
 
 template <typename T>
+void check_way(const ConvCase& c, GpuMode mode, Way way, cuda::Role role, DType dtype, uint64_t seed, double store,
+               const char* name, Seen& all) {
+  GpuCase<T> problem(c, mode, role, dtype, true);
+  const std::string where = std::string(name) + ", " + c.name + ", " + mode_name(mode) + ", " + way_name(way);
+  Seen seen = {};
+  std::string fault;
+  try {
+    seen = compute(problem, way, seed);
+  } catch (const std::exception& error) {
+    fault = error.what();
+  }
+  CHECK(fault.empty()) << where << ": " << fault;
+  if (!fault.empty() || seen.launches == 0) return;
+  problem.check(where, 1e-6, store);
+  CHECK(!is_copied(way) || seen.im2col == 0) << where << ": used TMA";
+  CHECK(mode != GpuMode::kFull || is_copied(way) || seen.copied == 0) << where << ": used cp.async";
+  all.launches += seen.launches, all.bulk += seen.bulk, all.im2col += seen.im2col, all.copied += seen.copied;
+  all.products += seen.products, all.splits += seen.splits, all.wide += seen.wide, all.tall += seen.tall;
+}
+
+template <typename T>
 Seen check_hopper(DType dtype, cuda::Role role, double store, const char* name) {
   int number = 0;
   Seen all;
   const bool forward = role == cuda::Role::kForward;
   for (const ConvCase& c : hopper_cases()) {
-    // Ways and modes take turns, so that each way meets each mode over the cases and roles.
-    for (int turn = 0; turn < 2; ++turn, ++number) {
-      const GpuMode modes[] = {GpuMode::kFull,   GpuMode::kMixed,    GpuMode::kGroups,
-                               GpuMode::kTables, GpuMode::kResidual, GpuMode::kSkip};
-      const GpuMode mode = modes[forward ? number % 6 : number % 3];
-      const Way way = c.h * c.w <= 64 && turn == 1 ? Way::kSplit : kWays[(number + number / 6) % 6];
-      GpuCase<T> problem(c, mode, role, dtype, true);
-      const std::string where = std::string(name) + ", " + c.name + ", " + mode_name(mode) + ", " + way_name(way);
-      Seen seen = {};
-      std::string fault;
-      try {
-        seen = compute(problem, way, static_cast<uint64_t>(number) + 11);
-      } catch (const std::exception& error) {
-        fault = error.what();
+    // Ways and modes take turns, so that each way meets each mode over the cases and roles; tall tiles meet every case.
+    for (const bool tall : {false, true}) {
+      for (int turn = 0; turn < 2; ++turn) {
+        const GpuMode modes[] = {GpuMode::kFull,   GpuMode::kMixed,    GpuMode::kGroups,
+                                 GpuMode::kTables, GpuMode::kResidual, GpuMode::kSkip};
+        const int at = 2 * number + turn, mixed = at + 3 * tall;
+        const GpuMode mode = modes[forward ? mixed % 6 : mixed % 3];
+        const Way way = tall                           ? kTallWays[(number + turn + number / 3) % 3]
+                        : c.h * c.w <= 64 && turn == 1 ? Way::kSplit
+                                                       : kWays[(at + at / 6) % 6];
+        check_way<T>(c, mode, way, role, dtype, static_cast<uint64_t>(at) + 11, store, name, all);
       }
-      CHECK(fault.empty()) << where << ": " << fault;
-      if (!fault.empty() || seen.launches == 0) continue;
-      problem.check(where, 1e-6, store);
-      CHECK(way != Way::kWithoutTma || seen.im2col == 0) << where << ": used TMA";
-      CHECK(mode != GpuMode::kFull || way == Way::kWithoutTma || seen.copied == 0) << where << ": used cp.async";
-      all.launches += seen.launches, all.bulk += seen.bulk, all.im2col += seen.im2col, all.copied += seen.copied;
-      all.products += seen.products, all.splits += seen.splits, all.wide += seen.wide;
     }
+    ++number;
   }
-  std::printf("  %s: %d launches, %d split, %d wide; MB by bulk copy %.1f, im2col %.1f, cp.async %.1f\n", name,
+  std::printf("  %s: %d launches, %d split, %d wide, %d tall; MB by bulk copy %.1f, im2col %.1f, cp.async %.1f\n", name,
               static_cast<int>(all.launches), static_cast<int>(all.splits), static_cast<int>(all.wide),
-              static_cast<double>(all.bulk) / 1e6, static_cast<double>(all.im2col) / 1e6,
+              static_cast<int>(all.tall), static_cast<double>(all.bulk) / 1e6, static_cast<double>(all.im2col) / 1e6,
               static_cast<double>(all.copied) / 1e6);
   CHECK(all.bulk > 1000000 && all.im2col > 1000000 && all.copied > 100000) << name << ": a way to fetch was not tried";
-  CHECK(all.splits > 1 && all.wide > 0) << name << ": split or wide tiles were not tried";
+  CHECK(all.splits > 1 && all.wide > 0 && all.tall > 15) << name << ": split, wide or tall tiles were not tried";
   return all;
 }
 
@@ -187,7 +206,8 @@ TEST(hopper_samples_are_the_same_bits_however_they_are_computed) {
       GpuCase<BFloat16> batch(c, mode, cuda::Role::kForward, DType::kBFloat16, true);
       const GpuCase<BFloat16> fresh = batch;
       if (compute(batch, Way::kPlanned, 5).launches == 0) continue;
-      for (Way way : {Way::kNarrow, Way::kWide, Way::kSplit, Way::kWithoutTma}) {
+      for (Way way : {Way::kNarrow, Way::kMiddle, Way::kWide, Way::kTall, Way::kTallNarrow, Way::kSplit,
+                      Way::kWithoutTma, Way::kTallWithoutTma}) {
         if (way == Way::kWide && mode == GpuMode::kGroups) continue;
         GpuCase<BFloat16> other = fresh;
         const bool alone = way == Way::kSplit;  // one sample, as a small batch is computed

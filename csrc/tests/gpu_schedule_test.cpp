@@ -88,7 +88,8 @@ TEST(gpu_schedule_covers_every_live_output_once_and_visits_no_dead_tile) {
     for (int32_t n : {0, 1, 9, 40}) {
       for (const Batch& b : batches(n, c_in, c_out)) {
         const Sorted s = sorted(b, c_in, c_out);
-        for (const auto& [bm, bn] : {std::pair{128, 128}, std::pair{64, 64}, std::pair{128, 64}, std::pair{128, 256}}) {
+        for (const auto& [bm, bn] : {std::pair{128, 128}, std::pair{64, 64}, std::pair{128, 64}, std::pair{128, 256},
+                                     std::pair{256, 128}, std::pair{256, 64}}) {
           const gpu::Cut cut{n, layer.positions, layer.groups, layer.group_in, layer.group_out, bm, bn};
           // (sample, pixel) → how often each block of channels was computed.
           std::map<std::pair<int32_t, uint32_t>, std::map<int32_t, int>> seen;
@@ -239,16 +240,16 @@ TEST(gpu_schedule_keeps_its_simulated_share) {
 
 TEST(gpu_schedule_keeps_its_simulated_share_on_hopper) {
   for (const Simulated& row :
-       {Simulated{64, 56, 256, 0.65}, Simulated{128, 28, 256, 0.77}, Simulated{256, 14, 256, 0.75},
-        Simulated{512, 7, 256, 0.61}, Simulated{64, 56, 32, 0.56}, Simulated{128, 28, 32, 0.80},
+       {Simulated{64, 56, 256, 0.71}, Simulated{128, 28, 256, 0.82}, Simulated{256, 14, 256, 0.75},
+        Simulated{512, 7, 256, 0.61}, Simulated{64, 56, 32, 0.59}, Simulated{128, 28, 32, 0.77},
         Simulated{256, 14, 32, 0.64}, Simulated{512, 7, 32, 0.44}}) {
     const int64_t positions = row.side * row.side, chunks = (row.channels + 63) / 64;
     const int32_t segment = cuda::segment_chunks(positions, chunks, 9, 1);
     const int32_t segments = static_cast<int32_t>((chunks + segment - 1) / segment);
     const auto choose = [&](bool mixed) {
       const cuda::HopperChoice choice =
-          cuda::choose_tile_sm90(row.batch * positions, row.channels, 1, segments, kMultiprocessors, mixed);
-      return How{{128, choice.bn}, choice.split ? segments : 1};
+          cuda::choose_tile_sm90(row.batch * positions, row.channels, 1, segments, chunks * 9, kMultiprocessors, mixed);
+      return How{choice.tile, choice.split ? segments : 1};
     };
     check_share(row, choose(false), choose(true), true, segment);
   }
