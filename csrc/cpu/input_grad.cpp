@@ -14,6 +14,7 @@
 
 #include "core/half.h"
 #include "core/packing.h"
+#include "cpu/plane_pointwise.h"
 #include "cpu/prefix_conv2d.h"
 #include "cpu/prefix_conv2d_grad.h"
 #include "cpu/scratch.h"
@@ -122,6 +123,25 @@ void pack(const PrefixConv2dGradParams& p, const Phase& rows, const Phase& cols,
   }
 }
 
+// Of a 1x1 kernel in float32, for the kernels that read weights as they are: [input channel of the forward][output
+// channels of its group], as far as any sample needs them. In blocks, or each line would be fetched 16 times.
+void transpose(const PrefixConv2dGradParams& p, int64_t tap, float* to) {
+  const ConvShape& s = p.shape;
+  const Strides4& st = p.weight_stride;
+  constexpr int64_t kBlock = 16;
+  const float* w = static_cast<const float*>(p.weight) + tap;
+  for (int64_t g = 0; g < s.groups; ++g) {
+    const int64_t in = live_in_group(largest(p.in_prefix, s.n, s.c_in), g, s.group_in());
+    const int64_t out = live_in_group(largest(p.out_prefix, s.n, s.c_out), g, s.group_out());
+    float* group = to + g * s.group_in() * s.group_out();
+    for (int64_t i0 = 0; i0 < in; i0 += kBlock)
+      for (int64_t o0 = 0; o0 < out; o0 += kBlock)
+        for (int64_t i = i0; i < std::min(in, i0 + kBlock); ++i)
+          for (int64_t o = o0; o < std::min(out, o0 + kBlock); ++o)
+            group[i * s.group_out() + o] = w[(g * s.group_out() + o) * st.n + i * st.c];
+  }
+}
+
 // The convolution that one pair of phases is.
 PrefixConv2dParams convolution(const PrefixConv2dGradParams& p, const Phase& rows, const Phase& cols, int64_t element) {
   const ConvShape& s = p.shape;
@@ -171,9 +191,16 @@ void prefix_conv2d_input_grad(const PrefixConv2dGradParams& p, const Threads& th
       PrefixConv2dParams c = convolution(p, row, col, element);
       c.tail = cleared ? Tail::kSkip : Tail::kZero;
       const PackedLayout layout(c.shape);
-      float* packed = scratch.get(static_cast<size_t>(layout.total_floats()));
-      pack(p, row, col, layout, threads, packed);
-      c.packed = packed;
+      float* weights = scratch.get(static_cast<size_t>(layout.total_floats()));
+      c.weight = weights;
+      c.weight_stride = {s.group_out(), 1, 1, 1};
+      if (multiplies_planes(c) && !layout.small_groups()) {
+        transpose(p, row.tap * p.weight_stride.h + col.tap * p.weight_stride.w, weights);
+      } else {
+        c.weight = nullptr;
+        c.packed = weights;
+        pack(p, row, col, layout, threads, weights);
+      }
       c.sum_kernel_rows = true;  // torch's sums are short here, on some shapes one chain for each tap
       prefix_conv2d(c, threads);
     }
