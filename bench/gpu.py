@@ -3,6 +3,7 @@
     python bench/gpu.py --json gpu.json                     # everything, about four minutes
     python bench/gpu.py --part layers --batch 32 --layers r3_3x3 vgg5 --backend triton
     python bench/gpu.py --part tune --json tiles.json       # tiles.json is what RNP_TRITON_TILES takes
+    python bench/gpu.py --dtype float32 --part layers       # TF32 on every side, cuDNN's included
 
 Every row is checked before it is timed. The sides of a row run in turn, in one process; each is one CUDA graph where it
 can be captured (`eager` names those that cannot, as they wait for the device), timed with events, the L2 cache flushed
@@ -33,7 +34,11 @@ from rnp.bench.environment import environment
 from rnp.bench.gate import require_close
 from rnp.bench.layers import BY_NAME, Layer
 
-DTYPE = torch.bfloat16
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPE = torch.bfloat16  # --dtype sets it, once
+# float32 products are TF32: operands with ten bits behind the point, rounded by one side and cut off by the other, so
+# results differ by some 2^-11 of each operand; None is the gate's own.
+LIMITS = {torch.bfloat16: None, torch.float32: 3e-3}
 LAYERS = ("vgg1_2", "vgg2_2", "vgg3_2", "vgg4_2", "vgg5", "r1_3x3", "r2_3x3", "r3_3x3", "r4_3x3", "r2_3x3s2",
           "r1_1x1_up", "r2_1x1_down", "r3_1x1_up", "r4_1x1_up", "stem", "grouped", "depthwise")  # fmt: skip
 BATCHES = (8, 32, 256)
@@ -89,7 +94,7 @@ def measure(sides: dict[str, Callable[[], object]], eager: tuple[str, ...] = ())
 
 
 def ceilings() -> dict[str, float]:
-    """What this GPU reaches: FLOP/s of a large bf16 product of random data, bytes/s of a large copy, both ways."""
+    """What this GPU reaches: FLOP/s of a large product of random data, bytes/s of a large copy, both ways."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=DTYPE) for _ in range(2))
     source = torch.randn(1 << 30, device="cuda")
     target = torch.empty_like(source)
@@ -136,7 +141,7 @@ def _bound(layer: Layer, batch: int, share_in: float, share_out: float, theory: 
     flops = 2 * layer.valid_macs() * batch / theory
     moved = batch * (layer.c_in * layer.size**2 * share_in + layer.c_out * layer.out_size**2 * share_out)
     moved += layer.c_in // layer.groups * layer.c_out * layer.kernel**2
-    return 1e3 * max(flops / top["flops"], 2 * moved / top["bytes"])
+    return 1e3 * max(flops / top["flops"], DTYPE.itemsize * moved / top["bytes"])
 
 
 def layer_row(layer: Layer, batch: int, top: dict[str, float]) -> dict[str, Any]:
@@ -158,16 +163,16 @@ def layer_row(layer: Layer, batch: int, top: dict[str, float]) -> dict[str, Any]
         )
 
     expected = F.conv2d(masked, w, None, *geometry) * out_mask
-    require_close("full width", full(), F.conv2d(x, w, None, *geometry))
-    require_close("mixed widths", mixed("zero"), expected)
+    require_close("full width", full(), F.conv2d(x, w, None, *geometry), LIMITS[DTYPE])
+    require_close("mixed widths", mixed("zero"), expected, LIMITS[DTYPE])
     sides: dict[str, Callable[[], object]] = {
         "full": full, "full again": full, "mixed": mixed, "cudnn": lambda: F.conv2d(x, w, None, *geometry),
         "dense + mask": lambda: F.conv2d(masked, w, None, *geometry) * out_mask,
     }  # fmt: skip
     if layer.groups == 1:
         i_list, o_list = ins.tolist(), outs.tolist()
-        require_close("slices", slices(masked, w, layer, i_list, o_list), expected)
-        require_close("by action", by_action(masked, w, layer, ins, outs), expected)
+        require_close("slices", slices(masked, w, layer, i_list, o_list), expected, LIMITS[DTYPE])
+        require_close("by action", by_action(masked, w, layer, ins, outs), expected, LIMITS[DTYPE])
         sides["slices"] = lambda: slices(masked, w, layer, i_list, o_list)
         sides["group by action"] = lambda: by_action(masked, w, layer, ins, outs)
     found = measure(sides, eager=("slices", "group by action"))
@@ -258,6 +263,7 @@ def tune(layers: list[Layer]) -> dict[str, list[int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("all", "layers", "networks", "tune"), default="all")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="float32 with TF32 on every side")
     parser.add_argument("--backend", default=None, help="cuda or triton; both where they run if not given")
     parser.add_argument("--layers", nargs="+", default=LAYERS, choices=sorted(BY_NAME))
     parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
@@ -266,7 +272,10 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench/gpu.py: torch sees no CUDA device; nothing was measured")
+    global DTYPE
+    DTYPE = DTYPES[options.dtype]
     torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "tf32"
     begin = time.monotonic()
     if options.part == "tune":
         with rnp_kernels.backend("triton"):
@@ -279,6 +288,7 @@ def main() -> None:
     reasons = rnp_kernels.available_backends()
     names = [options.backend] if options.backend else [name for name in ("cuda", "triton") if reasons[name] is None]
     report: dict[str, Any] = {
+        "dtype": options.dtype,
         "environment": environment() | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda},
         "backends": reasons, "ceilings": ceilings(), "rows": [], "not_measured": [],
     }  # fmt: skip

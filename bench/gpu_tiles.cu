@@ -1,14 +1,15 @@
 // Times the CUDA tile kernels alone, without torch: a second or two for what takes bench/gpu.py a minute, for tuning on
-// a borrowed GPU. bfloat16, channels_last, tail="skip"; every launch is checked first, on 4,096 outputs, against a
-// plain kernel. Built where nvcc is, and carried to the GPU if that is elsewhere:
+// a borrowed GPU. bfloat16, or float32 by TF32 products; channels_last, tail="skip"; every launch is checked first, on
+// 4,096 outputs, against a plain kernel. Built where nvcc is, and carried to the GPU if that is elsewhere:
 //
 //   cmake -S . -B build/gpu-tiles -DRNP_CUDA=1 -DRNP_CUDA_ARCHS=90a -DRNP_BUILD_TESTS=OFF
-//   cmake --build build/gpu-tiles --target gpu_tiles && build/gpu-tiles/gpu_tiles [ways] [layers] [batches]
+//   cmake --build build/gpu-tiles --target gpu_tiles && build/gpu-tiles/gpu_tiles [ways] [layers] [batches] [dtypes]
 //
 // ways: planned, 256, 128, 64 (channels of a tile of sm_90a), tall128, tall64 (of 256 rows), copied (planned, input by
-// cp.async), sm80; all by default. Prints for each way TFLOP/s of the valid taps and microseconds at full width, and
-// for random widths (k = 4) the share of the theoretical speed-up over that. Medians of seven, the L2 cache flushed
-// before each, launches not in a graph: below some 30 microseconds the host's time is in them.
+// cp.async), sm80; all by default. dtypes: bf16 (the default), tf32. Prints for each way TFLOP/s of the valid taps and
+// microseconds at full width, and for random widths (k = 4) the share of the theoretical speed-up over that. Medians of
+// seven, the L2 cache flushed before each, launches not in a graph: below some 30 microseconds the host's time is in
+// them.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -43,7 +44,11 @@ struct Memory {
   Memory& operator=(const Memory&) = delete;
 };
 
+// uint16_t holds a bfloat16.
 __device__ float widened(uint16_t v) { return __uint_as_float(static_cast<uint32_t>(v) << 16); }
+__device__ float widened(float v) { return v; }
+__device__ void narrow_to(uint16_t* to, float v) { *to = static_cast<uint16_t>((__float_as_uint(v) + 0x8000) >> 16); }
+__device__ void narrow_to(float* to, float v) { *to = v; }
 
 __device__ uint32_t mixed(uint32_t v) {
   v = (v ^ v >> 16) * 2246822519u;
@@ -51,17 +56,19 @@ __device__ uint32_t mixed(uint32_t v) {
   return v ^ v >> 16;
 }
 
-__global__ void fill(uint16_t* to, size_t count, uint32_t seed, float scale) {
+template <typename T>
+__global__ void fill(T* to, size_t count, uint32_t seed, float scale) {
   for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x) {
     const uint32_t h = mixed(static_cast<uint32_t>(i) * 2654435761u + seed);
     const float v = (static_cast<float>((h & 0xffff) + (h >> 16)) / 65536 - 1) * 2.45f * scale;
-    to[i] = static_cast<uint16_t>((__float_as_uint(v) + 0x8000) >> 16);
+    narrow_to(to + i, v);
   }
 }
 
 // Squares of the error and of the truth, summed over live outputs drawn by chance.
-__global__ void compare(const uint16_t* x, const uint16_t* w, const uint16_t* y, ConvShape s, const int32_t* in,
-                        const int32_t* out, float* sums) {
+template <typename T>
+__global__ void compare(const T* x, const T* w, const T* y, ConvShape s, const int32_t* in, const int32_t* out,
+                        float* sums) {
   uint32_t h = mixed(blockIdx.x * blockDim.x + threadIdx.x + 1);
   const auto draw = [&](int64_t limit) { return static_cast<int64_t>((h = mixed(h + 7)) >> 4) % limit; };
   const int64_t n = draw(s.n), oy = draw(s.out_h), ox = draw(s.out_w), o = draw(out ? out[n] : s.c_out);
@@ -93,6 +100,7 @@ constexpr Layer kLayers[] = {
     {"r4_1x1_down", 2048, 7, 512, 1, 1}};
 
 constexpr const char* kWays = "planned,256,128,64,tall128,tall64,copied,sm80";
+constexpr const char* kDtypes = "bf16,tf32";
 
 // Makes the launch go `way`; false where its layer cannot.
 bool go(const std::string& way, TileLaunch& launch) {
@@ -104,7 +112,7 @@ bool go(const std::string& way, TileLaunch& launch) {
   if (bn == 0 || !is_hopper(launch.tile) || a.cut.group_out <= bn / 2) return false;
   if ((tall || bn == 256) && a.segment_chunks < a.chunks) return false;
   a.cut.bm = tall ? kTallRows : 128, a.cut.bn = bn, a.splits = 1, launch.partial_elements = 0;
-  launch.tile = bn == 256 ? TileName::sm90_bf16_128x256 : TileName::sm90_bf16_128x128;
+  launch.tile = hopper_tile(launch.tile, bn);
   return true;
 }
 
@@ -125,9 +133,14 @@ void require_known(const char* what, const std::vector<std::string>& words, cons
   }
 }
 
+template <typename T>
 struct Problem {
+  static constexpr DType kDType = sizeof(T) == 2 ? DType::kBFloat16 : DType::kFloat32;
+  // Of the root mean square: a rounding of bfloat16 outputs, or both operands of every product cut to TF32 (some 2^-11
+  // each on average).
+  static constexpr float kAllowed = sizeof(T) == 2 ? 5e-3f : 2e-3f;
   ConvShape s;
-  Memory<uint16_t> x, w, y, packed;
+  Memory<T> x, w, y, packed;
   Memory<int32_t> in, out, order;
   Memory<float> sums{2};
   double theory = 0, flops = 0;
@@ -141,8 +154,7 @@ struct Problem {
     return s;
   }
   PackArgs pack() const {
-    return pack_args(s, DType::kBFloat16, Role::kForward, w.at, {s.c_in * s.kh * s.kw, s.kh * s.kw, s.kw, 1},
-                     packed.at);
+    return pack_args(s, kDType, Role::kForward, w.at, {s.c_in * s.kh * s.kw, s.kh * s.kw, s.kw, 1}, packed.at);
   }
 
   Problem(const Layer& l, int64_t batch)
@@ -150,8 +162,7 @@ struct Problem {
         x(static_cast<size_t>(s.n * s.c_in * s.h * s.w)),
         w(static_cast<size_t>(s.c_out * s.c_in * s.kh * s.kw)),
         y(static_cast<size_t>(s.n * s.c_out * s.out_h * s.out_w)),
-        packed(static_cast<size_t>(
-            pack_args(s, DType::kBFloat16, Role::kForward, nullptr, {}, nullptr).layout.elements())),
+        packed(static_cast<size_t>(pack_args(s, kDType, Role::kForward, nullptr, {}, nullptr).layout.elements())),
         in(static_cast<size_t>(s.n)),
         out(static_cast<size_t>(s.n)),
         order(static_cast<size_t>(4 * s.n + s.c_out)) {
@@ -181,7 +192,7 @@ struct Problem {
   // Milliseconds, or a negative number where the way is not this layer's; NaN for a wrong result.
   double time(const std::string& way, bool mixed, const Device& device, char* flush, size_t flush_bytes) {
     PrefixConv2dParams p;
-    p.dtype = DType::kBFloat16, p.shape = s, p.tail = Tail::kSkip;
+    p.dtype = kDType, p.shape = s, p.tail = Tail::kSkip;
     p.input = x.at, p.input_stride = {s.c_in * s.h * s.w, 1, s.w * s.c_in, s.c_in};
     p.weight = w.at, p.packed = reinterpret_cast<const float*>(packed.at);
     p.output = y.at, p.output_stride = {s.c_out * s.out_h * s.out_w, 1, s.out_w * s.c_out, s.c_out};
@@ -203,13 +214,13 @@ struct Problem {
       }
       require(launch_tile(launch, device.multiprocessors, nullptr));
     };
-    require(cudaMemset(y.at, 0xff, static_cast<size_t>(s.n * s.c_out * s.out_h * s.out_w) * 2));
+    require(cudaMemset(y.at, 0xff, static_cast<size_t>(s.n * s.c_out * s.out_h * s.out_w) * sizeof(T)));
     require(cudaMemset(sums.at, 0, 8));
     run();
     compare<<<64, 64>>>(x.at, w.at, y.at, s, mixed ? in.at : nullptr, mixed ? out.at : nullptr, sums.at);
     float found[2];
     require(cudaMemcpy(found, sums.at, 8, cudaMemcpyDeviceToHost));
-    if (!(std::sqrt(found[0] / found[1]) < 5e-3f)) return std::nan("");
+    if (!(std::sqrt(found[0] / found[1]) < kAllowed)) return std::nan("");
     std::vector<float> times;
     cudaEvent_t begin, end;
     require(cudaEventCreate(&begin)), require(cudaEventCreate(&end));
@@ -228,6 +239,23 @@ struct Problem {
   }
 };
 
+template <typename T>
+void time_layer(const Layer& layer, int64_t batch, const std::string& dtype, const std::vector<std::string>& ways,
+                const Device& device, char* flush, size_t flush_bytes) {
+  Problem<T> problem(layer, batch);
+  std::printf("%s %-11s batch %3lld, theory %.2f:", dtype.c_str(), layer.name, static_cast<long long>(problem.s.n),
+              problem.theory);
+  for (const std::string& way : ways) {
+    const double full = problem.time(way, false, device, flush, flush_bytes);
+    if (full < 0) continue;
+    const double mixed = problem.time(way, true, device, flush, flush_bytes);
+    std::printf("  %s %.0f TFLOP/s %.0f us, mixed %.2f", way.c_str(), problem.flops / full / 1e9, full * 1e3,
+                full / mixed / problem.theory);
+  }
+  std::printf("\n");
+  std::fflush(stdout);
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -237,27 +265,20 @@ int main(int count, char** words) {
   std::vector<std::string> names;
   for (const Layer& layer : kLayers) names.push_back(layer.name);
   require_known("layers", layers, names);
-  const std::vector<std::string> batches = word(3, "256,32");
+  const std::vector<std::string> batches = word(3, "256,32"), dtypes = word(4, "bf16");
+  require_known("dtypes", dtypes, split(kDtypes));
   for (const std::string& batch : batches)
     if (std::atoll(batch.c_str()) <= 0) require(("batches must be positive numbers; got " + batch).c_str());
   Device device;
   require(current_device(&device));
   constexpr size_t kFlush = size_t{256} << 20;
   Memory<char> flush(kFlush);
-  for (const std::string& batch : batches)
-    for (const Layer& layer : kLayers) {
-      if (!layers.empty() && std::find(layers.begin(), layers.end(), layer.name) == layers.end()) continue;
-      const int64_t wanted = std::atoll(batch.c_str());
-      Problem problem(layer, layer.size >= 112 ? std::min<int64_t>(wanted, 64) : wanted);
-      std::printf("%-11s batch %3lld, theory %.2f:", layer.name, static_cast<long long>(problem.s.n), problem.theory);
-      for (const std::string& way : ways) {
-        const double full = problem.time(way, false, device, flush.at, kFlush);
-        if (full < 0) continue;
-        const double mixed = problem.time(way, true, device, flush.at, kFlush);
-        std::printf("  %s %.0f TFLOP/s %.0f us, mixed %.2f", way.c_str(), problem.flops / full / 1e9, full * 1e3,
-                    full / mixed / problem.theory);
+  for (const std::string& dtype : dtypes)
+    for (const std::string& batch : batches)
+      for (const Layer& layer : kLayers) {
+        if (!layers.empty() && std::find(layers.begin(), layers.end(), layer.name) == layers.end()) continue;
+        const int64_t wanted = std::atoll(batch.c_str()),
+                      n = layer.size >= 112 ? std::min<int64_t>(wanted, 64) : wanted;
+        (dtype == "tf32" ? time_layer<float> : time_layer<uint16_t>)(layer, n, dtype, ways, device, flush.at, kFlush);
       }
-      std::printf("\n");
-      std::fflush(stdout);
-    }
 }

@@ -117,8 +117,9 @@ def check_output(case: Case, arguments: Tensors, output: Tensor, means: Tensor |
 
 def check_tf32(case: Case, device: str) -> None:
     """float32 where TF32 is allowed. cuDNN takes TF32 for some shapes and not for others, so its error says nothing of
-    ours; the bound is arithmetic's: each operand loses at most 2^-10 of itself (cut off, not rounded), so each sum at
-    most 2^-9 of the sum of its products' absolute values, and the addition in float32 far less."""
+    ours; the bound is arithmetic's: each operand loses less than 2^-10 of itself (cut off, as wgmma does; rounded, as
+    the kernels of sm_80 do, 2^-11), so each sum at most 2^-9 of the sum of its products' absolute values, and the
+    addition in float32 far less."""
     arguments = testing.make(case, torch.float32, device)
     with float32_products("tf32"):
         output, _ = call(case, arguments)

@@ -98,7 +98,18 @@ SMALL = {"input": (4, 512, 7, 7), "weight": (512, 512, 3, 3)}
         ),
         ({"weight": (48, 128, 3, 3)}, "tile bf16_128x64, 128 rows x 64 channels"),  # wgmma needs 64 outputs
         ({"channels_last": False}, "tile bf16_128x64, 128 rows x 64 channels, gathered"),
-        ({"dtype": "float32"}, "tile tf32_128x128, 128 rows x 128 channels"),
+        ({"dtype": "float32"}, "tile sm90_tf32_128x128, 256 rows x 128 channels"),
+        (
+            {"dtype": "float32", "input": (256, 256, 14, 14), "weight": (512, 256, 3, 3)},
+            "tile sm90_tf32_128x256, 128 rows x 256 channels",
+        ),
+        (
+            {**SMALL, "dtype": "float32"},
+            "tile sm90_tf32_128x128, 128 rows x 64 channels, K in segments of 64 channels, split over blocks",
+        ),
+        ({"dtype": "float32", "tf32": False}, "tile fp32_128x64, 128 rows x 64 channels"),  # exact products
+        ({"dtype": "float32", "weight": (48, 128, 3, 3)}, "tile tf32_128x64, 128 rows x 64 channels"),
+        ({"dtype": "float32", "channels_last": False}, "tile tf32_128x64, 128 rows x 64 channels, gathered"),
     ],
 )
 def test_a_hopper_gpu_takes_wgmma_where_it_fits(changed: dict, kernel: str):

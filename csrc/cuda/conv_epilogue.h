@@ -111,7 +111,7 @@ RNP_DEVICE void write_tails(const ConvArgs& p, int thread, int threads) {
 // kernel does in registers, and finishes them; the channels beyond the prefix too. A warp for each position.
 template <typename T>
 RNP_DEVICE void sum_segments_block(const ConvArgs& p) {
-  const int32_t positions = static_cast<int32_t>(p.cut.positions), segment = p.segment_chunks * kPackChannels;
+  const int32_t positions = static_cast<int32_t>(p.cut.positions), segment = p.segment_chunks * kPackChannels<T>;
   const int64_t rows = p.cut.n * p.cut.positions, elements = rows * p.c_out;
   const int warps = thread_count() / 32;
   for (int64_t row = block_index() * warps + thread_index() / 32; row < rows; row += block_count() * warps) {

@@ -20,6 +20,10 @@
 
 namespace rnp::cuda {
 
+struct alignas(8) Pair {
+  float low, high;
+};
+
 struct alignas(16) Vec16 {  // what one asynchronous copy moves
   uint32_t word[4];
 };
@@ -116,7 +120,8 @@ RNP_DEVICE float widen(Float16 v) {
   asm("cvt.f32.f16 %0, %1;\n" : "=f"(out) : "h"(v.bits));
   return out;
 }
-// Two neighbouring elements of 2 bytes, the first in the low half.
+// Two neighbouring elements; of 2 bytes the first in the low half.
+RNP_DEVICE Pair narrow_two(float, float low, float high) { return {low, high}; }
 RNP_DEVICE uint32_t narrow_two(BFloat16, float low, float high) {
   uint32_t out;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(high), "f"(low));
@@ -188,6 +193,7 @@ template <typename T>
 inline T narrow(float v) {
   return from_float<T, float>(v);
 }
+inline Pair narrow_two(float, float low, float high) { return {low, high}; }
 template <typename T>
 inline uint32_t narrow_two(T, float low, float high) {
   return narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16;

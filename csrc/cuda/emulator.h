@@ -30,6 +30,7 @@ void multiply_matrices(BFloat16, float* d, const uint32_t* a, uint32_t b0, uint3
 void multiply_matrices(Float16, float* d, const uint32_t* a, uint32_t b0, uint32_t b1);
 void multiply_matrices(float, float* d, const uint32_t* a, uint32_t b0, uint32_t b1);
 uint32_t to_tf32(uint32_t float_bits);
+void check_aligned(const void* global, size_t alignment);
 
 // ---- Hopper: barriers of shared memory, the copy engine, wgmma ----
 //
@@ -37,11 +38,12 @@ uint32_t to_tf32(uint32_t float_bits);
 // wait: they must have landed, must be published (fence.proxy.async after that, by a thread that knows), and must still
 // be the same bytes when the wait ends; the registers of its sums hold NaN in between.
 
-// What cuTensorMapEncodeIm2col is told of a tensor of 2-byte elements; sizes are (c, w, h, n), strides bytes.
+// What cuTensorMapEncodeIm2col is told of a tensor; sizes are (c, w, h, n), strides bytes.
 struct TensorMap {
   const char* base = nullptr;
   int64_t size[4] = {}, stride[4] = {};
   int32_t lower[2] = {}, upper[2] = {}, step[2] = {};  // (w, h)
+  int32_t element = 2;                                 // bytes
   int32_t channels = 64, pixels = 128;                 // of one copy
 };
 
@@ -63,6 +65,7 @@ void commit_products();
 void wait_products(int most);
 void multiply_warpgroup(BFloat16, int width, float* d, uint64_t a, uint64_t b);
 void multiply_warpgroup(Float16, int width, float* d, uint64_t a, uint64_t b);
+void multiply_warpgroup(float, int width, float* d, uint64_t a, uint64_t b);  // TF32
 
 struct Statistics {
   int64_t matrix_products = 0;  // mma instructions of a warp

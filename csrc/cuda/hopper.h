@@ -90,8 +90,8 @@ RNP_DEVICE void copy_bulk(void* shared, const void* global, uint32_t bytes, uint
                : "memory");
 }
 
-// One column of the map's im2col matrix: its pixels from (w, h, n) on, moved by the tap's offset, 64 channels from c
-// on. What lies outside the tensor comes as zeros, and all bytes of the box count towards the barrier.
+// One column of the map's im2col matrix: its pixels from (w, h, n) on, moved by the tap's offset, 128 bytes of
+// channels from c on. What lies outside the tensor comes as zeros, and all bytes of the box count towards the barrier.
 RNP_DEVICE void copy_im2col(void* shared, const TensorMap* map, uint64_t* barrier, int32_t c, int32_t w, int32_t h,
                             int32_t n, uint16_t offset_w, uint16_t offset_h) {
   asm volatile(
@@ -109,12 +109,20 @@ RNP_DEVICE float load_if(bool live, const float* from, int at, float otherwise) 
       : "r"(static_cast<uint32_t>(live)), "l"(from + at));
   return otherwise;
 }
-// Two elements of two bytes, from an even one on.
-RNP_DEVICE uint32_t load_two_if(bool live, const void* from, int at) {
+// Two elements, from an even one on; zeros otherwise.
+template <typename T>
+RNP_DEVICE Pair load_two_if(bool live, const T* from, int at) {
   uint32_t two = 0;
   asm("{\n.reg .pred live;\nsetp.ne.u32 live, %1, 0;\n@live ld.global.u32 %0, [%2];\n}\n"
       : "+r"(two)
-      : "r"(static_cast<uint32_t>(live)), "l"(static_cast<const uint16_t*>(from) + at));
+      : "r"(static_cast<uint32_t>(live)), "l"(from + at));
+  return {widen(T{static_cast<uint16_t>(two)}), widen(T{static_cast<uint16_t>(two >> 16)})};
+}
+RNP_DEVICE Pair load_two_if(bool live, const float* from, int at) {
+  Pair two = {0, 0};
+  asm("{\n.reg .pred live;\nsetp.ne.u32 live, %2, 0;\n@live ld.global.v2.f32 {%0, %1}, [%3];\n}\n"
+      : "+f"(two.low), "+f"(two.high)
+      : "r"(static_cast<uint32_t>(live)), "l"(from + at));
   return two;
 }
 
@@ -166,8 +174,11 @@ inline void copy_im2col(void* shared, const TensorMap* map, uint64_t* barrier, i
   emulator::copy_im2col(shared, *map, barrier, c, w, h, n, offset_w, offset_h);
 }
 inline float load_if(bool live, const float* from, int at, float otherwise) { return live ? from[at] : otherwise; }
-inline uint32_t load_two_if(bool live, const void* from, int at) {
-  return live ? *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(from) + at) : 0;
+template <typename T>
+inline Pair load_two_if(bool live, const T* from, int at) {
+  if (!live) return {0, 0};
+  emulator::check_aligned(from + at, 2 * sizeof(T));
+  return {widen(from[at]), widen(from[at + 1])};
 }
 template <int N>
 inline void take_registers() {}

@@ -8,7 +8,7 @@ namespace rnp::cuda {
 
 // What loaders and consumers must know of a tile. width 0: there is no further tile.
 struct TileState {
-  int32_t k_live;                  // K in channels, at least the longest row's, a multiple of 16
+  int32_t k_live;                  // K in channels, at least the longest row's, a multiple of the step
   int32_t width;                   // live output channels of the widest row
   int32_t group, first_channel;    // in the group
   int32_t first_chunk, end_chunk;  // of K

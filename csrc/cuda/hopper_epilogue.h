@@ -6,15 +6,23 @@
 namespace rnp::cuda {
 
 // A warp holds 16 rows in the layout of wgmma's accumulator: lane l rows l / 4 and + 8, channels 8 j + 2 (l % 4) and
-// + 1. It finishes and narrows 64 channels at a time, turns them in shared memory (pieces of 16 bytes, swizzled) and
-// stores whole lines. Every address is found before the loops: with the general form of `finish` for each element this
-// took 40,000 cycles a tile on an H200, longer than the products of 256 channels and nine taps.
+// + 1. It finishes and narrows 128 bytes of channels at a time, turns them in shared memory (pieces of 16 bytes,
+// swizzled) and stores whole lines. Every address is found before the loops: with the general form of `finish` for each
+// element this took 40,000 cycles a tile on an H200, longer than the products of 256 channels and nine taps.
 template <typename Tile>
 struct HopperEpilogue : HopperBlock<Tile> {
   using Base = HopperBlock<Tile>;
   using Base::kProducers, Base::p, Base::staging;
   using typename Base::T;
-  using Sums64 = float[Tile::BN / 2];  // of a thread, for 64 rows
+  using Narrow = decltype(narrow_two(T{}, 0.0f, 0.0f));  // two elements
+  using Sums64 = float[Tile::BN / 2];                    // of a thread, for 64 rows
+  // A staged row is as many blocks of eight channels, one or two pieces each, which change places from row to row: no
+  // two of the rows that one access writes meet in a bank.
+  static constexpr int kBlocks = Tile::kSlab / 8, kBlockBytes = 8 * Tile::kElement;
+
+  RNP_DEVICE static int staged_at(int row, int piece) {
+    return row * kPackBytes + ((piece ^ (row & (kBlocks - 1)) * (8 / kBlocks)) << 4);
+  }
 
   RNP_DEVICE static int consumer() { return thread_index() - kProducers; }
   RNP_DEVICE static int consumer_group() { return consumer() / 128; }
@@ -63,7 +71,7 @@ struct HopperEpilogue : HopperBlock<Tile> {
 
   // Channels `at` and at + 1 of the row, finished as `finish` does.
   template <bool kTables, bool kResidual>
-  RNP_DEVICE uint32_t finish_pair(const Part& part, int at, const float* v) const {
+  RNP_DEVICE Narrow finish_pair(const Part& part, int at, const float* v) const {
     float out[2] = {v[0], v[1]};
     if constexpr (kTables) {
       // Of two channels the tables have both where they have one: ConvArgs::pairs.
@@ -77,37 +85,38 @@ struct HopperEpilogue : HopperBlock<Tile> {
       for (int e = 0; e < 2; ++e) out[e] = multiply_add(out[e], 1.0f, 0.0f);  // as `finish`: no -0
     }
     if constexpr (kResidual) {
-      const uint32_t two = load_two_if(part.live > at, part.with.residual, at);
-      out[0] += widen(T{static_cast<uint16_t>(two)});
-      out[1] += widen(T{static_cast<uint16_t>(two >> 16)});
+      const Pair two = load_two_if(part.live > at, part.with.residual, at);
+      out[0] += two.low;
+      out[1] += two.high;
     }
     if (p.relu) out[0] = relu(out[0]), out[1] = relu(out[1]);
     return narrow_two(T{}, out[0], out[1]);
   }
 
-  // Channels slab … slab + 63 of both rows, to shared memory.
+  // Channels slab … slab + kSlab - 1 of both rows, to shared memory.
   template <bool kTables, bool kResidual>
   RNP_DEVICE void stage(const Part (&part)[2], int slab, const Sums64& sums, char* to, int turn) const {
     RNP_UNROLL
-    for (int j = 0; j < Tile::kSlab / 8; ++j) {
+    for (int j = 0; j < kBlocks; ++j) {
       RNP_UNROLL
       for (int high = 0; high < 2; ++high)
-        *reinterpret_cast<uint32_t*>(to + high * 8 * 128 + ((j ^ turn) << 4)) =
+        *reinterpret_cast<Narrow*>(to + high * 8 * kPackBytes + (j ^ turn) * kBlockBytes) =
             finish_pair<kTables, kResidual>(part[high], slab + j * 8, &sums[(slab / 8 + j) * 4 + high * 2]);
     }
   }
 
   // Rows first_row … + 63 of the tile.
   RNP_DEVICE void store(const TileState& s, const Run* runs, int first_row, const Sums64& sums) const {
-    const int lane = thread_index() & 31, warp = consumer() / 32, pair = (lane & 3) * 2, turn = lane >> 2;
+    const int lane = thread_index() & 31, warp = consumer() / 32, pair = (lane & 3) * 2, line = lane >> 2;
+    const int turn = line & (kBlocks - 1);
     first_row += (warp & 3) * 16;
     if (!p.pairs) return store_singly(s, runs, first_row, sums);
     const int32_t channel = first_channel_of(s) + pair;
     if (p.partial) return store_partial(s, runs, first_row, channel, sums);
-    const Part part[2] = {part_of(place_of(s, runs, first_row + turn), channel, pair),
-                          part_of(place_of(s, runs, first_row + turn + 8), channel, pair)};
+    const Part part[2] = {part_of(place_of(s, runs, first_row + line), channel, pair),
+                          part_of(place_of(s, runs, first_row + line + 8), channel, pair)};
     char* staged = staging + warp * Tile::kStagedBytes;
-    char* to = staged + turn * 128 + pair * 2;
+    char* to = staged + line * kPackBytes + pair * Tile::kElement;
     // Four times four rows, eight lanes each.
     const int piece = lane & 7, first = lane >> 3;
     T* out[4];
@@ -115,8 +124,8 @@ struct HopperEpilogue : HopperBlock<Tile> {
     RNP_UNROLL
     for (int i = 0; i < 4; ++i) {
       const Place row = place_of(s, runs, first_row + i * 4 + first);
-      out[i] = static_cast<T*>(p.output) + row.output + first_channel_of(s) + piece * 8;
-      live[i] = row.out_live - piece * 8;
+      out[i] = static_cast<T*>(p.output) + row.output + first_channel_of(s) + piece * Tile::kPiece;
+      live[i] = row.out_live - piece * Tile::kPiece;
     }
     RNP_UNROLL
     for (int slab = 0; slab < Tile::BN; slab += Tile::kSlab) {
@@ -135,12 +144,13 @@ struct HopperEpilogue : HopperBlock<Tile> {
         sync_warp();
         RNP_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const char* from = staged + swizzled(i * 4 + first, piece);
-          if (live[i] >= slab + 8 && (reinterpret_cast<uintptr_t>(out[i]) & 15) == 0) {
+          const char* from = staged + staged_at(i * 4 + first, piece);
+          if (live[i] >= slab + Tile::kPiece && (reinterpret_cast<uintptr_t>(out[i]) & 15) == 0) {
             *reinterpret_cast<Vec16*>(out[i] + slab) = *reinterpret_cast<const Vec16*>(from);
           } else {
             RNP_ROLL
-            for (int e = 0; e < 8 && slab + e < live[i]; ++e) out[i][slab + e] = reinterpret_cast<const T*>(from)[e];
+            for (int e = 0; e < Tile::kPiece && slab + e < live[i]; ++e)
+              out[i][slab + e] = reinterpret_cast<const T*>(from)[e];
           }
         }
         sync_warp();

@@ -92,10 +92,10 @@ struct HopperLoader : HopperBlock<Tile> {
     for (int32_t it = 0; it < stages; ++it, at.next(p, s.group), ring.next()) {
       wait_barrier(empty + ring.at, ring.parity ^ 1);
       if (thread_index() == 0) fetch_weights(s, at, ring.at, 0);
-      const int32_t channel = at.chunk * Tile::BK + piece * 8;
+      const int32_t channel = at.chunk * Tile::BK + piece * Tile::kPiece;
       if (channel < s.k_live) {
         const uint32_t tap = 1u << at.iy | 0x10000u << at.ix;
-        const T* const from = input + at.input + piece * 8;
+        const T* const from = input + at.input + piece * Tile::kPiece;
         RNP_ROLL
         for (int half = 0; half < rows(); half += Tile::BM) {
           // Rows 8 apart: the same place of a later row.
@@ -106,7 +106,7 @@ struct HopperLoader : HopperBlock<Tile> {
             const int32_t left = row.in_live - channel;
             const bool valid = (row.taps & tap) == tap && left > 0;
             copy_async(to + i * 8 * kPackBytes, valid ? from + row.input : input,
-                       valid ? (left < 8 ? left * 2 : 16) : 0);
+                       valid ? (left < Tile::kPiece ? left * Tile::kElement : 16) : 0);
           }
         }
       }

@@ -41,7 +41,7 @@ decltype(&cuTensorMapEncodeIm2col) encoder() {
 }
 
 // False where the driver refuses: the kernel then fetches by cp.async, with the same result.
-bool encode(const Im2colBox& b, Maps* maps) {
+bool encode(const Im2colBox& b, int element, Maps* maps) {
   static const auto call = encoder();
   if (!call) return false;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(b.c), static_cast<cuuint64_t>(b.w), static_cast<cuuint64_t>(b.h),
@@ -49,11 +49,14 @@ bool encode(const Im2colBox& b, Maps* maps) {
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(b.w_stride), static_cast<cuuint64_t>(b.h_stride),
                                 static_cast<cuuint64_t>(b.n_stride)};
   const cuuint32_t steps[] = {1, static_cast<cuuint32_t>(b.step[0]), static_cast<cuuint32_t>(b.step[1]), 1};
-  // Elements are moved, never read: any type of two bytes.
+  // Elements are moved, never read: integers of their size. As TFLOAT32 the copy engine would round them, and cp.async
+  // does not: a sample's bits would depend on its company.
+  const CUtensorMapDataType type = element == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16 : CU_TENSOR_MAP_DATA_TYPE_UINT32;
   for (int i = 0; i < kBoxSizes; ++i)
-    if (call(maps->of_size + i, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(b.base), sizes, strides, b.lower,
-             b.upper, kPackChannels, 1u << i, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+    if (call(maps->of_size + i, type, 4, const_cast<void*>(b.base), sizes, strides, b.lower, b.upper,
+             static_cast<cuuint32_t>(kPackBytes / element), 1u << i, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
       return false;
   return true;
 }
@@ -63,7 +66,7 @@ template <typename Tile>
 cudaError_t launch(const TileLaunch& what, int multiprocessors, cudaStream_t stream) {
   ConvArgs args = what.args;
   Maps maps = {};
-  args.use_tma = args.use_tma && encode(what.box, &maps);
+  args.use_tma = args.use_tma && encode(what.box, Tile::kElement, &maps);
   const auto kernel = hopper_tile_kernel<Tile>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
   if (error != cudaSuccess) return error;

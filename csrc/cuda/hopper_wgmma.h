@@ -1,6 +1,9 @@
-// wgmma.mma_async for every width that the tiles use: d (64 x N, float32) += a (64 x 16) · b (16 x N), both operands in
-// shared memory, K along their 128-byte rows. N / 2 sums of each thread; lane l of warp w of the group holds rows
-// 16 w + l / 4 and + 8, columns 8 j + 2 (l % 4) and + 1: d[4 j + 2 (row / 8 % 2) + column % 2].
+// wgmma.mma_async for every width that the tiles use: d (64 x N, float32) += a (64 x 32 bytes) · b (32 bytes x N), both
+// operands in shared memory, K along their 128-byte rows. Of a float it takes what TF32 has, and ignores the low 13
+// bits.
+//
+// N / 2 sums of each thread; lane l of warp w of the group holds rows 16 w + l / 4 and + 8, columns 8 j + 2 (l % 4) and
+// + 1: d[4 j + 2 (row / 8 % 2) + column % 2].
 #pragma once
 
 #include <type_traits>
@@ -51,29 +54,31 @@ using Width = std::integral_constant<int, N>;
 #define RNP_OF_14 RNP_OF_13, RNP_EIGHT(112)
 #define RNP_OF_15 RNP_OF_14, RNP_EIGHT(120)
 
-// The sums are always added to: a block sets them to zero itself. No operand is negated or transposed.
-#define RNP_WGMMA(Type, type, n, last, a_at, b_at)                                                                  \
-  RNP_DEVICE void multiply_warpgroup(Type, Width<n>, float* d, uint64_t a, uint64_t b) {                            \
-    asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type \
-                 "." type " {" RNP_AT_##last "}, %" #a_at ", %" #b_at ", add, 1, 1, 0, 0;\n}\n"                     \
-                 : RNP_OF_##last                                                                                    \
-                 : "l"(a), "l"(b));                                                                                 \
+// The sums are always added to: a block sets them to zero itself. No operand is negated or transposed, which `ends`
+// says: TF32 has no choice of the second.
+#define RNP_WGMMA(Type, k, type, ends, n, last, a_at, b_at)                                                        \
+  RNP_DEVICE void multiply_warpgroup(Type, Width<n>, float* d, uint64_t a, uint64_t b) {                           \
+    asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #n k ".f32." type \
+                 "." type " {" RNP_AT_##last "}, %" #a_at ", %" #b_at ", add, " ends ";\n}\n"                      \
+                 : RNP_OF_##last                                                                                   \
+                 : "l"(a), "l"(b));                                                                                \
   }
-#define RNP_WGMMA_WIDTHS(Type, type)       \
-  RNP_WGMMA(Type, type, 16, 0, 8, 9)       \
-  RNP_WGMMA(Type, type, 32, 1, 16, 17)     \
-  RNP_WGMMA(Type, type, 48, 2, 24, 25)     \
-  RNP_WGMMA(Type, type, 64, 3, 32, 33)     \
-  RNP_WGMMA(Type, type, 80, 4, 40, 41)     \
-  RNP_WGMMA(Type, type, 96, 5, 48, 49)     \
-  RNP_WGMMA(Type, type, 112, 6, 56, 57)    \
-  RNP_WGMMA(Type, type, 128, 7, 64, 65)    \
-  RNP_WGMMA(Type, type, 160, 9, 80, 81)    \
-  RNP_WGMMA(Type, type, 192, 11, 96, 97)   \
-  RNP_WGMMA(Type, type, 224, 13, 112, 113) \
-  RNP_WGMMA(Type, type, 256, 15, 128, 129)
-RNP_WGMMA_WIDTHS(BFloat16, "bf16")
-RNP_WGMMA_WIDTHS(Float16, "f16")
+#define RNP_WGMMA_WIDTHS(Type, k, type, ends)       \
+  RNP_WGMMA(Type, k, type, ends, 16, 0, 8, 9)       \
+  RNP_WGMMA(Type, k, type, ends, 32, 1, 16, 17)     \
+  RNP_WGMMA(Type, k, type, ends, 48, 2, 24, 25)     \
+  RNP_WGMMA(Type, k, type, ends, 64, 3, 32, 33)     \
+  RNP_WGMMA(Type, k, type, ends, 80, 4, 40, 41)     \
+  RNP_WGMMA(Type, k, type, ends, 96, 5, 48, 49)     \
+  RNP_WGMMA(Type, k, type, ends, 112, 6, 56, 57)    \
+  RNP_WGMMA(Type, k, type, ends, 128, 7, 64, 65)    \
+  RNP_WGMMA(Type, k, type, ends, 160, 9, 80, 81)    \
+  RNP_WGMMA(Type, k, type, ends, 192, 11, 96, 97)   \
+  RNP_WGMMA(Type, k, type, ends, 224, 13, 112, 113) \
+  RNP_WGMMA(Type, k, type, ends, 256, 15, 128, 129)
+RNP_WGMMA_WIDTHS(BFloat16, "k16", "bf16", "1, 1, 0, 0")
+RNP_WGMMA_WIDTHS(Float16, "k16", "f16", "1, 1, 0, 0")
+RNP_WGMMA_WIDTHS(float, "k8", "tf32", "1, 1")
 
 #undef RNP_AT_0
 #undef RNP_OF_0

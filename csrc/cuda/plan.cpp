@@ -81,35 +81,38 @@ Im2colBox im2col_box(const ConvArgs& a, int32_t element) {
 
 // On a Hopper GPU: whether the layer runs on wgmma. A rule of layer, dtype and layout, never of the batch. Below 64
 // output channels a warpgroup's 64 rows read more of shared memory than they multiply.
-bool wants_wgmma(const ConvArgs& a, DType dtype) {
-  return (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && !a.gather && a.cut.group_out >= 64;
+bool wants_wgmma(const ConvArgs& a, bool matrix) { return matrix && !a.gather && a.cut.group_out >= 64; }
+
+TileName first_hopper_tile(DType dtype) {
+  if (dtype == DType::kBFloat16) return TileName::sm90_bf16_128x128;
+  return dtype == DType::kFloat16 ? TileName::sm90_fp16_128x128 : TileName::sm90_tf32_128x128;
 }
 
 void plan_hopper(TileLaunch& launch, DType dtype, const Device& device) {
   ConvArgs& a = launch.args;
+  const int32_t element = element_size(dtype);
   const int64_t rows = a.cut.n * a.cut.positions;
   const int32_t taps = a.y.count * a.x.count;
   a.segment_chunks = std::max(1, segment_chunks(a.cut.positions, a.chunks, taps, a.cut.groups));
   const int32_t segments = (a.chunks + a.segment_chunks - 1) / a.segment_chunks;
   const HopperChoice choice =
       choose_tile_sm90(rows, a.cut.group_out, a.cut.groups, segments, std::max<int64_t>(1, int64_t{a.chunks} * taps),
-                       device.multiprocessors, a.in_prefix || a.out_prefix);
+                       element, device.multiprocessors, a.in_prefix || a.out_prefix);
   a.cut.bm = choice.tile.bm, a.cut.bn = choice.tile.bn;
   if (choice.split) {
     a.splits = segments;
     launch.partial_elements = int64_t{segments} * rows * a.c_out;
   }
-  launch.box = im2col_box(a, 2);
+  launch.box = im2col_box(a, element);
   a.use_tma = launch.box.possible;
   a.box_lower_w = launch.box.lower[0], a.box_lower_h = launch.box.lower[1];
   const auto even = [](const Strides4& st) { return st.c == 1 && (st.n | st.h | st.w) % 2 == 0; };
   a.pairs = a.output_stride.c == 1 && a.c_out % 2 == 0 && (a.cut.groups == 1 || a.cut.group_out % 2 == 0) &&
-            (!a.residual || (even(a.residual_stride) && reinterpret_cast<uintptr_t>(a.residual) % 4 == 0));
+            (!a.residual || (even(a.residual_stride) &&
+                             reinterpret_cast<uintptr_t>(a.residual) % static_cast<uintptr_t>(2 * element) == 0));
   const auto dense = [&](const Strides4& st) { return st.h == a.out_w * st.w; };
   a.dense = dense(a.output_stride) && (!a.residual || dense(a.residual_stride));
-  const bool bf16 = dtype == DType::kBFloat16;
-  launch.tile = choice.tile.bn == 256 ? (bf16 ? TileName::sm90_bf16_128x256 : TileName::sm90_fp16_128x256)
-                                      : (bf16 ? TileName::sm90_bf16_128x128 : TileName::sm90_fp16_128x128);
+  launch.tile = hopper_tile(first_hopper_tile(dtype), choice.tile.bn);
 }
 
 }  // namespace
@@ -182,7 +185,7 @@ std::vector<TileLaunch> tile_launches(const PrefixConv2dParams& p, Role role, in
       a.cut = {s.n, out_h * out_w, packed.groups, packed.group_in, packed.group_out, 0, 0};
       a.gather = a.flat || !aligned(a, packed.element);
       const bool matrix = p.dtype != DType::kFloat32 || tf32;
-      if (device.hopper && wants_wgmma(a, p.dtype)) {
+      if (device.hopper && wants_wgmma(a, matrix)) {
         launches.push_back({TileName::kCount, a, {}, 0});
         plan_hopper(launches.back(), p.dtype, device);
         continue;
@@ -262,7 +265,7 @@ std::string describe_kernel(const ConvShape& s, DType dtype, bool channels_last,
   if (a.flat) text += ", taps and channels in one K";
   if (a.gather) text += ", gathered";
   if (is_hopper(launch.tile) && a.segment_chunks < a.chunks)
-    text += ", K in segments of " + std::to_string(a.segment_chunks * kPackChannels) + " channels";
+    text += ", K in segments of " + std::to_string(a.segment_chunks * kPackBytes / element_size(dtype)) + " channels";
   if (a.splits > 1) text += ", split over blocks";
   return text;
 }

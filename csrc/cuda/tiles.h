@@ -7,7 +7,8 @@
 // can change a sum's bits.
 //
 // sm_90a (hopper_kernel.h): two warpgroups of consumers and one that describes and fetches for them. Chunks are 128
-// bytes, in the same order, so a GPU's tiles agree among themselves.
+// bytes, in the same order, so a GPU's tiles agree among themselves. float is TF32 there too, but wgmma cuts the low 13
+// bits of both operands off, where the sm_80 kernel rounds them: which of the two serves is a rule of the layer.
 #pragma once
 
 #include <algorithm>
@@ -25,8 +26,10 @@ constexpr int kStepBytes = 32;   // K of one mma.sync
 constexpr int kMaxTaps = 16;     // along one axis: a row's valid taps are two 16-bit masks
 constexpr int kSlab = 64;        // output channels that the epilogue stages at a time
 constexpr int kPackBytes = 128;  // a row of packed weights: one output channel's share of a chunk of wgmma
-constexpr int kPackChannels = kPackBytes / 2;  // of 2 bytes
-constexpr int kTallRows = 256;                 // of a tall tile of sm_90a
+constexpr int kTallRows = 256;   // of a tall tile of sm_90a
+
+template <typename T>
+constexpr int kPackChannels = kPackBytes / static_cast<int>(sizeof(T));
 
 // How the products are made.
 enum class Math { kMatrix, kFfma };
@@ -80,8 +83,9 @@ struct Tile {
   X(fp32_128x64, float, Math::kFfma, 128, 64, 3, 168)
 
 // A tile of sm_90a: BM x BN outputs; a stage of the pipeline is BM rows of input and BN of weights, 128 bytes each, all
-// swizzled as wgmma and the copy engine want them. Tiles are described twice over, since their description is up to a
-// tile ahead of their products. One block to a multiprocessor.
+// swizzled as wgmma and the copy engine want them. Of float a row is 32 channels and a step of K 8, and its products
+// take twice the time: a stage is the same bytes, instructions and cycles for every dtype. Tiles are described twice
+// over, since their description is up to a tile ahead of their products. One block to a multiprocessor.
 //
 // A narrow tile belongs to one warpgroup of consumers, which has 128 sums a thread for it: the two take turns, and one
 // stores while the other multiplies. The two share a wide tile, 64 rows each, and the narrow ones of layers whose K is
@@ -93,7 +97,9 @@ struct Tile {
 template <typename T_, int BN_>
 struct HopperTile {
   using T = T_;
-  static constexpr int BM = 128, BN = BN_, BK = kPackChannels, kStep = 16;
+  static constexpr int kElement = static_cast<int>(sizeof(T));
+  static constexpr int BM = 128, BN = BN_, BK = kPackChannels<T>, kStep = kStepBytes / kElement;
+  static constexpr int kPiece = 16 / kElement;  // channels of one 16-byte piece
   static constexpr int kGrain = BN / 8;  // widths of one wgmma: multiples of this, so eight main loops are compiled
   static constexpr bool kTurns = BN <= 128;
   static constexpr int kStages = BN == 256 ? 4 : 6;
@@ -101,8 +107,8 @@ struct HopperTile {
 
   static constexpr int kStageBytes = (BM + BN) * kPackBytes;
   static constexpr int kTallStages = kStages * kStageBytes / ((kTallRows + BN) * kPackBytes);
-  static constexpr int kSlab = 64;                     // channels that a warp stages at a time
-  static constexpr int kStagedBytes = 16 * kSlab * 2;  // its 16 rows of them
+  static constexpr int kSlab = BK;                      // channels that a warp stages at a time
+  static constexpr int kStagedBytes = 16 * kPackBytes;  // its 16 rows of them
   static constexpr int kStagingBytes = 8 * kStagedBytes;
   static constexpr int kRunBytes = 2 * (kMostRows + 1) * 24;  // struct Run of two tiles
   static constexpr int kRowBytes = kMostRows * 16;            // struct CopiedRow
@@ -110,7 +116,7 @@ struct HopperTile {
   // 1024 more: the pipeline begins at a multiple of them, where the swizzle does.
   static constexpr int kSharedBytes =
       1024 + kStages * kStageBytes + kStagingBytes + kRunBytes + kRowBytes + kStateBytes;
-  static_assert(sizeof(T) == 2 && (BN == 128 || BN == 256), "the widths that hopper_wgmma.h has");
+  static_assert((kElement == 2 || kElement == 4) && (BN == 128 || BN == 256), "what hopper_wgmma.h has");
 };
 
 constexpr int kHopperLoaders = 64, kHopperConsumers = 256, kHopperThreads = 384;
@@ -129,7 +135,9 @@ static_assert(128 * kProducerRegisters + kHopperConsumers * kConsumerRegisters =
   X(sm90_bf16_128x128, BFloat16, 128, 168) \
   X(sm90_bf16_128x256, BFloat16, 256, 168) \
   X(sm90_fp16_128x128, Float16, 128, 168)  \
-  X(sm90_fp16_128x256, Float16, 256, 168)
+  X(sm90_fp16_128x256, Float16, 256, 168)  \
+  X(sm90_tf32_128x128, float, 128, 168)    \
+  X(sm90_tf32_128x256, float, 256, 168)
 
 enum class TileName : int {
 #define RNP_NAME(name, ...) name,
@@ -138,11 +146,17 @@ enum class TileName : int {
       kCount
 };
 static_assert(
-    static_cast<int>(TileName::kCount) + 4 + 4 + 2 <= 24,
-    "with the plain kernel and the weight gradient in four dtypes, and the sum of segments in two, at most 24 "
-    "instantiations");
+    static_cast<int>(TileName::kCount) + 4 + 4 + 3 <= 27,
+    "with the plain kernel and the weight gradient in four dtypes, and the sum of segments in three, at most 27 "
+    "instantiations: three more than before float32 had wgmma too, which most calls are");
 
 constexpr bool is_hopper(TileName name) { return name >= TileName::sm90_bf16_128x128; }
+
+// The tile of sm_90a of this one's storage that has so many channels; tiles of up to 128 are the narrow kernel's.
+constexpr TileName hopper_tile(TileName name, int bn) {
+  const int first = static_cast<int>(TileName::sm90_bf16_128x128), at = static_cast<int>(name) - first;
+  return static_cast<TileName>(first + at / 2 * 2 + (bn == 256 ? 1 : 0));
+}
 
 struct TileSize {
   int bm, bn;
@@ -162,7 +176,7 @@ constexpr TileSize choose_tile_sm80(int64_t rows, int64_t group_out, int64_t gro
   return {64, 64};                                 // small maps and small batches
 }
 
-// How the K of a layer is summed on sm_90a: in runs of `chunks` chunks of 64 channels, each from zero, then added in
+// How the K of a layer is summed on sm_90a: in runs of `chunks` chunks of 128 bytes, each from zero, then added in
 // order. A rule of the layer alone, so that a launch may give the segments to different blocks (split) or not: the bits
 // are the same. Only maps of at most 64 pixels, whose launches are too small for a GPU at small batches; a segment
 // keeps at least eight steps of the pipeline, and there are at most eight.
@@ -172,14 +186,20 @@ constexpr int32_t segment_chunks(int64_t positions, int64_t chunks, int64_t taps
   return static_cast<int32_t>(for_length > for_number ? for_length : for_number);
 }
 
-// Cycles of a tile of sm_90a with `width` live channels, from zero to its last stage. A stage costs what its bytes take
-// from L2, as fitted to an H200: 1117 for 256 channels, 672 for 128, 575 for 64, some 44 bytes a cycle. Of tall tiles
-// that rate is all that is known, so theirs is a prediction. Its two groups store at the same time, while nothing
-// multiplies but what had been fetched (4300 cycles a wide tile there, which has as many outputs as a tall one): either
-// the stages' bytes bound it or products and stores, 8 and 34 cycles a channel.
-constexpr int64_t tile_cycles_sm90(const TileSize& tile, int64_t width, int64_t stages) {
+// Cycles of a tile of sm_90a with `width` live channels of `element` bytes, from zero to its last stage. A stage costs
+// what its bytes take from L2, as fitted to an H200: 1117 for 256 channels, 672 for 128, 575 for 64, some 44 bytes a
+// cycle. Of tall tiles that rate is all that is known, so theirs is a prediction. Its two groups store at the same
+// time, while nothing multiplies but what had been fetched (4300 cycles a wide tile there, which has as many outputs as
+// a tall one): either the stages' bytes bound it or products and stores, 8 and 34 cycles a channel.
+//
+// All of that was measured in bfloat16. Of TF32 a stage has the same bytes and half the products at half the rate
+// (128 x 256 x 32 at 1,024 a cycle, not 128 x 256 x 64 at 2,048), so it costs the same; its stores have twice the bytes
+// and are taken to cost twice, which nobody has measured. A layer then costs twice what it does in bfloat16, whatever
+// the tile, and the choice is the same.
+constexpr int64_t tile_cycles_sm90(const TileSize& tile, int64_t width, int64_t stages, int element) {
   if (tile.bn == 256) return stages * (300 + width * 13 / 4);
-  if (tile.bm == kTallRows) return std::max((kTallRows + width) * kPackBytes * stages / 44, (8 * stages + 34) * width);
+  if (tile.bm == kTallRows)
+    return std::max((kTallRows + width) * kPackBytes * stages / 44, (8 * stages + 17 * element) * width);
   return stages * (480 + width * 3 / 2);
 }
 
@@ -195,7 +215,7 @@ struct HopperChoice {
   bool split;  // segments are tiles of their own
 };
 constexpr HopperChoice choose_tile_sm90(int64_t rows, int64_t group_out, int64_t groups, int32_t segments,
-                                        int64_t stages, int multiprocessors, bool mixed) {
+                                        int64_t stages, int element, int multiprocessors, bool mixed) {
   HopperChoice best{{128, 64}, false};
   int64_t least = INT64_MAX, number = 0;
   for (const TileSize tile :
@@ -205,14 +225,14 @@ constexpr HopperChoice choose_tile_sm90(int64_t rows, int64_t group_out, int64_t
     // Of the tiles side by side that cover so many channels.
     const auto cycles = [&](int64_t width) {
       const int64_t rest = width % tile.bn;
-      return width / tile.bn * tile_cycles_sm90(tile, tile.bn, stages) +
-             (rest > 0 ? tile_cycles_sm90(tile, rest, stages) : 0);
+      return width / tile.bn * tile_cycles_sm90(tile, tile.bn, stages, element) +
+             (rest > 0 ? tile_cycles_sm90(tile, rest, stages, element) : 0);
     };
     const int64_t row_tiles = (rows + tile.bm - 1) / tile.bm * groups;
     const int64_t tiles = row_tiles * ((group_out + tile.bn - 1) / tile.bn);
     int64_t time = (tiles + multiprocessors - 1) / multiprocessors * cycles(group_out) * row_tiles / tiles;
     if (mixed) {
-      const int64_t longest = tile_cycles_sm90(tile, std::min<int64_t>(tile.bn, group_out), stages);
+      const int64_t longest = tile_cycles_sm90(tile, std::min<int64_t>(tile.bn, group_out), stages, element);
       int64_t quarters = 0;
       for (int64_t q = 1; q <= 4; ++q) quarters += cycles(group_out * q / 4);
       time = std::max(longest, row_tiles * quarters / 4 * 5 / 8 / multiprocessors + longest / 3);  // 5/8: of K

@@ -325,6 +325,10 @@ void multiply_matrices(float, float* d, const uint32_t* a, uint32_t b0, uint32_t
   meet(matrix_operation(3, d, a, b0, b1));
 }
 
+void check_aligned(const void* global, size_t alignment) {
+  if (reinterpret_cast<uintptr_t>(global) % alignment != 0) fail("a misaligned access to global memory");
+}
+
 uint32_t to_tf32(uint32_t bits) {
   const float v = std::bit_cast<float>(bits);
   if (v != v || std::isinf(v)) return bits;

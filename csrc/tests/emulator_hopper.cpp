@@ -1,6 +1,7 @@
 // What Hopper adds to the emulated machine: barriers of shared memory, the copy engine, wgmma. Layouts are those of the
 // PTX ISA: matrix descriptors and the 128-byte swizzle, the accumulator's registers, im2col mode.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -10,7 +11,8 @@
 namespace rnp::cuda::emulator {
 namespace {
 
-constexpr int kStep = 16;  // K of one product, in elements of two bytes
+constexpr int kStepBytes = 32;  // K of one product
+constexpr int kBFloat16 = 0, kFloat16 = 1, kTf32 = 2;
 
 size_t place_of(const void* p) { return static_cast<size_t>(static_cast<const char*>(p) - machine->shared); }
 
@@ -88,9 +90,15 @@ void read_operand(uint64_t descriptor, int first, int rows, bool check, std::vec
 }
 
 float element(const Product& p, int row, int k) {
+  const char* at = p.bytes.data() + row * kStepBytes;
+  if (p.type == kTf32) {
+    uint32_t bits;
+    std::memcpy(&bits, at + k * 4, 4);
+    return std::bit_cast<float>(bits & 0xffffe000u);  // the low 13 bits mean nothing
+  }
   uint16_t bits;
-  std::memcpy(&bits, p.bytes.data() + row * 32 + k * 2, 2);
-  return p.type == 0 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
+  std::memcpy(&bits, at + k * 2, 2);
+  return p.type == kBFloat16 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
 }
 
 // Sum (row, column) of a warp's 16 rows: which lane holds it, and where.
@@ -152,15 +160,16 @@ void start(Warp& w, const Operation& mine, int warp) {
 
 void finish(Warp& w, const Product& p, int warp) {
   if (operands(p, warp, false) != p.bytes) fail("wgmma: an operand was overwritten before the wait");
-  std::vector<float> a(16 * kStep), b(static_cast<size_t>(p.width) * kStep);
-  for (int i = 0; i < 16 * kStep; ++i) a[static_cast<size_t>(i)] = element(p, i / kStep, i % kStep);
-  for (int i = 0; i < p.width * kStep; ++i) b[static_cast<size_t>(i)] = element(p, 16 + i / kStep, i % kStep);
+  const int step = kStepBytes / (p.type == kTf32 ? 4 : 2);
+  std::vector<float> a(static_cast<size_t>(16 * step)), b(static_cast<size_t>(p.width * step));
+  for (int i = 0; i < 16 * step; ++i) a[static_cast<size_t>(i)] = element(p, i / step, i % step);
+  for (int i = 0; i < p.width * step; ++i) b[static_cast<size_t>(i)] = element(p, 16 + i / step, i % step);
   for (int row = 0; row < 16; ++row)
     for (int column = 0; column < p.width; ++column) {
       float& d = sum_at(w.sums[p.sums], row, column);
-      const float *x = &a[static_cast<size_t>(row * kStep)], *y = &b[static_cast<size_t>(column * kStep)];
+      const float *x = &a[static_cast<size_t>(row * step)], *y = &b[static_cast<size_t>(column * step)];
       double sum = d;
-      for (int k = 0; k < kStep; ++k) sum += static_cast<double>(x[k]) * static_cast<double>(y[k]);
+      for (int k = 0; k < step; ++k) sum += static_cast<double>(x[k]) * static_cast<double>(y[k]);
       d = static_cast<float>(sum);
     }
 }
@@ -324,23 +333,25 @@ void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barri
 
 void copy_im2col(void* shared, const TensorMap& map, uint64_t* barrier, int32_t c, int32_t w, int32_t h, int32_t n,
                  int32_t offset_w, int32_t offset_h) {
-  const size_t row_bytes = static_cast<size_t>(map.channels) * 2;
+  const size_t row_bytes = static_cast<size_t>(map.channels * map.element);
   const size_t bytes = row_bytes * static_cast<size_t>(map.pixels);
   const size_t place = place_of(checked_shared(shared, bytes, 128));
   if (offset_w < 0 || offset_h < 0 || offset_w > 255 || offset_h > 255) fail("im2col: an offset beyond 0…255");
   if (row_bytes != 128) fail("im2col: a row of another size than the swizzle's");
   BulkCopy copy{{}, 0, static_cast<int64_t>(bytes)};
+  const int32_t in_piece = 16 / map.element;
   for (int32_t pixel = 0; pixel < map.pixels; ++pixel) {
     const int64_t x = w + offset_w, y = h + offset_h;
     const bool inside = x >= 0 && x < map.size[1] && y >= 0 && y < map.size[2] && n >= 0 && n < map.size[3];
     for (int32_t piece = 0; piece < 8; ++piece) {
       std::vector<char> values(16, 0);
-      const int64_t channel = c + piece * 8;
-      const int64_t count = inside ? std::min<int64_t>(8, map.size[0] - channel) : 0;
+      const int64_t channel = c + piece * in_piece;
+      const int64_t count = inside ? std::min<int64_t>(in_piece, map.size[0] - channel) : 0;
       if (count > 0)
-        std::memcpy(values.data(),
-                    map.base + int64_t{n} * map.stride[3] + y * map.stride[2] + x * map.stride[1] + channel * 2,
-                    static_cast<size_t>(count) * 2);
+        std::memcpy(
+            values.data(),
+            map.base + int64_t{n} * map.stride[3] + y * map.stride[2] + x * map.stride[1] + channel * map.element,
+            static_cast<size_t>(count * map.element));
       copy.runs.emplace_back(swizzle(place + static_cast<size_t>(pixel) * row_bytes + static_cast<size_t>(piece) * 16),
                              std::move(values));
     }
@@ -376,7 +387,12 @@ void wait_products(int most) {
   o.left = most;
   meet(o);
 }
-void multiply_warpgroup(BFloat16, int width, float* d, uint64_t a, uint64_t b) { meet_product(0, width, d, a, b); }
-void multiply_warpgroup(Float16, int width, float* d, uint64_t a, uint64_t b) { meet_product(1, width, d, a, b); }
+void multiply_warpgroup(BFloat16, int width, float* d, uint64_t a, uint64_t b) {
+  meet_product(kBFloat16, width, d, a, b);
+}
+void multiply_warpgroup(Float16, int width, float* d, uint64_t a, uint64_t b) {
+  meet_product(kFloat16, width, d, a, b);
+}
+void multiply_warpgroup(float, int width, float* d, uint64_t a, uint64_t b) { meet_product(kTf32, width, d, a, b); }
 
 }  // namespace rnp::cuda::emulator

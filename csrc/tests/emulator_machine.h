@@ -33,7 +33,7 @@ struct Operation {  // what one lane brings to an operation of its warp
   uint32_t b[2];
   float value;
   int mask;
-  int width, type, left;  // of wgmma: columns, 0 for bf16 and 1 for fp16, groups left by wait_group
+  int width, type, left;  // of wgmma: columns, a type of emulator_hopper.cpp, groups left by wait_group
   uint64_t operand[2];
 };
 

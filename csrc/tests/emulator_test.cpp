@@ -1,5 +1,6 @@
 // The emulated Hopper machine itself: layouts against formulas written down from the PTX ISA, and each rule that a
 // kernel can break is reported.
+#include <bit>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -17,9 +18,21 @@ constexpr size_t kShared = 4 * 16384 + 1024;
 float value_of(int row, int k) { return static_cast<float>((row * 7 + k * 3) % 13 - 6); }
 
 // Element k of a row of 128 bytes, at bytes 1024-aligned and swizzled: 16-byte pieces change places within eight rows.
-void put(char* at, int row, int k, float v) {
-  const BFloat16 bits = from_float<BFloat16, float>(v);
-  std::memcpy(at + row * 128 + ((k / 8) ^ (row % 8)) * 16 + k % 8 * 2, &bits, 2);
+template <typename T>
+void put(char* at, int row, int k, T v) {
+  constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
+  std::memcpy(at + row * 128 + ((k / kPiece) ^ (row % 8)) * 16 + k % kPiece * static_cast<int>(sizeof(T)), &v,
+              sizeof(T));
+}
+
+// The value, and of float what wgmma does not look at: bits below the tenth of the mantissa.
+template <typename T>
+T operand_of(int row, int k) {
+  const float v = value_of(row, k);
+  if constexpr (sizeof(T) == 4)
+    return std::bit_cast<float>(std::bit_cast<uint32_t>(v) | (static_cast<uint32_t>(row * 331 + k * 17) & 0x1fff));
+  else
+    return from_float<T, float>(v);
 }
 
 std::string fault_of(int threads, const std::function<void(char*)>& body) {
@@ -28,25 +41,23 @@ std::string fault_of(int threads, const std::function<void(char*)>& body) {
 
 bool mentions(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
 
-}  // namespace
-
-TEST(emulator_wgmma_computes_what_the_layouts_say) {
-  constexpr int kWidth = 48;
+template <typename T>
+void check_wgmma() {
+  constexpr int kWidth = 48, kRow = 128 / static_cast<int>(sizeof(T)), kStep = kRow / 4;
   std::vector<float> found(128 * kWidth / 2, -1.0f);
   emulator::launch(1, 128, kShared, 1, [&](char* shared) {
     char *a = shared + 1024, *b = shared + 1024 + 64 * 128;
     if (thread_index() == 0) {
       for (int row = 0; row < 64; ++row)
-        for (int k = 0; k < 64; ++k) put(a, row, k, value_of(row, k));
+        for (int k = 0; k < kRow; ++k) put(a, row, k, operand_of<T>(row, k));
       for (int column = 0; column < kWidth; ++column)
-        for (int k = 0; k < 64; ++k) put(b, column, k, value_of(column + 5, k + 1));
+        for (int k = 0; k < kRow; ++k) put(b, column, k, operand_of<T>(column + 5, k + 1));
     }
     sync_block();
     float sums[kWidth / 2] = {};
     begin_products();
-    for (uint64_t step = 1; step < 4; ++step)  // the first 16 of K are left out
-      multiply_warpgroup(BFloat16{}, Width<kWidth>{}, sums,
-                         operand_descriptor(shared_address(a)) + step * kDescriptorStep,
+    for (uint64_t step = 1; step < 4; ++step)  // the first step of K is left out
+      multiply_warpgroup(T{}, Width<kWidth>{}, sums, operand_descriptor(shared_address(a)) + step * kDescriptorStep,
                          operand_descriptor(shared_address(b)) + step * kDescriptorStep);
     CHECK(sums[0] != sums[0]) << "sums may be read before the wait";
     commit_products();
@@ -56,22 +67,34 @@ TEST(emulator_wgmma_computes_what_the_layouts_say) {
   for (int row = 0; row < 64; ++row)
     for (int column = 0; column < kWidth; ++column) {
       float sum = 0;
-      for (int k = 16; k < 64; ++k) sum += value_of(row, k) * value_of(column + 5, k + 1);
+      for (int k = kStep; k < kRow; ++k) sum += value_of(row, k) * value_of(column + 5, k + 1);
       // Warp row / 16, lane (row % 8) * 4 + (column % 8) / 2, register 4 (column / 8) + 2 (row / 8 % 2) + column % 2.
       const int thread = row / 16 * 32 + row % 8 * 4 + column % 8 / 2;
       const float got = found[static_cast<size_t>(thread * kWidth / 2 + column / 8 * 4 + row / 8 % 2 * 2 + column % 2)];
-      CHECK(got == sum) << "(" << row << ", " << column << "): " << got << " instead of " << sum;
+      CHECK(got == sum) << sizeof(T) << " bytes, (" << row << ", " << column << "): " << got << " instead of " << sum;
     }
 }
 
+}  // namespace
+
+TEST(emulator_wgmma_computes_what_the_layouts_say) {
+  check_wgmma<BFloat16>();
+  check_wgmma<Float16>();
+  check_wgmma<float>();
+}
+
+namespace {
+
 // 5 x 4 pixels of 8 channels, a 3 x 3 kernel with padding 1, stride 2 along w: every tap's column from pixel 1 on.
-TEST(emulator_im2col_walks_the_box_and_fills_with_zeros) {
-  constexpr int kW = 5, kH = 4, kN = 2, kC = 8, kOutW = 3, kOutH = 4;
-  std::vector<uint16_t> input(kN * kH * kW * kC);
-  for (size_t i = 0; i < input.size(); ++i) input[i] = static_cast<uint16_t>(i + 1);
+template <typename Bits>
+void check_im2col() {
+  constexpr int kW = 5, kH = 4, kN = 2, kC = 8, kOutW = 3, kOutH = 4, kSize = sizeof(Bits);
+  std::vector<Bits> input(kN * kH * kW * kC);
+  for (size_t i = 0; i < input.size(); ++i) input[i] = static_cast<Bits>(i + 1);
   emulator::TensorMap map;
+  map.element = kSize, map.channels = 128 / kSize;
   map.base = reinterpret_cast<const char*>(input.data());
-  const int64_t sizes[] = {kC, kW, kH, kN}, strides[] = {2, kC * 2, kW * kC * 2, kH * kW * kC * 2};
+  const int64_t sizes[] = {kC, kW, kH, kN}, strides[] = {kSize, kC * kSize, kW * kC * kSize, kH * kW * kC * kSize};
   std::memcpy(map.size, sizes, sizeof sizes), std::memcpy(map.stride, strides, sizeof strides);
   // The last first pixel is 3 along w, of 5, and 2 along h, of 4: both 1 short of the tensor's last.
   map.lower[0] = map.lower[1] = -1, map.upper[0] = map.upper[1] = -1, map.step[0] = 2, map.step[1] = 1;
@@ -87,17 +110,25 @@ TEST(emulator_im2col_walks_the_box_and_fills_with_zeros) {
       arrive(barrier);
       wait_barrier(barrier, 0);
       for (int pixel = 0; pixel < 128; ++pixel)
-        for (int c = 0; c < 64; ++c) {
+        for (int c = 0; c < 128 / kSize; ++c) {
           const int at = pixel + 1, n = at / (kOutW * kOutH), oy = at / kOutW % kOutH, ox = at % kOutW;
           const int y = oy - 1 + tap_y, x = ox * 2 - 1 + tap_x;
           const bool inside = n < kN && y >= 0 && y < kH && x >= 0 && x < kW && c < kC;
-          const int expected = inside ? input[static_cast<size_t>(((n * kH + y) * kW + x) * kC + c)] : 0;
-          uint16_t got;
-          std::memcpy(&got, shared + pixel * 128 + ((c / 8) ^ (pixel % 8)) * 16 + c % 8 * 2, 2);
+          const Bits expected = inside ? input[static_cast<size_t>(((n * kH + y) * kW + x) * kC + c)] : Bits{0};
+          constexpr int kPiece = 16 / kSize;
+          Bits got;
+          std::memcpy(&got, shared + pixel * 128 + ((c / kPiece) ^ (pixel % 8)) * 16 + c % kPiece * kSize, kSize);
           CHECK(got == expected) << "tap " << tap << ", pixel " << pixel << ", channel " << c << ": " << got;
         }
     });
   }
+}
+
+}  // namespace
+
+TEST(emulator_im2col_walks_the_box_and_fills_with_zeros) {
+  check_im2col<uint16_t>();
+  check_im2col<uint32_t>();
 }
 
 TEST(emulator_reports_what_a_hopper_kernel_may_not_do) {

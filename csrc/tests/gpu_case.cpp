@@ -1,5 +1,6 @@
 #include "tests/gpu_case.h"
 
+#include <bit>
 #include <cmath>
 #include <type_traits>
 
@@ -75,9 +76,14 @@ template <typename T>
 void GpuCase<T>::check(const std::string& where, double unit, double store_unit) {
   const int64_t icg = s.group_in(), ocg = s.group_out(), taps = s.kh * s.kw;
   std::vector<double> sums(output.size(), 0.0), sizes(output.size(), 0.0);
+  const auto operand = [&](T v) {
+    if constexpr (std::is_same_v<T, float>)
+      if (cut) return number(std::bit_cast<float>(std::bit_cast<uint32_t>(v) & 0xffffe000u));
+    return number(v);
+  };
   const auto add = [&](int64_t n, int64_t to, int64_t ty, int64_t tx, int64_t from, int64_t fy, int64_t fx, double w) {
     if (from >= from_live(n)) return;
-    const double v = number(input[at(p.input_stride, n, from, fy, fx)]) * w;
+    const double v = operand(input[at(p.input_stride, n, from, fy, fx)]) * w;
     sums[at(p.output_stride, n, to, ty, tx)] += v;
     sizes[at(p.output_stride, n, to, ty, tx)] += std::abs(v);
   };
@@ -85,7 +91,7 @@ void GpuCase<T>::check(const std::string& where, double unit, double store_unit)
     for (int64_t o = 0; o < s.c_out; ++o)
       for (int64_t i = 0; i < icg * taps; ++i) {
         const int64_t c = i / taps, ky = i / s.kw % s.kh, kx = i % s.kw, channel = o / ocg * icg + c;
-        const double w = number(weight[at(p.weight_stride, o, c, ky, kx)]);
+        const double w = operand(weight[at(p.weight_stride, o, c, ky, kx)]);
         for (int64_t oy = 0; oy < s.out_h; ++oy)
           for (int64_t ox = 0; ox < s.out_w; ++ox) {
             const int64_t y = oy * s.stride_h - s.pad_top + ky * s.dilation_h;

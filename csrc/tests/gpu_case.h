@@ -23,6 +23,7 @@ struct GpuCase {
   std::vector<float> scale, bias, means;
   std::vector<int32_t> in_prefix, out_prefix, row;
   PrefixConv2dParams p;
+  bool cut = false;  // the reference's operands too: TF32 as wgmma takes it, without the low 13 bits
   int64_t from_c, from_h, from_w, to_c, to_h, to_w;  // of what is read and what is written
 
   GpuCase(const ConvCase& c, GpuMode mode, cuda::Role role, DType dtype, bool channels_last);

@@ -1,5 +1,6 @@
 // The sm_90a kernel's own code on the emulator: warpgroup roles, barriers, swizzled operands, copies by im2col, by bulk
 // and by cp.async, against the double reference; split K; and the same bits whatever the tile, the split and the batch.
+#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -15,17 +16,17 @@ using cuda::TileName;
 constexpr cuda::Device kHopper{132, true};
 constexpr int64_t kBlocks = 3;
 
-emulator::Statistics run_tile(cuda::TileLaunch& launch, uint64_t seed) {
+emulator::Statistics run_tile(cuda::TileLaunch& launch, int32_t element, uint64_t seed) {
   emulator::TensorMap maps[cuda::kBoxSizes];
   const cuda::Im2colBox& b = launch.box;
   for (int i = 0; i < cuda::kBoxSizes; ++i) {
     emulator::TensorMap& map = maps[i];
     map.base = static_cast<const char*>(b.base);
-    const int64_t sizes[] = {b.c, b.w, b.h, b.n}, strides[] = {2, b.w_stride, b.h_stride, b.n_stride};
+    const int64_t sizes[] = {b.c, b.w, b.h, b.n}, strides[] = {element, b.w_stride, b.h_stride, b.n_stride};
     std::memcpy(map.size, sizes, sizeof sizes), std::memcpy(map.stride, strides, sizeof strides);
     std::memcpy(map.lower, b.lower, sizeof b.lower), std::memcpy(map.upper, b.upper, sizeof b.upper);
     std::memcpy(map.step, b.step, sizeof b.step);
-    map.pixels = 1 << i;
+    map.element = element, map.channels = 128 / element, map.pixels = 1 << i;
   }
   switch (launch.tile) {
 #define RNP_RUN(name, T, BN, registers)                                                                 \
@@ -64,13 +65,11 @@ void go(Way way, cuda::TileLaunch& launch) {
   if (is_copied(way)) a.use_tma = false;
   if (way == Way::kPlanned || way == Way::kWithoutTma) return;
   const int32_t segments = (a.chunks + a.segment_chunks - 1) / a.segment_chunks;
-  const bool bf16 = launch.tile == TileName::sm90_bf16_128x128 || launch.tile == TileName::sm90_bf16_128x256;
   const bool wide = way == Way::kWide && segments == 1;
-  launch.tile = wide ? (bf16 ? TileName::sm90_bf16_128x256 : TileName::sm90_fp16_128x256)
-                     : (bf16 ? TileName::sm90_bf16_128x128 : TileName::sm90_fp16_128x128);
   const bool middle = way == Way::kMiddle || way == Way::kTall || way == Way::kTallWithoutTma;
   a.cut.bm = is_tall(way) && segments == 1 ? cuda::kTallRows : 128;
   a.cut.bn = wide ? 256 : (middle ? 128 : 64);
+  launch.tile = cuda::hopper_tile(launch.tile, static_cast<int>(a.cut.bn));
   a.splits = way == Way::kSplit ? segments : 1;
   launch.partial_elements = a.splits > 1 ? int64_t{segments} * a.cut.n * a.cut.positions * a.c_out : 0;
 }
@@ -83,14 +82,14 @@ template <typename T>
 Seen compute(GpuCase<T>& c, Way way, uint64_t seed) {
   pack(c);
   Seen seen;
-  for (cuda::TileLaunch& launch : cuda::tile_launches(c.p, c.role, 3, false, kHopper)) {
+  for (cuda::TileLaunch& launch : cuda::tile_launches(c.p, c.role, 3, true, kHopper)) {
     if (!cuda::is_hopper(launch.tile)) continue;
     go(way, launch);
     std::vector<float> partial(static_cast<size_t>(launch.partial_elements), kNaN);
     launch.args.partial = partial.empty() ? nullptr : partial.data();
     std::vector<int32_t> order;
     set_order(launch.args, order, seed % 2 == 1);
-    const emulator::Statistics one = run_tile(launch, seed);
+    const emulator::Statistics one = run_tile(launch, sizeof(T), seed);
     ++seen.launches;
     seen.bulk += one.bulk_bytes, seen.im2col += one.im2col_bytes, seen.copied += one.copied_bytes;
     seen.products += one.group_products;
@@ -154,6 +153,7 @@ void check_way(const ConvCase& c, GpuMode mode, Way way, cuda::Role role, DType 
   }
   CHECK(fault.empty()) << where << ": " << fault;
   if (!fault.empty() || seen.launches == 0) return;
+  problem.cut = true;
   problem.check(where, 1e-6, store);
   CHECK(!is_copied(way) || seen.im2col == 0) << where << ": used TMA";
   CHECK(mode != GpuMode::kFull || is_copied(way) || seen.copied == 0) << where << ": used cp.async";
@@ -187,7 +187,7 @@ Seen check_hopper(DType dtype, cuda::Role role, double store, const char* name) 
               static_cast<int>(all.tall), static_cast<double>(all.bulk) / 1e6, static_cast<double>(all.im2col) / 1e6,
               static_cast<double>(all.copied) / 1e6);
   CHECK(all.bulk > 1000000 && all.im2col > 1000000 && all.copied > 100000) << name << ": a way to fetch was not tried";
-  CHECK(all.splits > 1 && all.wide > 0 && all.tall > 15) << name << ": split, wide or tall tiles were not tried";
+  CHECK(all.splits > 1 && all.wide > 0 && all.tall > 10) << name << ": split, wide or tall tiles were not tried";
   return all;
 }
 
@@ -198,18 +198,23 @@ TEST(hopper_forward_fp16) { check_hopper<Float16>(DType::kFloat16, cuda::Role::k
 TEST(hopper_input_grad_bf16) {
   check_hopper<BFloat16>(DType::kBFloat16, cuda::Role::kInputGrad, 0x1p-8, "wgmma bf16 grad");
 }
+TEST(hopper_forward_tf32) { check_hopper<float>(DType::kFloat32, cuda::Role::kForward, 1e-6, "wgmma tf32"); }
+TEST(hopper_input_grad_tf32) { check_hopper<float>(DType::kFloat32, cuda::Role::kInputGrad, 1e-6, "wgmma tf32 grad"); }
+
+namespace {
 
 // Neither the tile, nor a split K, nor the way the input is fetched, nor the company of a sample may change a bit.
-TEST(hopper_samples_are_the_same_bits_however_they_are_computed) {
+template <typename T>
+void check_bits(DType dtype) {
   for (const ConvCase& c : hopper_cases()) {
     for (GpuMode mode : {GpuMode::kTables, GpuMode::kGroups}) {
-      GpuCase<BFloat16> batch(c, mode, cuda::Role::kForward, DType::kBFloat16, true);
-      const GpuCase<BFloat16> fresh = batch;
+      GpuCase<T> batch(c, mode, cuda::Role::kForward, dtype, true);
+      const GpuCase<T> fresh = batch;
       if (compute(batch, Way::kPlanned, 5).launches == 0) continue;
       for (Way way : {Way::kNarrow, Way::kMiddle, Way::kWide, Way::kTall, Way::kTallNarrow, Way::kSplit,
                       Way::kWithoutTma, Way::kTallWithoutTma}) {
         if (way == Way::kWide && mode == GpuMode::kGroups) continue;
-        GpuCase<BFloat16> other = fresh;
+        GpuCase<T> other = fresh;
         const bool alone = way == Way::kSplit;  // one sample, as a small batch is computed
         const int64_t n = alone ? std::min<int64_t>(2, c.n - 1) : 0;
         const int64_t size = batch.to_c * batch.to_h * batch.to_w, samples = alone ? 1 : c.n;
@@ -221,11 +226,70 @@ TEST(hopper_samples_are_the_same_bits_however_they_are_computed) {
         if (other.p.bias) other.p.bias = other.bias.data();
         compute(other, way, 6);
         CHECK(std::memcmp(other.output.data(), batch.output.data() + n * size,
-                          static_cast<size_t>(samples * size) * 2) == 0)
-            << c.name << ", " << mode_name(mode) << ": " << way_name(way) << " differs";
+                          static_cast<size_t>(samples * size) * sizeof(T)) == 0)
+            << sizeof(T) << " bytes, " << c.name << ", " << mode_name(mode) << ": " << way_name(way) << " differs";
       }
     }
   }
 }
+
+}  // namespace
+
+// Prefixes of whole chunks, 32 channels here, need no cp.async, whatever the mixture.
+TEST(hopper_whole_chunks_of_float32_come_by_the_copy_engine) {
+  ConvCase c = hopper_cases()[0];
+  c.n = 8, c.c_in = 128, c.h = c.w = 9;
+  GpuCase<float> problem(c, GpuMode::kGroups, cuda::Role::kForward, DType::kFloat32, true);
+  const std::string fault = test::message_of([&] {
+    const Seen seen = compute(problem, Way::kPlanned, 3);
+    CHECK(seen.im2col > 0 && seen.copied == 0) << seen.copied << " bytes by cp.async";
+  });
+  CHECK(fault.empty()) << fault;
+  problem.cut = true;
+  problem.check("quarters of 128 channels", 1e-6, 1e-6);
+}
+
+// A residual whose pairs of channels are not aligned takes the path of single elements.
+TEST(hopper_residuals_may_begin_at_any_element) {
+  GpuCase<float> problem(hopper_cases()[4], GpuMode::kResidual, cuda::Role::kForward, DType::kFloat32, true);
+  std::vector<float> behind(problem.residual.size() + 1, kNaN);
+  std::copy(problem.residual.begin(), problem.residual.end(), behind.begin() + 1);
+  problem.p.residual = behind.data() + 1;
+  const std::string fault =
+      test::message_of([&] { CHECK(compute(problem, Way::kPlanned, 3).launches == 1) << "not by wgmma"; });
+  CHECK(fault.empty()) << fault;
+  problem.cut = true;
+  problem.check("residual from an odd element on", 1e-6, 1e-6);
+}
+
+// wgmma cuts what mma.sync rounds, so which of the two serves must not depend on the batch; nor may where K is cut.
+TEST(hopper_which_kernel_serves_is_a_rule_of_the_layer) {
+  std::vector<ConvCase> cases = gpu_cases();
+  for (const ConvCase& c : hopper_cases()) cases.push_back(c);
+  int wgmma = 0, mma = 0;
+  for (ConvCase& c : cases) {
+    if (!cuda::has_tile(c.shape(), DType::kFloat32, cuda::Role::kForward)) continue;
+    std::vector<int64_t> seen;
+    for (int64_t n : {1, 3, 32, 257, 4096}) {
+      for (bool mixed : {false, true}) {
+        c.n = n;
+        PrefixConv2dParams p;
+        p.shape = c.shape(), p.dtype = DType::kFloat32;
+        p.input_stride = p.output_stride = {c.c_in * c.h * c.w, 1, c.w * c.c_in, c.c_in};
+        const int32_t prefix = 0;
+        p.in_prefix = mixed ? &prefix : nullptr;
+        const cuda::TileLaunch launch = cuda::tile_launches(p, cuda::Role::kForward, 1, true, kHopper).front();
+        const bool hopper = cuda::is_hopper(launch.tile);
+        seen.push_back(hopper ? launch.args.segment_chunks : -1);
+        hopper ? ++wgmma : ++mma;
+      }
+    }
+    CHECK(std::count(seen.begin(), seen.end(), seen[0]) == static_cast<int64_t>(seen.size())) << c.name;
+  }
+  CHECK(wgmma > 50 && mma > 50) << wgmma << " by wgmma, " << mma << " by mma.sync";
+}
+
+TEST(hopper_samples_are_the_same_bits_however_they_are_computed) { check_bits<BFloat16>(DType::kBFloat16); }
+TEST(hopper_float32_samples_are_the_same_bits_however_they_are_computed) { check_bits<float>(DType::kFloat32); }
 
 }  // namespace rnp::tests

@@ -189,17 +189,24 @@ def test_wgmma(backend: str, case: testing.Case, dtype: torch.dtype) -> None:
     conformance.check_output(case, arguments, output, means)
 
 
-def test_a_split_k_gives_the_bits_of_a_large_batch(backend: str) -> None:
+@pytest.mark.parametrize("case", WGMMA, ids=str)
+def test_wgmma_of_tf32(backend: str, case: testing.Case) -> None:
+    conformance.check_tf32(case, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_split_k_gives_the_bits_of_a_large_batch(backend: str, dtype: torch.dtype) -> None:
     """A sample alone has its K split over blocks; in this batch nothing is."""
     if backend == "reference":
         pytest.skip("plain torch")
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(600, 192, 7, 7, generator=generator).to("cuda", torch.bfloat16)
+    x = torch.randn(600, 192, 7, 7, generator=generator).to("cuda", dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    w = (torch.randn(128, 192, 3, 3, generator=generator) / 40).to("cuda", torch.bfloat16)
+    w = (torch.randn(128, 192, 3, 3, generator=generator) / 40).to("cuda", dtype)
     prefixes = [torch.randint(0, limit + 1, (600,), generator=generator).int().cuda() for limit in (192, 128)]
-    whole = rnp_kernels.prefix_conv2d(x, w, padding=1, in_prefix=prefixes[0], out_prefix=prefixes[1])
-    for n in (0, 1, 77, 599):
-        one = [prefix[n : n + 1] for prefix in prefixes]
-        alone = rnp_kernels.prefix_conv2d(x[n : n + 1], w, padding=1, in_prefix=one[0], out_prefix=one[1])
-        assert torch.equal(alone, whole[n : n + 1]), f"sample {n}"
+    with conformance.float32_products("tf32"):
+        whole = rnp_kernels.prefix_conv2d(x, w, padding=1, in_prefix=prefixes[0], out_prefix=prefixes[1])
+        for n in (0, 1, 77, 599):
+            one = [prefix[n : n + 1] for prefix in prefixes]
+            alone = rnp_kernels.prefix_conv2d(x[n : n + 1], w, padding=1, in_prefix=one[0], out_prefix=one[1])
+            assert torch.equal(alone, whole[n : n + 1]), f"sample {n}"
