@@ -4,10 +4,11 @@
 
 One line per layer, layout and batch: the median of nn.Conv2d in microseconds, the median ratio ours / theirs of runs
 taken in turn (rnp.bench.timing), its p20 and p80, the same of nn.Conv2d against itself (differences below that say
-nothing), and the path (ours, or a stock one by the rule in csrc/core/stock.cpp). The swap must never cost more than
-3 %. Freed memory is kept by malloc, as in `rnp bench`: by default a call's output may be given back and faulted
-in again at the next, on one side or on both, by what else lies on the heap (one and the same row read 0.94 and, after
-others, 2.33). --clock cpu counts the time of this thread alone, for a machine that others use too (one thread only).
+nothing), and the path (Winograd, ours, or a stock one by the rule in csrc/core/stock.cpp). Before them the machine and
+the commit. The swap must never cost more than 3 %. Freed memory is kept by malloc, as in `rnp bench`: by default a
+call's output may be given back and faulted in again at the next, on one side or on both, by what else lies on the heap
+(one and the same row read 0.94 and, after others, 2.33). Where it lies still matters to what the caches hold (5x5
+depthwise at 28x28, batch 8: 1.50 in the whole list, 0.85 with --filter 5x5). --clock cpu counts the time of this thread alone, for a machine that others use too (one thread only).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import torch
 from torch import Tensor, nn
 
+from rnp.bench.environment import environment
 from rnp.bench.timing import AGAIN, CLOCKS, keep_freed_memory, measure, ratio, spread
 from rnp_kernels import PrefixConv2d, stock
 
@@ -105,6 +107,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     dtype = getattr(torch, options.dtype)
+    print(*(f"{key}={value}" for key, value in environment().items()), f"clock={options.clock}")
     worst = (0.0, "")
     for layout in (torch.channels_last, torch.contiguous_format):
         for batch in options.batch:
@@ -121,7 +124,8 @@ def main() -> None:
                     for _ in range(3):
                         result, _ = ours(x), theirs(x)
                     gate(name, result, theirs, x)
-                    path = PATHS[stock.route(ours, x, ours.weight, ours.padding).path]
+                    route = stock.route(ours, x, ours.weight, ours.padding)
+                    path = f"Winograd, tiles of {route.tile}" if route.tile else PATHS[route.path]
                     del result
                     sides = {"theirs": lambda: theirs(x), "ours": lambda: ours(x)}  # noqa: B023 (called in this iteration only)
                     times = measure(sides, "theirs", seconds=0.0, rounds=options.rounds, clock=options.clock)
