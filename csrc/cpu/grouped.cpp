@@ -12,6 +12,7 @@
 #include "cpu/grouped_kernels.h"
 #include "cpu/isa.h"
 #include "cpu/plane_geometry.h"
+#include "cpu/work_queue.h"
 
 namespace rnp::cpu {
 namespace {
@@ -21,7 +22,6 @@ constexpr int64_t kLargeBytes = int64_t{8} << 20;  // of a call's input and outp
 constexpr int64_t kPlaneBytes = 64 * 1024;         // of planes and sums
 constexpr int64_t kTransposed = 16;                // channels copied at once where they, not columns, are contiguous
 constexpr double kCostOfItem = 2e4;                // about cycles: less is not worth an item of its own
-constexpr double kCostOfThread = 5e4;              // less is not worth waking a thread
 
 const GroupedKernels& kernels_of(Isa isa) {
 #if defined(__x86_64__)
