@@ -91,4 +91,10 @@ inline bool few_channels(const ConvShape& s) {
          s.stride_w <= 2;
 }
 
+// 1x1 layers that contiguous NCHW in float32 computes as products of planes (cpu/plane_pointwise.h). On maps of fewer
+// pixels half of the lanes would be empty (7x7).
+inline bool plane_products(const ConvShape& s) {
+  return s.kh * s.kw == 1 && s.pad_top + s.pad_bottom + s.pad_left + s.pad_right == 0 && s.out_h * s.out_w > 64;
+}
+
 }  // namespace rnp

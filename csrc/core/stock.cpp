@@ -20,13 +20,13 @@ std::atomic<StockBFloat16> its_bfloat16{StockBFloat16::kNone};
 // Contiguous NCHW, 1x1: what plane_pointwise (cpu/plane_pointwise.h) does in less time than torch's path: 0.64 to 0.97
 // of it (64 -> 64 to 256 -> 1024 on 112x112 to 14x14 maps, 256 -> 512 in steps of two), where weights 2 KB
 // apart or more and small maps leave it level (512 -> 512 and 1024 -> 256 at 14x14) or slower (512 -> 1024 in steps of
-// two: up to 1.09).
+// two: up to 1.09). Few outputs do not repay the copy of a large map (32 -> 16 at 112x112: 1.06 at batch 1).
 bool plane_products_win(const ConvShape& s) {
   const int64_t positions = s.out_h * s.out_w;
-  if (s.kh * s.kw != 1 || s.pad_top + s.pad_left != 0 || s.group_in() < 16 || s.group_out() < 8) return false;
+  if (!plane_products(s) || s.group_in() < 16 || s.group_out() < 8) return false;
   if (s.group_out() < 20 && positions > 56 * 56) return false;
-  if (s.stride_h * s.stride_w > 1) return positions > 64 && s.stride_w <= 2 && s.group_in() <= 256;
-  return positions >= 20 * 20 || (positions > 64 && s.group_in() < 512);
+  if (s.stride_h * s.stride_w > 1) return s.stride_w <= 2 && s.group_in() <= 256;
+  return positions >= 20 * 20 || s.group_in() < 512;
 }
 
 // Groups of more than 8 channels, channels_last: ours 0.6 to 1.0 of oneDNN's time (bench/NOTES.md, "Groups of more than

@@ -21,9 +21,22 @@ inline int64_t output_channels(const PrefixConv2dParams& p) {
                         : p.shape.n * p.shape.c_out;
 }
 
-// 1x1: so are outputs of calls that read and write pixels of more than this, where more than kFewBytes of the output
-// are live. Dead lines between live ones count: the hardware fetches many of them.
+// 1x1 and depthwise: so are outputs of calls that read and write pixels of more than this, where more than kFewBytes of
+// the output are live. Dead lines between live ones count: the hardware fetches many of them.
 constexpr int64_t kStreamPointwiseAbove = int64_t{12} << 20, kFewBytes = int64_t{2} << 20;
+
+// Whether such a call's own input, `input_pixels` of each sample, would drive the output from the caches. A segment's
+// compact maps are made to stay, and the means read the output again.
+inline bool input_displaces_output(const PrefixConv2dParams& p, int64_t input_pixels, int64_t element) {
+  const ConvShape& s = p.shape;
+  const int64_t pixel_bytes = s.out_h * s.out_w * element;
+  if (p.pooled || p.output_pixel ||
+      s.n * (s.c_in * input_pixels * element + s.c_out * pixel_bytes) <= kStreamPointwiseAbove)
+    return false;
+  int64_t live = 0;
+  for (int64_t n = 0; n < s.n; ++n) live += p.out_live(n);
+  return live * pixel_bytes > kFewBytes;
+}
 
 // Whether that holds for this call. The means read the output again.
 inline bool streams_past_caches(const PrefixConv2dParams& p) {
@@ -68,18 +81,8 @@ struct Call {
     const bool aligned = reinterpret_cast<uintptr_t>(p.output) % 64 == 0 && p.output_stride.n % 16 == 0 &&
                          layout.ocg % 16 == 0 &&
                          (p.output_pixel || (p.output_stride.w % 16 == 0 && p.output_stride.h % 16 == 0));
-    stream = kernels.streams && direct_output && aligned && (streams_past_caches(p) || input_displaces_output());
-  }
-
-  // Whether the call's own input would drive the output from the caches. A segment's compact maps are made to stay.
-  bool input_displaces_output() const {
-    const ConvShape& s = p.shape;
-    const int64_t pixel_bytes = s.out_h * s.out_w * element;
-    if (!flat || p.pooled || p.output_pixel || s.n * (s.c_in + s.c_out) * pixel_bytes <= kStreamPointwiseAbove)
-      return false;
-    int64_t live = 0;
-    for (int64_t n = 0; n < s.n; ++n) live += p.out_live(n);
-    return live * pixel_bytes > kFewBytes;
+    stream = kernels.streams && direct_output && aligned &&
+             (streams_past_caches(p) || (flat && input_displaces_output(p, s.out_h * s.out_w, element)));
   }
 
   // Tensors are addressed by bytes: input and output may hold bfloat16, whatever the pointers' type.

@@ -120,16 +120,10 @@ class GroupedCall {
     return s_.n * (s_.h * s_.w * s_.c_in + s_.out_h * s_.out_w * s_.c_out) * static_cast<int64_t>(sizeof(float));
   }
 
-  // As 1x1 layers do (Call::stream): where the call's own input would drive the output from the caches, storing through
-  // them reads each line of it first.
   bool streams() const {
     const bool aligned = reinterpret_cast<uintptr_t>(p_.output) % 64 == 0 && p_.output_stride.n % 16 == 0 &&
                          p_.output_stride.h % 16 == 0 && p_.output_stride.w % 16 == 0;
-    if (!lane_row_ || !kernels_.streams || !aligned || p_.output_pixel || p_.pooled || bytes() <= kStreamPointwiseAbove)
-      return false;
-    int64_t live = 0;
-    for (int64_t n = 0; n < s_.n; ++n) live += p_.out_live(n);
-    return live * s_.out_h * s_.out_w * static_cast<int64_t>(sizeof(float)) > kFewBytes;
+    return lane_row_ && kernels_.streams && aligned && input_displaces_output(p_, s_.h * s_.w, sizeof(float));
   }
 
   // Rows [row0, row1) of sample n, all channels.

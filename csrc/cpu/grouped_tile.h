@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "core/count.h"
+#include "cpu/evens.h"
 #include "cpu/grouped_kernels.h"
 
 #define RNP_INLINE inline __attribute__((always_inline))
@@ -262,12 +263,6 @@ void planes(const PlaneArgs& a) {
   if (a.outputs == 4) return plane_tiles<V, kMany ? 4 : 2, 4>(a, 0);
   if (a.outputs == 2) return plane_tiles<V, kMany ? 8 : 4, 2>(a, 0);
   plane_tiles<V, 8, 1>(a, 0);
-}
-
-// Every second element of two vectors.
-template <class V, int... l>
-RNP_INLINE typename V::T evens(typename V::T a, typename V::T b, std::integer_sequence<int, l...>) {
-  return __builtin_shufflevector(a, b, (2 * l)...);
 }
 
 // to[x] = from[x * S], x < pitch, where x * S lies in [begin, end), else 0. Writes whole vectors.

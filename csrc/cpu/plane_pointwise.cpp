@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "core/packing.h"
@@ -14,7 +13,6 @@
 namespace rnp::cpu {
 namespace {
 
-constexpr int64_t kSmallMap = 64;  // positions: of fewer, half of the lanes would be empty (7x7)
 // Floats of an item's panels, of an L2 of 1 MB: 160 KB where its weights stay there, the next item's input arriving
 // beside them; otherwise more, since each item reads all weights from farther away.
 constexpr int64_t kChunkFloats = 40960, kLargeChunkFloats = 98304;
@@ -45,14 +43,8 @@ class PlaneCall {
         panel_(2 * kernels.plane_lanes),
         positions_(s_.out_h * s_.out_w),
         strided_(s_.stride_h * s_.stride_w > 1) {
-    const int64_t bytes = s_.n * positions_ * static_cast<int64_t>(sizeof(float));
-    int64_t live = 0;
-    for (int64_t n = 0; n < s_.n; ++n) live += p.out_live(n);
-    // As Call::stream: the call's own input would drive the output from the caches. The means read it again.
-    stream_ = k_.streams && !p.pooled && reinterpret_cast<uintptr_t>(p.output) % 64 == 0 &&
-              p.output_stride.n % 16 == 0 && p.output_stride.c % 16 == 0 &&
-              (s_.c_in + s_.c_out) * bytes > kStreamPointwiseAbove &&
-              live * positions_ * static_cast<int64_t>(sizeof(float)) > kFewBytes;
+    stream_ = k_.streams && reinterpret_cast<uintptr_t>(p.output) % 64 == 0 && p.output_stride.n % 16 == 0 &&
+              p.output_stride.c % 16 == 0 && input_displaces_output(p, positions_, sizeof(float));
   }
 
   void run(const Threads& threads, const std::function<float*(size_t)>& scratch) {
@@ -261,14 +253,10 @@ class PlaneCall {
 
 }  // namespace
 
-bool multiplies_planes(const ConvShape& s) {
-  return s.kh * s.kw == 1 && s.pad_top + s.pad_bottom + s.pad_left + s.pad_right == 0 && s.out_h * s.out_w > kSmallMap;
-}
-
 bool multiplies_planes(const PrefixConv2dParams& p) {
   const ConvShape& s = p.shape;
   const auto planes = [&](const Strides4& st, int64_t width) { return st.w == 1 && st.c != 1 && st.h == width; };
-  return multiplies_planes(s) && p.dtype == DType::kFloat32 && p.weight && p.weight_stride.c == 1 &&
+  return plane_products(s) && p.dtype == DType::kFloat32 && p.weight && p.weight_stride.c == 1 &&
          planes(p.input_stride, s.w) && planes(p.output_stride, s.out_w) &&
          (!p.residual || planes(p.residual_stride, s.out_w)) && !p.input_pixel && !p.output_pixel && !p.residual_pixel;
 }

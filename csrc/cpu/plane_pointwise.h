@@ -11,8 +11,7 @@
 
 namespace rnp::cpu {
 
-// Whether it takes such a layer in float32, and such a call.
-bool multiplies_planes(const ConvShape& s);
+// Whether a call is one of a plane_products layer (core/packing.h) in that layout.
 bool multiplies_planes(const PrefixConv2dParams& p);
 
 // A call of which that holds. `scratch` gives memory for all threads; `row_sums` (n, out_h, c_out), or null, receives

@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "cpu/evens.h"
 #include "cpu/microkernel_tile.h"
 
 namespace rnp::cpu {
@@ -109,18 +110,13 @@ void copy_planes(const float* from, int64_t plane_step, int64_t channels, int64_
   }
 }
 
-template <class V, int... i>
-RNP_INLINE typename V::T every_second(typename V::T a, typename V::T b, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(a, b, (2 * i)...);
-}
-
 // Every second of neighbouring floats: `count` of them.
 template <class V>
 void copy_every_second(const float* from, int64_t count, float* to) {
   int64_t i = 0;
   for (; i + V::kWidth < count; i += V::kWidth) {  // not the last: the float behind it may not be there
     const auto a = V::load(from + 2 * i), b = V::load(from + 2 * i + V::kWidth);
-    V::store(to + i, every_second<V>(a, b, std::make_integer_sequence<int, V::kWidth>()));
+    V::store(to + i, evens<V>(a, b, std::make_integer_sequence<int, V::kWidth>()));
   }
   for (; i < count; ++i) to[i] = from[2 * i];
 }

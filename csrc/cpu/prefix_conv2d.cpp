@@ -243,7 +243,7 @@ std::string describe_kernel(const ConvShape& s, DType dtype) {
   const int64_t lanes = kernels.width_for(s.group_out()).lanes;
   return name + "tile " + std::to_string(plan.row_tiles[0].count) + "x" + std::to_string(plan.col_tiles[0].count) +
          " pixels x " + std::to_string(lanes) + " channels" +
-         (dtype == DType::kFloat32 && (few_channels(s) || multiplies_planes(s)) ? "; contiguous: planes" : "");
+         (dtype == DType::kFloat32 && (few_channels(s) || plane_products(s)) ? "; contiguous: planes" : "");
 }
 
 }  // namespace rnp::cpu
