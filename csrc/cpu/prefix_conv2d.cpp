@@ -185,9 +185,26 @@ void run_item(const Call& call, const WorkItem& item, const WorkItem* following,
   }
 }
 
+// Samples of one pixel each, all alike, are the pixels of one sample: its tiles share what they read of the weights.
+std::optional<PrefixConv2dParams> pixels_for_samples(const PrefixConv2dParams& p) {
+  const ConvShape& s = p.shape;
+  const bool alike = s.groups == 1 && !p.in_prefix && !p.out_prefix && !p.row && !p.pooled && !p.elsewhere &&
+                     !p.input_pixel && !p.residual_pixel && !p.output_pixel && !p.ring;
+  if (!alike || s.n < 2 || s.h * s.w * s.kh * s.kw * s.out_h * s.out_w != 1 || s.pad_top != 0 || s.pad_left != 0)
+    return std::nullopt;
+  PrefixConv2dParams q = p;
+  q.shape.n = 1;
+  q.shape.h = q.shape.out_h = s.n;
+  q.shape.stride_h = q.shape.stride_w = 1;
+  const auto turn = [](Strides4& st) { st.h = st.w = st.n; };
+  turn(q.input_stride), turn(q.residual_stride), turn(q.output_stride);
+  return q;
+}
+
 }  // namespace
 
 void prefix_conv2d(const PrefixConv2dParams& p, const Threads& threads) {
+  if (const auto pixels = pixels_for_samples(p)) return prefix_conv2d(*pixels, threads);
   const ConvShape& s = p.shape;
   if (s.n == 0 || s.c_out == 0 || s.out_h == 0 || s.out_w == 0) return;
   if (p.dtype == DType::kFloat64) return prefix_conv2d_plain(p, threads);

@@ -1,15 +1,18 @@
-// Runs every registered test, or those whose name contains the argument, or (`--half 0`, `--half 1`) every second one,
-// so that two processes share them. Exit status 0 only if all ran and passed.
+// Runs every registered test, or those whose name contains the argument, or (`--part 2 8`) every eighth from the
+// third on, so that processes share them. Exit status 0 only if all ran and passed.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
 #include "tests/check.h"
 
 int main(int argc, char** argv) {
-  const bool halves = argc > 2 && std::strcmp(argv[1], "--half") == 0;
+  const bool shared = argc > 3 && std::strcmp(argv[1], "--part") == 0;
+  const int part = shared ? std::atoi(argv[2]) : 0, parts = shared ? std::max(1, std::atoi(argv[3])) : 1;
   int number = 0, ran = 0;
   for (const rnp::tests::Test& test : rnp::tests::all_tests()) {
-    if (halves ? number++ % 2 != std::atoi(argv[2]) : argc > 1 && !std::strstr(test.name, argv[1])) continue;
+    const bool named = argc < 2 || std::strstr(test.name, argv[1]) != nullptr;
+    if (shared ? number++ % parts != part : !named) continue;
     const int before = rnp::tests::failures();
     test.run();
     ++ran;
