@@ -45,6 +45,21 @@ void pack_row(const T* from, int64_t pixel_stride, int64_t channel_stride, int64
   }
 }
 
+// The same where pixels, not channels, are neighbours.
+template <int W>
+void pack_planes(PlaneTranspose transpose, const float* from, int64_t channel_stride, int64_t cols, int64_t live,
+                 int64_t panel_step, float* to) {
+  for (int64_t c = 0; c < (live + W - 1) / W * W; c += kGradPanel) {
+    float* panel = to + c / W * panel_step + c % W;
+    if (live - c >= kGradPanel) {
+      transpose(from + c * channel_stride, channel_stride, cols, W, panel);
+      continue;
+    }
+    for (int64_t i = 0; i < kGradPanel; ++i)
+      for (int64_t x = 0; x < cols; ++x) panel[x * W + i] = c + i < live ? from[(c + i) * channel_stride + x] : 0.0f;
+  }
+}
+
 // One item at work: its memory, and what is live of it in each image of the unit.
 class ItemRun {
  public:
@@ -87,7 +102,8 @@ class ItemRun {
   // Has the tiles of `now` fetch what will be packed of `unit`: packing from memory took a third of a 1x1 layer's time.
   void prefetch(const GradUnit& unit, const GradUnit& now) {
     const Strides4 &x = p_.input_stride, &g = p_.grad_output_stride;
-    if (x.c != 1 || g.c != 1) return;
+    const bool pixels = x.c == 1 && g.c == 1, planes = x.w == 1 && g.w == 1;
+    if (!pixels && !planes) return;
     const int64_t element = p_.dtype == DType::kFloat32 ? 4 : 2, rows = unit.row1 - unit.row0;
     const auto chunks = [](int64_t size, int64_t chunk) { return (size + chunk - 1) / chunk; };
     const int64_t calls = chunks(now.images, plan_.chunk_images) * chunks(now.row1 - now.row0, plan_.chunk_rows) *
@@ -98,13 +114,19 @@ class ItemRun {
     for (int64_t i = 0; i < unit.images; ++i) {
       const int64_t n = plan_.order[unit.image0 + i], ins = in_live(n), outs = out_live(n);
       if (ins == 0 || outs == 0) continue;
-      next_.emplace_back(
-          static_cast<const char*>(p_.input) + (n * x.n + item_.group * s_.group_in() + item_.in0 + y0 * x.h) * element,
-          chunks(y1 - y0, row_step), row_step * x.h * element, chunks(s_.w, col_step), col_step * x.w * element,
-          ins * element, calls);
-      next_.emplace_back(static_cast<const char*>(p_.grad_output) +
-                             (n * g.n + item_.group * s_.group_out() + item_.out0 + unit.row0 * g.h) * element,
-                         rows, g.h * element, s_.out_w, g.w * element, outs * element, calls);
+      const char* input = static_cast<const char*>(p_.input) +
+                          (n * x.n + (item_.group * s_.group_in() + item_.in0) * x.c + y0 * x.h) * element;
+      const char* grad = static_cast<const char*>(p_.grad_output) +
+                         (n * g.n + (item_.group * s_.group_out() + item_.out0) * g.c + unit.row0 * g.h) * element;
+      if (pixels) {
+        next_.emplace_back(input, chunks(y1 - y0, row_step), row_step * x.h * element, chunks(s_.w, col_step),
+                           col_step * x.w * element, ins * element, calls);
+        next_.emplace_back(grad, rows, g.h * element, s_.out_w, g.w * element, outs * element, calls);
+      } else {
+        next_.emplace_back(input, ins, x.c * element, chunks(y1 - y0, row_step), row_step * x.h * element,
+                           s_.w * element, calls);
+        next_.emplace_back(grad, outs, g.c * element, rows, g.h * element, s_.out_w * element, calls);
+      }
     }
   }
 
@@ -130,6 +152,15 @@ class ItemRun {
     return any && rows_ > 0 && cols_ > 0;
   }
 
+  template <int W, typename T>
+  void pack(const T* from, int64_t pixel_stride, int64_t channel_stride, int64_t cols, int64_t live, int64_t panel_step,
+            float* to) const {
+    if constexpr (std::is_same_v<T, float>)
+      if (pixel_stride == 1 && channel_stride != 1 && cols >= kGradPanel && kernels_.transpose)
+        return pack_planes<W>(kernels_.transpose, from, channel_stride, cols, live, panel_step, to);
+    pack_row<W>(from, pixel_stride, channel_stride, cols, live, panel_step, to);
+  }
+
   template <typename T>
   void pack(const GradUnit& unit) {
     const Strides4 &from = p_.input_stride, &grad = p_.grad_output_stride;
@@ -138,18 +169,21 @@ class ItemRun {
     x_panel_ = unit.images * x_image_;
     g_image_ = out_rows * s_.out_w * kGradLanes;
     g_block_ = unit.images * g_image_;
+    // Rows that follow each other in memory are one.
+    const bool whole = cols_ * plan_.cols.step * from.w == plan_.rows.step * from.h;
+    const bool whole_grad = s_.out_w * grad.w == grad.h;
     for (int64_t i = 0; i < unit.images; ++i) {
       const int64_t n = plan_.order[unit.image0 + i], ins = in_live(n), outs = out_live(n);
       if (ins == 0 || outs == 0) continue;
       const T* x = static_cast<const T*>(p_.input) + n * from.n + (item_.group * s_.group_in() + item_.in0) * from.c;
-      for (int64_t r = 0; r < rows_; ++r)
-        pack_row<kGradPanel>(x + (y0_ + r * plan_.rows.step) * from.h + x0_ * from.w, plan_.cols.step * from.w, from.c,
-                             cols_, ins, x_panel_, x_ + i * x_image_ + r * cols_ * kGradPanel);
+      for (int64_t r = 0; r < (whole ? 1 : rows_); ++r)
+        pack<kGradPanel>(x + (y0_ + r * plan_.rows.step) * from.h + x0_ * from.w, plan_.cols.step * from.w, from.c,
+                         whole ? rows_ * cols_ : cols_, ins, x_panel_, x_ + i * x_image_ + r * cols_ * kGradPanel);
       const T* g =
           static_cast<const T*>(p_.grad_output) + n * grad.n + (item_.group * s_.group_out() + item_.out0) * grad.c;
-      for (int64_t r = 0; r < out_rows; ++r)
-        pack_row<kGradLanes>(g + (unit.row0 + r) * grad.h, grad.w, grad.c, s_.out_w, outs, g_block_,
-                             g_ + i * g_image_ + r * s_.out_w * kGradLanes);
+      for (int64_t r = 0; r < (whole_grad ? 1 : out_rows); ++r)
+        pack<kGradLanes>(g + (unit.row0 + r) * grad.h, grad.w, grad.c, whole_grad ? out_rows * s_.out_w : s_.out_w,
+                         outs, g_block_, g_ + i * g_image_ + r * s_.out_w * kGradLanes);
     }
   }
 

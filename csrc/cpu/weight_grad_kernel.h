@@ -23,10 +23,14 @@ struct WeightGradArgs {
 
 using WeightGradKernel = void (*)(const WeightGradArgs&);
 
+// to[x * step + c] = from[c * channel_stride + x] for kGradPanel channels c and x < count; count >= kGradPanel.
+using PlaneTranspose = void (*)(const float* from, int64_t channel_stride, int64_t count, int64_t step, float* to);
+
 struct WeightGradKernels {
   int lanes, half_lanes;                 // of the wide and of the narrow variant
   int max_channels;                      // of one call
   WeightGradKernel tile[2][kGradPanel];  // [wide][channels - 1], channels 1…max_channels
+  PlaneTranspose transpose;              // null: element by element is as good
 };
 
 const WeightGradKernels& portable_weight_grad_kernels();
