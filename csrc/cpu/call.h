@@ -22,16 +22,18 @@ inline int64_t output_channels(const PrefixConv2dParams& p) {
 }
 
 // 1x1 and depthwise: so are outputs of calls that read and write pixels of more than this, where more than kFewBytes of
-// the output are live. Dead lines between live ones count: the hardware fetches many of them.
-constexpr int64_t kStreamPointwiseAbove = int64_t{12} << 20, kFewBytes = int64_t{2} << 20;
+// the output are live. Dead lines between live ones count: the hardware fetches many of them. Depthwise layers have
+// few products to hide a line's fetching behind, and gain earlier.
+constexpr int64_t kStreamPointwiseAbove = int64_t{12} << 20, kStreamDepthwiseAbove = int64_t{5} << 20;
+constexpr int64_t kFewBytes = int64_t{2} << 20;
 
 // Whether such a call's own input, `input_pixels` of each sample, would drive the output from the caches. A segment's
 // compact maps are made to stay, and the means read the output again.
-inline bool input_displaces_output(const PrefixConv2dParams& p, int64_t input_pixels, int64_t element) {
+inline bool input_displaces_output(const PrefixConv2dParams& p, int64_t input_pixels, int64_t element,
+                                   int64_t above = kStreamPointwiseAbove) {
   const ConvShape& s = p.shape;
   const int64_t pixel_bytes = s.out_h * s.out_w * element;
-  if (p.pooled || p.output_pixel ||
-      s.n * (s.c_in * input_pixels * element + s.c_out * pixel_bytes) <= kStreamPointwiseAbove)
+  if (p.pooled || p.output_pixel || s.n * (s.c_in * input_pixels * element + s.c_out * pixel_bytes) <= above)
     return false;
   int64_t live = 0;
   for (int64_t n = 0; n < s.n; ++n) live += p.out_live(n);

@@ -123,7 +123,8 @@ class GroupedCall {
   bool streams() const {
     const bool aligned = reinterpret_cast<uintptr_t>(p_.output) % 64 == 0 && p_.output_stride.n % 16 == 0 &&
                          p_.output_stride.h % 16 == 0 && p_.output_stride.w % 16 == 0;
-    return lane_row_ && kernels_.streams && aligned && input_displaces_output(p_, s_.h * s_.w, sizeof(float));
+    return lane_row_ && kernels_.streams && aligned &&
+           input_displaces_output(p_, s_.h * s_.w, sizeof(float), kStreamDepthwiseAbove);
   }
 
   // Rows [row0, row1) of sample n, all channels.
