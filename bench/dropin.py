@@ -5,11 +5,11 @@
 One line per layer, layout and batch: the median of nn.Conv2d in microseconds, the median ratio ours / theirs of runs
 taken in turn (rnp.bench.timing), its p20 and p80, the same of nn.Conv2d against itself (differences below that say
 nothing), and the path (Winograd, ours, or a stock one by the rule in csrc/core/stock.cpp). Before them the command, the
-machine and the commit. The swap must never cost more than 3 %. Freed memory is kept by malloc, as in `rnp bench`: by default a
-call's output may be given back and faulted in again at the next, on one side or on both, by what else lies on the heap
-(one and the same row read 0.94 and, after others, 2.33). Where it lies still matters to what the caches hold (5x5
-depthwise at 28x28, batch 8: 1.50 in the whole list, 0.85 with --filter 5x5). --clock cpu counts the time of this thread
-alone, for a machine that others use too (one thread only).
+machine and the commit. The swap must never cost more than 3 %. Freed memory is kept by malloc, as in `rnp bench`: by
+default a call's output may be given back and faulted in again at the next, on one side or on both, by what else lies on
+the heap (one and the same row read 0.94 and, after others, 2.33). Where it lies still matters to what the caches hold
+(5x5 depthwise at 28x28, batch 8: 1.50 in the whole list, 0.85 with --filter 5x5). --clock cpu counts the time of this
+thread alone, for a machine that others use too (one thread only).
 """
 
 from __future__ import annotations
