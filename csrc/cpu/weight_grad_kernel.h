@@ -30,7 +30,7 @@ struct WeightGradKernels {
   int lanes, half_lanes;                 // of the wide and of the narrow variant
   int max_channels;                      // of one call
   WeightGradKernel tile[2][kGradPanel];  // [wide][channels - 1], channels 1…max_channels
-  PlaneTranspose transpose;              // null: element by element is as good
+  PlaneTranspose transpose;              // null: they are copied element by element
 };
 
 const WeightGradKernels& portable_weight_grad_kernels();
