@@ -1,6 +1,8 @@
-"""README's tables of whole networks and of layers, in Markdown, from what `rnp bench` wrote.
+"""README's tables of whole networks, of layers and of mixed actions, in Markdown, from what `rnp bench` or networks.py
+wrote.
 
 python bench/tables.py bench/results/bench-zen4-2core.json
+python bench/tables.py bench/results/pruned-zen4-2core.json
 """
 
 from __future__ import annotations
@@ -78,13 +80,36 @@ def layers(rows: list[dict[str, Any]], batch: int) -> list[str]:
     return out
 
 
+def pruned(results: dict[str, Any], threads: int | None) -> list[str]:
+    """The paper's table from networks.py --parts pruned: share of theory that arrives, and the factor over OpenVINO."""
+    algorithm = "direct only" if "direct" in results["command"] else "all (Winograd)"
+    found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for run in results["runs"]:
+        if threads in (None, run["environment"]["threads"]):
+            for row in run["rows"].get("pruned", []):
+                found[row["model"], row["batch"]].append(row)
+    columns = ["realised at 3×", "4×", "5×", "10×", "over OpenVINO at 3×", "4×", "5×", "10×"]
+    out = [line("network", "batch", "algorithm", *columns), "|---" * (len(columns) + 3) + "|"]
+    for (name, batch), rows in found.items():
+        cells = [f"{row['realised']['median']:.2f}" for row in rows]
+        cells += [f"{row['over']['openvino']['median']:.1f}×" for row in rows]
+        out.append(line(name, str(batch), algorithm, *cells))
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="results.json of rnp bench")
+    parser.add_argument("results", type=Path, help="results.json of rnp bench, or of networks.py")
     parser.add_argument("--batch", type=int, default=8, help="of the layers (8)")
     parser.add_argument("--threads", type=int, help="rows of so many threads only")
     options = parser.parse_args()
-    rows = json.loads(options.results.read_text(encoding="utf-8"))["rows"]
+    results = json.loads(options.results.read_text(encoding="utf-8"))
+    if "runs" in results:
+        print("\n".join(pruned(results, options.threads)))
+        return
+    if "rows" not in results:
+        parser.error(f"{options.results} has neither rows nor runs: it is no file of rnp bench or networks.py")
+    rows = results["rows"]
     rows = [row for row in rows if options.threads in (None, row["threads"])]
     print("\n".join([*networks(rows), "", *layers(rows, options.batch)]))
 
