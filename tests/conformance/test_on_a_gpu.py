@@ -110,20 +110,15 @@ def test_the_same_bits_at_every_call(backend: str) -> None:
 def test_a_large_batch_of_arbitrary_prefixes(backend: str) -> None:
     """More samples than one program sorts, and nearly as many classes as samples."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(700, 40, 5, 5, generator=generator).cuda().contiguous(memory_format=torch.channels_last)
-    w = torch.randn(72, 40, 3, 3, generator=generator).cuda()
-    prefixes = {
-        "in_prefix": torch.randint(0, 41, (700,), generator=generator).int().cuda(),
-        "out_prefix": torch.randint(0, 73, (700,), generator=generator).int().cuda(),
-    }
-    whole = rnp_kernels.prefix_conv2d(x, w, padding=1, **prefixes)
-    truth, _ = reference.prefix_conv2d(x.double(), w.double(), padding=(1, 1, 1, 1), **prefixes)
-    native, _ = reference.prefix_conv2d(x, w, padding=(1, 1, 1, 1), **prefixes)
-    testing.assert_as_accurate_as_native("output", whole, native, truth)
+    ins, outs = (tuple(torch.randint(0, limit, (700,), generator=generator).tolist()) for limit in (41, 73))
+    case = testing.Case("a large batch", (700, 40, 5, 5), 72, in_prefix=ins, out_prefix=outs)
+    arguments = testing.make(case, device="cuda")
+    whole, means = conformance.call(case, arguments)
+    conformance.check_output(case, arguments, whole, means)
     if backend != "reference":
         for n in (0, 350, 699):
-            one = {name: value[n : n + 1] for name, value in prefixes.items()}
-            assert torch.equal(rnp_kernels.prefix_conv2d(x[n : n + 1], w, padding=1, **one), whole[n : n + 1])
+            one = conformance.pick(arguments, slice(n, n + 1))
+            assert torch.equal(conformance.call(case, one)[0], whole[n : n + 1])
 
 
 TF32 = ("3x3", "1x1 stride 2", "7x7 stem", "groups", "mixed prefixes", "everything", "prefix, unaligned channels")
