@@ -124,9 +124,6 @@ void plan_hopper(TileLaunch& launch, DType dtype, const Device& device) {
   launch.box = im2col_box(a, element);
   a.use_tma = launch.box.possible;
   a.box_lower_w = launch.box.lower[0], a.box_lower_h = launch.box.lower[1];
-  a.vectors = vectors(a, element);
-  const auto dense = [&](const Strides4& st) { return st.h == a.out_w * st.w; };
-  a.dense = dense(a.output_stride) && (!a.residual || dense(a.residual_stride));
   launch.tile = hopper_tile(first_hopper_tile(dtype), choice.tile.bn);
 }
 
@@ -199,6 +196,9 @@ std::vector<TileLaunch> tile_launches(const PrefixConv2dParams& p, Role role, in
       a.output_stride.h *= step_h, a.output_stride.w *= step_w;
       a.cut = {s.n, out_h * out_w, packed.groups, packed.group_in, packed.group_out, 0, 0};
       a.gather = a.flat || !aligned(a, packed.element);
+      a.vectors = vectors(a, packed.element);
+      const auto dense = [&](const Strides4& st) { return st.h == a.out_w * st.w; };
+      a.dense = dense(a.output_stride) && (!a.residual || dense(a.residual_stride));
       const bool matrix = p.dtype != DType::kFloat32 || tf32;
       if (device.hopper && wants_wgmma(a, matrix)) {
         launches.push_back({TileName::kCount, a, {}, 0});
