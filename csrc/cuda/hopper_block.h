@@ -100,6 +100,9 @@ struct HopperBlock {
   RNP_DEVICE bool tall() const { return Tile::kTurns && p.cut.bm == kTallRows; }
   RNP_DEVICE bool turns() const { return Tile::kTurns && !tall() && p.segment_chunks >= p.chunks; }
 
+  // Whether a warp asks for the residual's lines while the tile is multiplied.
+  RNP_DEVICE bool prefetches() const { return p.residual && p.vectors && !p.partial; }
+
   RNP_DEVICE int rows() const { return Tile::kTurns ? p.cut.bm : Tile::BM; }
   RNP_DEVICE Ring ring() const { return {tall() ? Tile::kTallStages : Tile::kStages}; }
   RNP_DEVICE Ring ring_of(const TileState& s) const { return {ring().size, s.stage, s.parity}; }
@@ -120,7 +123,8 @@ struct HopperBlock {
       const int warps = turns() ? kWarps / 2 : kWarps;
       for (int i = 0; i < Tile::kStages; ++i) init_barrier(full + i, kHopperLoaders), init_barrier(empty + i, warps);
       for (int i = 0; i < 2; ++i) {
-        init_barrier(rows_full + i, 1), init_barrier(rows_empty + i, warps + kHopperLoaders / 32);
+        init_barrier(rows_full + i, 1);
+        init_barrier(rows_empty + i, warps + kHopperLoaders / 32 + (prefetches() ? 1 : 0));
         init_barrier(turn + i, kWarps / 2);
       }
       publish_barriers();
