@@ -6,12 +6,13 @@
 //   cmake --build build/gpu-tiles --target gpu_tiles
 //   build/gpu-tiles/gpu_tiles [ways] [layers] [batches] [dtypes] [epilogues]
 //
-// ways: planned, 256, 128, 64 (channels of a tile of sm_90a), tall128, tall64 (of 256 rows), copied (planned, input by
-// cp.async), sm80; all by default. dtypes: bf16 (the default), tf32. epilogues: plain (the default), tables (scale and
-// bias, four lines of them, the in-prefix's quarter chooses), residual (tables, a residual, ReLU). Prints for each way
-// TFLOP/s of the valid taps and microseconds at full width, and the share of the theoretical speed-up over that for
-// random widths (k = 4) of both sides, and of the input alone. Medians of seven, the L2 cache flushed before each,
-// launches not in a graph: below some 30 microseconds the host's time is in them.
+// ways: planned, 256, 128, 64 (channels of a tile of sm_90a), tall128, tall64 (of 256 rows), w256, w128, w64, wtall128,
+// wtall64 (the input of a chunk kept for all taps), copied (planned, input by cp.async), sm80; all by default. dtypes:
+// bf16 (the default), tf32. epilogues: plain (the default), tables (scale and bias, four lines of them, the in-prefix's
+// quarter chooses), residual (tables, a residual, ReLU). Prints for each way TFLOP/s of the valid taps and microseconds
+// at full width, and the share of the theoretical speed-up over that for random widths (k = 4) of both sides, and of
+// the input alone. Medians of seven, the L2 cache flushed before each, launches not in a graph: below some 30
+// microseconds the host's time is in them.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -115,7 +116,7 @@ constexpr Layer kLayers[] = {
     {"r3_1x1_up", 256, 14, 1024, 1, 1}, {"r3_1x1_down", 1024, 14, 256, 1, 1}, {"r4_1x1_up", 512, 7, 2048, 1, 1},
     {"r4_1x1_down", 2048, 7, 512, 1, 1}};
 
-constexpr const char* kWays = "planned,256,128,64,tall128,tall64,copied,sm80";
+constexpr const char* kWays = "planned,256,128,64,tall128,tall64,w256,w128,w64,wtall128,wtall64,copied,sm80";
 constexpr const char* kDtypes = "bf16,tf32";
 constexpr const char* kEpilogues = "plain,tables,residual";
 constexpr int32_t kLines = 4;
@@ -126,15 +127,19 @@ enum class Mixed { kNone, kBoth, kInput };
 // Makes the launch go `way`; false where its layer cannot.
 bool go(const std::string& way, TileLaunch& launch) {
   ConvArgs& a = launch.args;
-  if (way == "copied") a.use_tma = false;
-  if (way == "planned" || way == "copied" || way == "sm80") return true;
-  const bool tall = way.rfind("tall", 0) == 0;
-  const int bn = std::atoi(way.c_str() + (tall ? 4 : 0));
-  if (bn == 0 || !is_hopper(launch.tile) || a.cut.group_out <= bn / 2) return false;
+  if (way == "planned" || way == "sm80") return true;
+  if (!is_hopper(launch.tile)) return false;
+  if (way == "copied") {
+    const bool can = set_hopper_tile(launch, {a.cut.bm, a.cut.bn}, false);
+    a.use_tma = false;
+    return can;
+  }
+  const bool window = way[0] == 'w', tall = way.find("tall") != std::string::npos;
+  const int bn = std::atoi(way.c_str() + (window ? 1 : 0) + (tall ? 4 : 0));
+  if (bn == 0 || a.cut.group_out <= bn / 2) return false;
   if ((tall || bn == 256) && a.segment_chunks < a.chunks) return false;
-  a.cut.bm = tall ? kTallRows : 128, a.cut.bn = bn, a.splits = 1, launch.partial_elements = 0;
-  launch.tile = hopper_tile(launch.tile, bn);
-  return true;
+  a.splits = 1, launch.partial_elements = 0;
+  return set_hopper_tile(launch, {tall ? kTallRows : 128, bn}, window);
 }
 
 std::vector<std::string> split(const std::string& text) {

@@ -9,6 +9,18 @@
 
 namespace rnp::cuda {
 
+// How the sm_90a kernel may see a layer whose outputs step by one: a sample's map, with the zeros around it that taps
+// reach, is a stream of rows `pitch` pixels long, and output (oy, ox) is position oy · pitch + ox of it. Then a tap is
+// a distance in the stream, the same for all outputs, and what a tile needs of a chunk for all taps are its own
+// positions and `halo` more. Zeros behind a row are those before the next, and those below a sample those above the
+// next. Positions that are no output are computed and dropped.
+struct Stream {
+  int32_t pitch = 0;  // 0: the layer has none
+  int32_t rows = 0;   // of a sample
+  int32_t halo = 0;
+  int64_t positions() const { return int64_t{rows} * pitch; }
+};
+
 // Taps along one axis: input row (column) `delta` + i · `delta_step` of tap i, seen from output 0, and which of the
 // kernel's taps it is.
 struct Axis {
@@ -46,7 +58,7 @@ struct Im2colBox {
 
 struct ConvArgs {
   gpu::Cut cut;  // n, positions, groups, channels of a group, tile
-  int32_t h = 0, w = 0, out_w = 0;
+  int32_t h = 0, w = 0, out_h = 0, out_w = 0;
   int32_t c_in = 0, c_out = 0;
   Axis y, x;
 
@@ -62,6 +74,9 @@ struct ConvArgs {
   float* partial = nullptr;
   int32_t box_lower_w = 0, box_lower_h = 0;
   bool use_tma = false;  // the input has an Im2colBox
+  // sm_90a: the input of a chunk is kept for all taps. cut.positions are those of the stream; a window holds as many, a
+  // multiple of eight, and window_stages stages of weights fit beside two of them. 0: each tap fetches its input.
+  int32_t window_rows = 0, window_stages = 0, pitch = 0;
 
   const int32_t *in_prefix = nullptr, *out_prefix = nullptr;  // (n)
   // Order of the batch, and the number of the next tile to take; null where no prefix is given.

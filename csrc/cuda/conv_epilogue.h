@@ -110,7 +110,7 @@ template <typename T>
 RNP_DEVICE void write_tail_vectors(const ConvArgs& p, int thread, int threads) {
   constexpr int32_t kPiece = 16 / static_cast<int32_t>(sizeof(T)), kBatch = 4;
   const int lane = thread & 31, warps = threads / 32;
-  const int64_t workers = block_count() * warps, positions = p.cut.positions;
+  const int64_t workers = block_count() * warps, positions = int64_t{p.out_h} * p.out_w;
   const int32_t pieces = p.c_out / kPiece;
   // About four slices for each warp, none shorter than a batch.
   const int64_t wanted = gpu::quotient(4 * workers + p.cut.n - 1, p.cut.n > 0 ? p.cut.n : 1);
@@ -163,7 +163,7 @@ template <typename T>
 RNP_DEVICE void write_tails(const ConvArgs& p, int thread, int threads) {
   if (p.vectors) return write_tail_vectors<T>(p, thread, threads);
   const int lane = thread & 31, warps = threads / 32;
-  const int64_t step = block_count() * warps, positions = p.cut.positions;
+  const int64_t step = block_count() * warps, positions = int64_t{p.out_h} * p.out_w;
   for (int64_t i = block_index() * warps + thread / 32; i < p.cut.n * positions; i += step) {
     const int64_t n = i / positions;
     const int32_t live = gpu::clamp_prefix(p.out_prefix[n], p.c_out);

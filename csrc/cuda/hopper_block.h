@@ -18,6 +18,9 @@ struct TileState {
   int32_t boxes;    // im2col copies that bring a stage's rows; 0: cp.async does
   int32_t rows;     // that are live: the first ones
   uint32_t pixel;   // of the first row
+  int32_t window;   // where its windows begin in their ring
+  uint32_t window_parity;
+  bool scrub;  // some row's live channels end within a chunk: what came behind them is not zero
 };
 
 // The rows of a tile that are pixels of one sample; those of run i begin at row i · positions - TileState::pixel.
@@ -33,9 +36,9 @@ static_assert(sizeof(Run) == 24);
 
 // Rows that one im2col copy brings: pixels that follow each other in one sample, or on into the next one.
 struct Box {
-  uint8_t run, row, size;  // the run and the row where it begins, and the logarithm of the number of rows
+  uint16_t row;       // where it begins
+  uint8_t run, size;  // the run where it begins, and the logarithm of the number of rows
 };
-static_assert(kTallRows <= 256);
 
 // A row as cp.async fetches it.
 struct alignas(16) CopiedRow {
@@ -71,7 +74,7 @@ struct HopperBlock {
   Run* runs_of_both;
   CopiedRow* copied_rows;
   TileState* states;
-  uint64_t *full, *empty, *rows_full, *rows_empty, *turn;
+  uint64_t *full, *empty, *rows_full, *rows_empty, *turn, *window_full, *window_empty, *window_landed;
   Box* boxes_of_both;
   int32_t* box_count;
 
@@ -87,10 +90,13 @@ struct HopperBlock {
     rows_full = empty + Tile::kStages;
     rows_empty = rows_full + 2;
     turn = rows_empty + 2;
-    states = reinterpret_cast<TileState*>(turn + 2);
+    window_full = turn + 2;
+    window_empty = window_full + 2;
+    window_landed = window_empty + 2;
+    states = reinterpret_cast<TileState*>(window_landed + 2);
     box_count = reinterpret_cast<int32_t*>(states + 2);
     boxes_of_both = reinterpret_cast<Box*>(box_count + 1);
-    static_assert((2 * Tile::kStages + 6) * 8 + 2 * sizeof(TileState) + 4 + 2 * kMostBoxes * sizeof(Box) <=
+    static_assert((2 * Tile::kStages + 12) * 8 + 2 * sizeof(TileState) + 4 + 2 * kMostBoxes * sizeof(Box) <=
                   Tile::kStateBytes);
     static_assert(sizeof(CopiedRow) * Tile::kMostRows == Tile::kRowBytes &&
                   sizeof(Run) * 2 * (Tile::kMostRows + 1) == Tile::kRunBytes);
@@ -104,20 +110,28 @@ struct HopperBlock {
   RNP_DEVICE bool prefetches() const { return p.residual && p.vectors && !p.partial; }
 
   RNP_DEVICE int rows() const { return Tile::kTurns ? p.cut.bm : Tile::BM; }
-  RNP_DEVICE Ring ring() const { return {tall() ? Tile::kTallStages : Tile::kStages}; }
+  RNP_DEVICE bool windows() const { return p.window_rows > 0; }
+  RNP_DEVICE Ring ring() const {
+    if (windows()) return {p.window_stages};
+    return {tall() ? Tile::kTallStages : Tile::kStages};
+  }
   RNP_DEVICE Ring ring_of(const TileState& s) const { return {ring().size, s.stage, s.parity}; }
 
   RNP_DEVICE char* input_of(int stage) const { return stages + stage * (rows() + Tile::BN) * kPackBytes; }
-  RNP_DEVICE char* weights_of(int stage) const { return input_of(stage) + rows() * kPackBytes; }
+  RNP_DEVICE char* window_of(int window) const { return stages + window * p.window_rows * kPackBytes; }
+  RNP_DEVICE char* weights_of(int stage) const {
+    return windows() ? window_of(2) + stage * p.cut.bn * kPackBytes : input_of(stage) + rows() * kPackBytes;
+  }
   RNP_DEVICE Run* runs_of(int buffer) const { return runs_of_both + buffer * (Tile::kMostRows + 1); }
 
   RNP_DEVICE static bool first_lane() { return (thread_index() & 31) == 0; }
 
   RNP_DEVICE Box* boxes_of(int buffer) const { return boxes_of_both + buffer * kMostBoxes; }
 
-  // A stage is full when every loader has arrived: each when its copies have landed, or one for all, and the bytes that
-  // were announced have come. One arrival of each warp that empties a stage, gives rows back or passes the turn; one
-  // for a tile's description.
+  // A window is full when the lanes of the warp that brings it have arrived, one for all, or each after it has replaced
+  // by zeros what must be. A stage is full when every loader has arrived: each when its copies have landed, or one for
+  // all, and the bytes that were announced have come. One arrival of each warp that empties a stage, gives rows back or
+  // passes the turn; one for a tile's description.
   RNP_DEVICE void make_barriers() const {
     if (thread_index() == 0) {
       const int warps = turns() ? kWarps / 2 : kWarps;
@@ -126,6 +140,7 @@ struct HopperBlock {
         init_barrier(rows_full + i, 1);
         init_barrier(rows_empty + i, warps + kHopperLoaders / 32 + (prefetches() ? 1 : 0));
         init_barrier(turn + i, kWarps / 2);
+        init_barrier(window_full + i, 32), init_barrier(window_empty + i, warps), init_barrier(window_landed + i, 1);
       }
       publish_barriers();
     }

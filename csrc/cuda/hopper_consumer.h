@@ -14,7 +14,7 @@ struct HopperConsumer : HopperEpilogue<Tile> {
   using Base::empty, Base::first_lane, Base::full, Base::input_of, Base::kProducers, Base::p, Base::rows_empty,
       Base::rows_full;
   using Base::ring_of, Base::runs_of, Base::staging, Base::states, Base::tall, Base::turn, Base::turns,
-      Base::weights_of;
+      Base::weights_of, Base::window_empty, Base::window_full, Base::window_of, Base::windows;
   using typename Base::T;
 
   // Of a thread, for 64 rows or twice 64, whatever the width: one epilogue serves all main loops.
@@ -43,7 +43,11 @@ struct HopperConsumer : HopperEpilogue<Tile> {
     constexpr int32_t kSteps = Tile::BK / Tile::kStep;
     const int32_t first_row = own_row<kHalves>(), k_live = s.k_live;
     const bool copied = s.boxes == 0;
-    int32_t used = -1;
+    // In windows a tap is a distance in rows. Descriptors may begin at any row: the swizzle is one of addresses.
+    const int32_t step_x = p.x.delta_step, next_row = p.y.delta_step * p.pitch - (p.x.count - 1) * step_x;
+    const int32_t first_tap = (p.y.delta - p.box_lower_h) * p.pitch + p.x.delta - p.box_lower_w;
+    Ring window{2, s.window, s.window_parity};
+    int32_t used = -1, used_window = -1;
     // In turn, and not before the other group has seen its last stage full: until then a stage of the other's tile that
     // is still on its way looks, by its parity, like this one's.
     if (kHalves == 2 && turns()) {
@@ -53,10 +57,17 @@ struct HopperConsumer : HopperEpilogue<Tile> {
     for (int h = 0; h < kHalves; ++h) pin(sums[h]);
     for (int32_t chunk = first; chunk < end; ++chunk) {
       const int32_t steps = (k_live - chunk * Tile::BK) / Tile::kStep;
+      if (windows()) wait_barrier(window_full + window.at, window.parity);
+      int32_t at = first_row + first_tap, column = 0;
       for (int32_t tap = 0; tap < taps; ++tap) {
         wait_barrier(full + ring.at, ring.parity);
         if (copied) publish_writes();
-        const uint64_t a = operand_descriptor(shared_address(input_of(ring.at) + first_row * kPackBytes));
+        const uint64_t a = operand_descriptor(shared_address(windows() ? window_of(window.at) + at * kPackBytes
+                                                                       : input_of(ring.at) + first_row * kPackBytes));
+        if (++column == p.x.count)
+          column = 0, at += next_row;
+        else
+          at += step_x;
         const uint64_t b = operand_descriptor(shared_address(weights_of(ring.at)));
         if (steps >= kSteps) {  // nothing between the products, or the compiler fences each
           begin_products();
@@ -74,9 +85,14 @@ struct HopperConsumer : HopperEpilogue<Tile> {
         }
         wait_products<1>();
         if (used >= 0 && first_lane()) arrive(empty + used);
+        if (used_window >= 0) {
+          if (first_lane()) arrive(window_empty + used_window);
+          used_window = -1;
+        }
         used = ring.at;
         ring.next();
       }
+      if (windows()) used_window = window.at, window.next();
     }
     if (kHalves == 2 && turns()) {
       sync_warp();  // the turn is passed when every lane has seen the last stage
@@ -86,6 +102,7 @@ struct HopperConsumer : HopperEpilogue<Tile> {
     RNP_UNROLL
     for (int h = 0; h < kHalves; ++h) pin(sums[h]);
     if (used >= 0 && first_lane()) arrive(empty + used);
+    if (used_window >= 0 && first_lane()) arrive(window_empty + used_window);
   }
 
   // The main loop of the tile's width.

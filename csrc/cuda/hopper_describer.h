@@ -31,7 +31,7 @@ struct HopperDescriber : HopperBlock<Tile> {
       const int highest = highest_bit(static_cast<uint32_t>(end - first));
       const int size = highest < kLargest ? highest : kLargest;
       if (at < kMostBoxes)
-        boxes[at] = {static_cast<uint8_t>(run), static_cast<uint8_t>(first), static_cast<uint8_t>(size)};
+        boxes[at] = {static_cast<uint16_t>(first), static_cast<uint8_t>(run), static_cast<uint8_t>(size)};
       ++at;
       first += 1 << size;
     }
@@ -95,11 +95,15 @@ struct HopperDescriber : HopperBlock<Tile> {
     // ends with a whole step, or where the tensor ends and zeros come.
     const bool whole = (longest % Tile::kStep == 0 || longest == p.c_in) && (-uneven > p.c_in || -uneven == longest);
     const uint32_t starts = ballot(own_begins), inside = ballot(within);
-    if (p.use_tma && whole && inside == 0xffffffffu) {
+    // A window has no other way to come, and the plan sees to it that its boxes are few; it goes on behind the last
+    // row.
+    s.scrub = !whole;
+    if (this->windows() || (p.use_tma && whole && inside == 0xffffffffu)) {
+      const int32_t all = this->windows() ? p.window_rows : s.rows;
       const uint32_t later = lane() < 31 ? starts >> (lane() + 1) : 0;
       const int next = later ? lane() + 1 + lowest_bit(later) : 32;
-      const int32_t end = next < 32 ? next * positions - static_cast<int32_t>(s.pixel) : s.rows;
-      if (own_begins) add_boxes(boxes, lane(), own_first, end < s.rows ? end : s.rows);
+      const int32_t end = next < 32 ? next * positions - static_cast<int32_t>(s.pixel) : all;
+      if (own_begins) add_boxes(boxes, lane(), own_first, end < all ? end : all);
       sync_warp();
       s.boxes = *box_count <= kMostBoxes ? *box_count : 0;
     }
@@ -110,7 +114,7 @@ struct HopperDescriber : HopperBlock<Tile> {
   RNP_DEVICE void describe() const {
     const gpu::Order order = order_of(p);
     gpu::Cursor at;
-    Ring ring = this->ring(), buffer{2};
+    Ring ring = this->ring(), buffer{2}, windows{2};
     int64_t number = block_index();
     while (at.seek(p.cut, order, p.splits == 1 ? number : number / p.splits)) {
       wait_barrier(rows_empty + buffer.at, buffer.parity ^ 1);
@@ -118,9 +122,11 @@ struct HopperDescriber : HopperBlock<Tile> {
       const int32_t ticket = lane() == 0 && p.ticket ? take_ticket(p.ticket) : 0;
       TileState s = describe_tile(at, number, runs_of(buffer.at), boxes_of(buffer.at));
       s.stage = ring.at, s.parity = ring.parity;
+      s.window = windows.at, s.window_parity = windows.parity;
       if (p.splits == 1 || s.first_chunk < s.end_chunk) {  // a split tile whose rows end before the segment has no work
         if (lane() == 0) states[buffer.at] = s, arrive(rows_full + buffer.at);
         ring.skip((s.end_chunk - s.first_chunk) * p.y.count * p.x.count);
+        windows.skip(s.end_chunk - s.first_chunk);
         buffer.next();
       }
       number = p.ticket ? block_count() + max_in_warp(ticket) : number + block_count();

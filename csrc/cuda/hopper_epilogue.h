@@ -47,9 +47,14 @@ struct HopperEpilogue : HopperBlock<Tile> {
     const uint32_t i = pixels < positions ? 0 : pixels / positions;
     const Run& run = runs[i];
     const int64_t n = run.sample;
-    const int32_t pixel = static_cast<int32_t>(pixels - i * positions);
-    out.out_live = run.out_live;
+    int32_t pixel = static_cast<int32_t>(pixels - i * positions);
     out.line = run.line;
+    if (this->windows()) {  // a position of the stream; some are no output
+      const int32_t oy = pixel / p.pitch, ox = pixel - oy * p.pitch;
+      if (oy >= p.out_h || ox >= p.out_w) return out;
+      pixel = oy * p.out_w + ox;
+    }
+    out.out_live = run.out_live;
     if (p.partial) {
       out.output = (n * p.cut.positions + pixel) * p.c_out;
     } else if (p.dense) {

@@ -11,7 +11,7 @@ struct HopperLoader : HopperBlock<Tile> {
   using Base = HopperBlock<Tile>;
   using Base::boxes_of, Base::copied_rows, Base::empty, Base::first_lane, Base::full, Base::input_of, Base::maps,
       Base::p, Base::ring_of, Base::rows, Base::rows_empty, Base::rows_full, Base::runs_of, Base::states,
-      Base::weights_of;
+      Base::weights_of, Base::window_empty, Base::window_full, Base::window_landed, Base::window_of, Base::windows;
   using typename Base::T;
   using Cursor = StageCursor<Tile::BK, 0>;
 
@@ -30,20 +30,28 @@ struct HopperLoader : HopperBlock<Tile> {
     at.begin(p, s.group, s.first_chunk);
     for (int32_t it = 0; it < stages; ++it, at.next(p, s.group), ring.next()) {
       wait_barrier(empty + ring.at, ring.parity ^ 1);
-      fetch_weights(s, at, ring.at, static_cast<uint32_t>(s.rows) * kPackBytes);
+      fetch_weights(s, at, ring.at, windows() ? 0 : static_cast<uint32_t>(s.rows) * kPackBytes);
       arrive_for(full + ring.at, kHopperLoaders);
     }
   }
 
-  RNP_DEVICE void fetch_box(const TileState& s, const Run* runs, const Box& box, int32_t stages, Ring ring) const {
-    const Run& run = runs[box.run];
+  // Where the copy engine begins with a box.
+  struct Pixel {
+    int32_t n, h, w;
+  };
+  RNP_DEVICE Pixel pixel_of(const Run& run, const Box& box, int32_t pitch) const {
     const uint32_t pixel = run.pixel + static_cast<uint32_t>(box.row - run.row);
     // A box may begin some samples behind its run, where copies go on from sample to sample.
     const uint32_t positions = static_cast<uint32_t>(p.cut.positions), samples = pixel / positions;
-    const uint32_t inside = pixel - samples * positions, oy = inside / static_cast<uint32_t>(p.out_w);
-    const int32_t n = run.sample + static_cast<int32_t>(samples);
-    const int32_t h = static_cast<int32_t>(oy) * p.y.step + p.box_lower_h;
-    const int32_t w = static_cast<int32_t>(inside - oy * static_cast<uint32_t>(p.out_w)) * p.x.step + p.box_lower_w;
+    const uint32_t inside = pixel - samples * positions, y = inside / static_cast<uint32_t>(pitch);
+    const uint32_t x = inside - y * static_cast<uint32_t>(pitch);
+    return {run.sample + static_cast<int32_t>(samples), static_cast<int32_t>(y) * p.y.step + p.box_lower_h,
+            static_cast<int32_t>(x) * p.x.step + p.box_lower_w};
+  }
+
+  RNP_DEVICE void fetch_box(const TileState& s, const Run* runs, const Box& box, int32_t stages, Ring ring) const {
+    const Run& run = runs[box.run];
+    const Pixel at = pixel_of(run, box, p.out_w);
     // Behind its own last channel a shorter row than the longest gets what lies beyond the tensor: zeros.
     const int32_t end = run.in_live % Tile::BK == 0 ? run.in_live / Tile::BK : s.end_chunk;
     const int32_t group = s.group * p.cut.group_in, taps_x = p.x.count, taps_y = p.y.count;
@@ -52,13 +60,68 @@ struct HopperLoader : HopperBlock<Tile> {
     for (int32_t it = 0; it < stages; ++it, ring.next()) {
       wait_barrier(empty + ring.at, ring.parity ^ 1);
       copy_im2col(input_of(ring.at) + box.row * kPackBytes, maps + box.size, full + ring.at,
-                  chunk < end ? group + chunk * Tile::BK : p.c_in, w, h, n,
+                  chunk < end ? group + chunk * Tile::BK : p.c_in, at.w, at.h, at.n,
                   static_cast<uint16_t>(base_x + ix * p.x.delta_step),
                   static_cast<uint16_t>(base_y + iy * p.y.delta_step));
       if (++ix == taps_x) {
         ix = 0;
         if (++iy == taps_y) iy = 0, ++chunk;
       }
+    }
+  }
+
+  // Zeros for the channels of a window's rows that are not live. `chunk`: what the window holds.
+  RNP_DEVICE void scrub(const TileState& s, const Run* runs, int32_t chunk, char* window) const {
+    const int32_t positions = static_cast<int32_t>(p.cut.positions);
+    int32_t begin = 0;
+    RNP_ROLL
+    for (int i = 0; begin < rows(); ++i) {
+      const int32_t next = (i + 1) * positions - static_cast<int32_t>(s.pixel),
+                    live = runs[i].in_live - chunk * Tile::BK;
+      const int32_t end = next < rows() ? next : p.window_rows;
+      if (live > 0 && live < Tile::BK) {
+        RNP_ROLL
+        for (int32_t at = begin * 8 + thread_index(); at < end * 8; at += 32) {
+          const int32_t piece = at & 7, first = live - piece * Tile::kPiece;
+          char* const to = window + swizzled(at >> 3, piece);
+          if (first <= 0) {
+            *reinterpret_cast<Vec16*>(to) = Vec16{};
+          } else {
+            RNP_ROLL
+            for (int32_t e = first; e < Tile::kPiece; ++e) reinterpret_cast<T*>(to)[e] = T{};
+          }
+        }
+      }
+      begin = next;
+    }
+  }
+
+  // A tile's windows, by the first warp: each lane asks for one box of rows of every chunk.
+  RNP_DEVICE void fetch_windows(const TileState& s, const Run* runs, const Box* boxes, uint32_t& landed) const {
+    const int lane = thread_index(), own = lane < s.boxes ? lane : 0;
+    const Box box = boxes[own];
+    const Run& run = runs[box.run];
+    const Pixel at = pixel_of(run, box, p.pitch);
+    const int32_t end = (run.in_live + Tile::BK - 1) / Tile::BK, group = s.group * p.cut.group_in;
+    Ring ring{2, s.window, s.window_parity};
+    for (int32_t chunk = s.first_chunk; chunk < s.end_chunk; ++chunk, ring.next()) {
+      wait_barrier(window_empty + ring.at, ring.parity ^ 1);
+      uint64_t* const barrier = (s.scrub ? window_landed : window_full) + ring.at;
+      char* const window = window_of(ring.at);
+      if (lane == 0) expect_bytes(barrier, static_cast<uint32_t>(p.window_rows) * kPackBytes);
+      if (lane < s.boxes)
+        copy_im2col(window + box.row * kPackBytes, maps + box.size, barrier,
+                    chunk < end ? group + chunk * Tile::BK : p.c_in, at.w, at.h, at.n, 0, 0);
+      if (!s.scrub) {
+        if (lane == 0) arrive_for(barrier, 32);
+        continue;
+      }
+      if (lane == 0) arrive(barrier);
+      wait_barrier(barrier, landed >> ring.at & 1);
+      landed ^= 1u << ring.at;
+      scrub(s, runs, chunk, window);
+      publish_writes();
+      arrive(window_full + ring.at);
     }
   }
 
@@ -115,6 +178,7 @@ struct HopperLoader : HopperBlock<Tile> {
   }
 
   RNP_DEVICE void load() const {
+    uint32_t landed = 0;  // the parities of window_landed, a bit for each
     for (Ring buffer{2};; buffer.next()) {
       wait_barrier(rows_full + buffer.at, buffer.parity);
       const TileState s = states[buffer.at];
@@ -122,7 +186,12 @@ struct HopperLoader : HopperBlock<Tile> {
       const Ring ring = ring_of(s);
       const int32_t stages = (s.end_chunk - s.first_chunk) * p.y.count * p.x.count;
       const Run* runs = runs_of(buffer.at);
-      if (s.boxes == 0) {
+      if (windows()) {
+        if (thread_index() < 32)
+          fetch_windows(s, runs, boxes_of(buffer.at), landed);
+        else if (thread_index() == 32)
+          fetch_stages(s, stages, ring);
+      } else if (s.boxes == 0) {
         describe_rows(s, runs);
         sync_threads(2, kHopperLoaders);
         fetch_copied(s, stages, ring);

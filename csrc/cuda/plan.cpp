@@ -1,6 +1,7 @@
 #include "cuda/plan.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 
 namespace rnp::cuda {
@@ -65,9 +66,8 @@ Im2colBox im2col_box(const ConvArgs& a, int32_t element) {
   b.n_stride = a.input_stride.n * element;
   b.possible = b.w_stride >= b.c * element && b.h_stride >= b.w_stride * b.w && b.n_stride >= b.h_stride * b.h &&
                b.n_stride < int64_t{1} << 40;
-  const int64_t out_h = a.cut.positions / a.out_w;
   const Axis* const axes[] = {&a.x, &a.y};
-  const int64_t sizes[] = {b.w, b.h}, outs[] = {a.out_w, out_h};
+  const int64_t sizes[] = {b.w, b.h}, outs[] = {a.out_w, a.out_h};
   for (int i = 0; i < 2; ++i) {
     const int64_t reach = int64_t{axes[i]->count - 1} * axes[i]->delta_step;  // from the first tap to the last
     const int64_t lower = axes[i]->delta + std::min<int64_t>(reach, 0);
@@ -75,6 +75,38 @@ Im2colBox im2col_box(const ConvArgs& a, int32_t element) {
     b.possible = b.possible && lower >= -128 && lower <= 127 && upper >= -128 && upper <= 127 &&
                  std::abs(reach) <= 255 && axes[i]->step <= 8;
     b.lower[i] = small(lower), b.upper[i] = small(upper), b.step[i] = axes[i]->step;
+  }
+  return b;
+}
+
+// The stream of the layer's maps; none where outputs do not step by one, where one tap is all, or where tiles would
+// have more runs or boxes than their descriptions have room for.
+Stream stream_of(const ConvArgs& a) {
+  Stream none, s;
+  if (a.y.step != 1 || a.x.step != 1 || a.y.count * a.x.count < 2) return none;
+  const auto reach = [](const Axis& axis) { return (axis.count - 1) * std::abs(axis.delta_step); };
+  // Along one axis, from the first pixel that a tap reads: places that outputs read, and real pixels. Where zeros stand
+  // before the first pixel, as many behind the last one may be those of the next row.
+  const auto length = [&](const Axis& axis, int32_t size, int32_t outputs) {
+    const int32_t lower = axis.delta + std::min(0, (axis.count - 1) * axis.delta_step);
+    const int32_t read = outputs + reach(axis), real = size - lower, shared = std::max(0, -lower);
+    return std::min(read, std::max(real, read - shared));
+  };
+  s.pitch = length(a.x, a.w, a.out_w), s.rows = length(a.y, a.h, a.out_h);
+  s.halo = reach(a.y) * s.pitch + reach(a.x);
+  if (s.pitch < 1 || s.rows < 1) return none;
+  const int64_t rows = kTallRows + s.halo + 7, runs = kTallRows / s.positions() + 2;
+  // Of the first and the last run up to seven boxes of fewer than 128 rows, and one for each 128.
+  const int64_t inside = std::popcount(static_cast<uint64_t>(s.positions() % 128));
+  return runs <= 32 && 14 + (runs - 2) * inside + rows / 128 <= kMostBoxes ? s : none;
+}
+
+// The box of all pixels of the stream.
+Im2colBox stream_box(const ConvArgs& a, const Stream& s, Im2colBox b) {
+  const int32_t sizes[] = {a.w, a.h}, lengths[] = {s.pitch, s.rows};
+  for (int i = 0; i < 2; ++i) {
+    b.upper[i] = b.lower[i] + lengths[i] - sizes[i];
+    b.possible = b.possible && b.upper[i] >= -128 && b.upper[i] <= 127;
   }
   return b;
 }
@@ -106,6 +138,32 @@ TileName first_hopper_tile(DType dtype) {
   return dtype == DType::kFloat16 ? TileName::sm90_fp16_128x128 : TileName::sm90_tf32_128x128;
 }
 
+}  // namespace
+
+bool set_hopper_tile(TileLaunch& launch, const TileSize& tile, bool window) {
+  ConvArgs& a = launch.args;
+  const int32_t element = is_float(launch.tile) ? 4 : 2;
+  Im2colBox box = im2col_box(a, element);
+  a.window_rows = a.window_stages = a.pitch = 0;
+  a.cut.positions = int64_t{a.out_h} * a.out_w;
+  if (window) {
+    const Stream stream = stream_of(a);
+    if (stream.pitch == 0 || a.segment_chunks < a.chunks) return false;
+    box = stream_box(a, stream, box);
+    a.window_rows = StreamShape{stream.positions(), stream.halo}.window_rows(tile.bm);
+    a.window_stages = window_stages(tile, a.window_rows);
+    if (!box.possible || a.window_stages < 2) return false;
+    a.cut.positions = stream.positions(), a.pitch = stream.pitch;
+  }
+  launch.box = box, launch.tile = hopper_tile(launch.tile, tile.bn);
+  a.cut.bm = tile.bm, a.cut.bn = tile.bn;
+  a.use_tma = box.possible;
+  a.box_lower_w = box.lower[0], a.box_lower_h = box.lower[1];
+  return true;
+}
+
+namespace {
+
 void plan_hopper(TileLaunch& launch, DType dtype, const Device& device) {
   ConvArgs& a = launch.args;
   const int32_t element = element_size(dtype);
@@ -113,18 +171,18 @@ void plan_hopper(TileLaunch& launch, DType dtype, const Device& device) {
   const int32_t taps = a.y.count * a.x.count;
   a.segment_chunks = std::max(1, segment_chunks(a.cut.positions, a.chunks, taps, a.cut.groups));
   const int32_t segments = (a.chunks + a.segment_chunks - 1) / a.segment_chunks;
-  const HopperChoice choice =
-      choose_tile_sm90(rows, a.cut.group_out, a.cut.groups, segments, std::max<int64_t>(1, int64_t{a.chunks} * taps),
-                       element, device.multiprocessors, a.in_prefix || a.out_prefix);
-  a.cut.bm = choice.tile.bm, a.cut.bn = choice.tile.bn;
+  const Stream stream = stream_of(a);
+  const bool kept = stream.pitch > 0 && stream_box(a, stream, im2col_box(a, element)).possible;
+  const HopperChoice choice = choose_tile_sm90(
+      {a.cut.n, a.cut.positions, a.cut.group_out, a.cut.groups, std::max(1, a.chunks), std::max(1, taps), segments,
+       element, a.in_prefix || a.out_prefix, kept ? StreamShape{stream.positions(), stream.halo} : StreamShape{}},
+      device.multiprocessors);
   if (choice.split) {
     a.splits = segments;
     launch.partial_elements = int64_t{segments} * rows * a.c_out;
   }
-  launch.box = im2col_box(a, element);
-  a.use_tma = launch.box.possible;
-  a.box_lower_w = launch.box.lower[0], a.box_lower_h = launch.box.lower[1];
-  launch.tile = hopper_tile(first_hopper_tile(dtype), choice.tile.bn);
+  launch.tile = first_hopper_tile(dtype);
+  set_hopper_tile(launch, choice.tile, choice.window);
 }
 
 }  // namespace
@@ -178,7 +236,7 @@ std::vector<TileLaunch> tile_launches(const PrefixConv2dParams& p, Role role, in
       a.x = axis_of(role, rx, s.kw, s.stride_w, s.pad_left, s.dilation_w);
       const int64_t out_h = (rows - ry + step_h - 1) / step_h, out_w = (columns - rx + step_w - 1) / step_w;
       a.h = small(forward ? s.h : s.out_h), a.w = small(forward ? s.w : s.out_w);
-      a.out_w = small(out_w);
+      a.out_h = small(out_h), a.out_w = small(out_w);
       a.c_in = small(forward ? s.c_in : s.c_out), a.c_out = small(forward ? s.c_out : s.c_in);
       a.input = p.input, a.input_stride = p.input_stride;
       a.packed = p.packed;
@@ -279,6 +337,7 @@ std::string describe_kernel(const ConvShape& s, DType dtype, bool channels_last,
                      " rows x " + std::to_string(a.cut.bn) + " channels";
   if (a.flat) text += ", taps and channels in one K";
   if (a.gather) text += ", gathered";
+  if (a.window_rows > 0) text += ", input kept for all taps";
   if (is_hopper(launch.tile) && a.segment_chunks < a.chunks)
     text += ", K in segments of " + std::to_string(a.segment_chunks * kPackBytes / element_size(dtype)) + " channels";
   if (a.splits > 1) text += ", split over blocks";

@@ -41,6 +41,10 @@ struct TileLaunch {
 std::vector<TileLaunch> tile_launches(const PrefixConv2dParams& p, Role role, int32_t lines, bool tf32,
                                       const Device& device);
 
+// Gives a launch of sm_90a another tile, with the input of a chunk kept for all taps or fetched for each; what K is
+// split into stays. False, and nothing may be launched, where the layer has no windows or they do not fit.
+bool set_hopper_tile(TileLaunch& launch, const TileSize& tile, bool window);
+
 PlainArgs plain_args(const PrefixConv2dParams& p, Role role, int32_t lines);
 
 // `partial` and `weight_grad` are the caller's to set: the first holds `splits` times the weight's elements.

@@ -112,7 +112,7 @@ struct HopperTile {
   static constexpr int kStagingBytes = 8 * kStagedBytes;
   static constexpr int kRunBytes = 2 * (kMostRows + 1) * 24;  // struct Run of two tiles
   static constexpr int kRowBytes = kMostRows * 16;            // struct CopiedRow
-  static constexpr int kStateBytes = 512;  // barriers, the states of two tiles, the boxes that bring their rows
+  static constexpr int kStateBytes = 640;  // barriers, the states of two tiles, the boxes that bring their rows
   // 1024 more: the pipeline begins at a multiple of them, where the swizzle does.
   static constexpr int kSharedBytes =
       1024 + kStages * kStageBytes + kStagingBytes + kRunBytes + kRowBytes + kStateBytes;
@@ -157,6 +157,8 @@ constexpr TileName hopper_tile(TileName name, int bn) {
   const int first = static_cast<int>(TileName::sm90_bf16_128x128), at = static_cast<int>(name) - first;
   return static_cast<TileName>(first + at / 2 * 2 + (bn == 256 ? 1 : 0));
 }
+
+constexpr bool is_float(TileName name) { return name >= TileName::sm90_tf32_128x128; }  // of those of sm_90a
 
 struct TileSize {
   int bm, bn;
@@ -203,44 +205,87 @@ constexpr int64_t tile_cycles_sm90(const TileSize& tile, int64_t width, int64_t 
   return stages * (480 + width * 3 / 2);
 }
 
-// sm_90a, one block to a multiprocessor: the tile whose launch takes the least time. At full width tiles come in
-// rounds, one on each multiprocessor. Of a mixed batch quarters of the widths stand for all; its list is dealt out
-// evenly, but its end waits for a third of a tile more, and nothing is shorter than its longest tile. No device has run
-// tall tiles yet, so they must promise a thirty-second. Layers summed in segments have no registers for wide and tall
-// tiles; their segments become tiles of their own where the tiles would keep at most a quarter of the multiprocessors
-// busy (of three times as many, split lost half: 512 channels at 7x7, batch 32). Shapes alone decide, and no bit
-// depends on it.
+// How a layer's input can be kept for all taps of a chunk (conv_args.h, Stream); 0 positions: it cannot.
+struct StreamShape {
+  int64_t positions = 0;  // of a sample, those included that are no outputs
+  int32_t halo = 0;
+
+  constexpr int32_t window_rows(int bm) const { return (bm + halo + 7) / 8 * 8; }
+};
+
+// Stages of weights beside two windows in the memory of the stages; at most as many as there are barriers for.
+constexpr int32_t window_stages(const TileSize& tile, int32_t window_rows) {
+  constexpr int32_t kBytes = 192 * 1024;
+  const int32_t left = kBytes - 2 * window_rows * kPackBytes, most = tile.bn == 256 ? 4 : 6;
+  return left <= 0 ? 0 : std::min(most, left / (tile.bn * kPackBytes));
+}
+
+// The same as tile_cycles_sm90 for a tile whose input comes by windows. What holds a stage elsewhere is the copy
+// engine, which takes 3.7 cycles for a row of an im2col copy and one for 84 bytes of weights, as fitted to the figures
+// above; a window needs a row once for all taps. So products bound most tiles: of a step 64 rows take width / 2 cycles,
+// and reading 2 KB of input and 32 bytes of weights a channel of shared memory 128 bytes a cycle, which is more below
+// 64 channels. No device has run windows yet.
+constexpr int64_t window_cycles_sm90(const TileSize& tile, int32_t window_rows, int64_t width, int64_t chunks,
+                                     int64_t taps, int element) {
+  const int64_t products = taps * tile.bm / 16 * std::max(width / 2, 16 + width / 4);
+  const int64_t copies = int64_t{window_rows} * 37 / 10 + taps * width * kPackBytes / 84;
+  const bool shared = tile.bn == 256 || tile.bm == kTallRows;  // both groups store at the same time
+  return chunks * std::max(products, copies) + 600 + (shared ? tile.bm * width * element / 15 : 0);
+}
+
+// sm_90a, one block to a multiprocessor: the tile whose launch takes the least time, and whether its input comes by
+// windows. At full width tiles come in rounds, one on each multiprocessor. Of a mixed batch quarters of the widths
+// stand for all; its list is dealt out evenly, but its end waits for a third of a tile more, and nothing is shorter
+// than its longest tile. What no device has run must promise a sixteenth. Layers summed in segments have no registers
+// for wide and tall tiles; their segments become tiles of their own where the tiles would keep at most a quarter of the
+// multiprocessors busy (of three times as many, split lost half: 512 channels at 7x7, batch 32). Shapes alone decide,
+// and no bit depends on it.
+struct HopperLayer {
+  int64_t n, positions, group_out, groups, chunks, taps;
+  int32_t segments;
+  int element;
+  bool mixed;
+  StreamShape stream;
+};
 struct HopperChoice {
   TileSize tile;
+  bool window;
   bool split;  // segments are tiles of their own
 };
-constexpr HopperChoice choose_tile_sm90(int64_t rows, int64_t group_out, int64_t groups, int32_t segments,
-                                        int64_t stages, int element, int multiprocessors, bool mixed) {
-  HopperChoice best{{128, 64}, false};
+constexpr HopperChoice choose_tile_sm90(const HopperLayer& l, int multiprocessors) {
+  HopperChoice best{{128, 64}, false, false};
   int64_t least = INT64_MAX, number = 0;
   for (const TileSize tile :
-       {best.tile, TileSize{128, 128}, TileSize{128, 256}, TileSize{kTallRows, 64}, TileSize{kTallRows, 128}}) {
-    const bool tall = tile.bm == kTallRows;
-    if ((segments > 1 && (tall || tile.bn == 256)) || (tile.bn > 64 && group_out <= tile.bn / 2)) continue;
-    // Of the tiles side by side that cover so many channels.
-    const auto cycles = [&](int64_t width) {
-      const int64_t rest = width % tile.bn;
-      return width / tile.bn * tile_cycles_sm90(tile, tile.bn, stages, element) +
-             (rest > 0 ? tile_cycles_sm90(tile, rest, stages, element) : 0);
-    };
-    const int64_t row_tiles = (rows + tile.bm - 1) / tile.bm * groups;
-    const int64_t tiles = row_tiles * ((group_out + tile.bn - 1) / tile.bn);
-    int64_t time = (tiles + multiprocessors - 1) / multiprocessors * cycles(group_out) * row_tiles / tiles;
-    if (mixed) {
-      const int64_t longest = tile_cycles_sm90(tile, std::min<int64_t>(tile.bn, group_out), stages, element);
-      int64_t quarters = 0;
-      for (int64_t q = 1; q <= 4; ++q) quarters += cycles(group_out * q / 4);
-      time = std::max(longest, row_tiles * quarters / 4 * 5 / 8 / multiprocessors + longest / 3);  // 5/8: of K
+       {best.tile, TileSize{128, 128}, TileSize{128, 256}, TileSize{kTallRows, 64}, TileSize{kTallRows, 128}})
+    for (const bool window : {false, true}) {
+      const bool tall = tile.bm == kTallRows;
+      if (l.segments > 1 && (tall || tile.bn == 256 || window)) continue;
+      if (tile.bn > 64 && l.group_out <= tile.bn / 2) continue;
+      const int32_t window_rows = l.stream.window_rows(tile.bm);
+      if (window && (l.stream.positions == 0 || window_stages(tile, window_rows) < 3)) continue;
+      const auto one = [&](int64_t width) {
+        return window ? window_cycles_sm90(tile, window_rows, width, l.chunks, l.taps, l.element)
+                      : tile_cycles_sm90(tile, width, l.chunks * l.taps, l.element);
+      };
+      // Of the tiles side by side that cover so many channels.
+      const auto cycles = [&](int64_t width) {
+        const int64_t rest = width % tile.bn;
+        return width / tile.bn * one(tile.bn) + (rest > 0 ? one(rest) : 0);
+      };
+      const int64_t rows = l.n * (window ? l.stream.positions : l.positions);
+      const int64_t row_tiles = (rows + tile.bm - 1) / tile.bm * l.groups;
+      const int64_t tiles = row_tiles * ((l.group_out + tile.bn - 1) / tile.bn);
+      int64_t time = (tiles + multiprocessors - 1) / multiprocessors * cycles(l.group_out) * row_tiles / tiles;
+      if (l.mixed) {
+        const int64_t longest = one(std::min<int64_t>(tile.bn, l.group_out));
+        int64_t quarters = 0;
+        for (int64_t q = 1; q <= 4; ++q) quarters += cycles(l.group_out * q / 4);
+        time = std::max(longest, row_tiles * quarters / 4 * 5 / 8 / multiprocessors + longest / 3);  // 5/8: of K
+      }
+      if (window) time += time / 16;
+      if (time <= least) best.tile = tile, best.window = window, least = time, number = tiles;
     }
-    if (tall) time += time / 32;
-    if (time <= least) best.tile = tile, least = time, number = tiles;
-  }
-  best.split = segments > 1 && number * 4 <= multiprocessors;
+  best.split = l.segments > 1 && number * 4 <= multiprocessors;
   return best;
 }
 

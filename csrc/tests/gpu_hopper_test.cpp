@@ -48,34 +48,67 @@ emulator::Statistics run_tile(cuda::TileLaunch& launch, int32_t element, uint64_
 }
 
 // How a launch is computed instead of as the plan has it, where its layer allows that.
-enum class Way { kPlanned, kNarrow, kMiddle, kWide, kTall, kTallNarrow, kSplit, kWithoutTma, kTallWithoutTma };
+enum class Way {
+  kPlanned,
+  kNarrow,
+  kMiddle,
+  kWide,
+  kTall,
+  kTallNarrow,
+  kSplit,
+  kWithoutTma,
+  kTallWithoutTma,
+  kWindow,
+  kWindowNarrow,
+  kWindowWide,
+  kWindowTall
+};
 constexpr Way kWays[] = {Way::kPlanned, Way::kNarrow, Way::kMiddle, Way::kWide, Way::kSplit, Way::kWithoutTma};
 constexpr Way kTallWays[] = {Way::kTall, Way::kTallNarrow, Way::kTallWithoutTma};
 const char* way_name(Way way) {
-  const char* const names[] = {"as planned",   "64 channels", "128 channels",
-                               "256 channels", "256 rows",    "256 rows, 64 channels",
-                               "split",        "without TMA", "256 rows, without TMA"};
+  const char* const names[] = {"as planned",
+                               "64 channels",
+                               "128 channels",
+                               "256 channels",
+                               "256 rows",
+                               "256 rows, 64 channels",
+                               "split",
+                               "without TMA",
+                               "256 rows, without TMA",
+                               "windows",
+                               "windows, 64 channels",
+                               "windows, 256 channels",
+                               "windows, 256 rows"};
   return names[static_cast<int>(way)];
 }
 bool is_tall(Way way) { return way == Way::kTall || way == Way::kTallNarrow || way == Way::kTallWithoutTma; }
 bool is_copied(Way way) { return way == Way::kWithoutTma || way == Way::kTallWithoutTma; }
 
-void go(Way way, cuda::TileLaunch& launch) {
+bool is_window(Way way) { return way >= Way::kWindow; }
+
+// False where the layer cannot go that way.
+bool go(Way way, cuda::TileLaunch& launch) {
   cuda::ConvArgs& a = launch.args;
-  if (is_copied(way)) a.use_tma = false;
-  if (way == Way::kPlanned || way == Way::kWithoutTma) return;
+  if (way == Way::kPlanned) return true;
   const int32_t segments = (a.chunks + a.segment_chunks - 1) / a.segment_chunks;
-  const bool wide = way == Way::kWide && segments == 1;
-  const bool middle = way == Way::kMiddle || way == Way::kTall || way == Way::kTallWithoutTma;
-  a.cut.bm = is_tall(way) && segments == 1 ? cuda::kTallRows : 128;
-  a.cut.bn = wide ? 256 : (middle ? 128 : 64);
-  launch.tile = cuda::hopper_tile(launch.tile, static_cast<int>(a.cut.bn));
+  cuda::TileSize tile{128, 64};
+  if (segments == 1 && (is_tall(way) || way == Way::kWindowTall)) tile.bm = cuda::kTallRows;
+  if (way == Way::kMiddle || way == Way::kTall || way == Way::kTallWithoutTma || way == Way::kWindow ||
+      way == Way::kWindowTall)
+    tile.bn = 128;
+  if (segments == 1 && (way == Way::kWide || way == Way::kWindowWide)) tile.bn = 256;
+  if (way == Way::kWithoutTma) tile = {a.cut.bm, a.cut.bn};
+  if (!cuda::set_hopper_tile(launch, tile, is_window(way))) return false;
+  if (is_copied(way)) a.use_tma = false;
+  if (way == Way::kWithoutTma) return true;
   a.splits = way == Way::kSplit ? segments : 1;
   launch.partial_elements = a.splits > 1 ? int64_t{segments} * a.cut.n * a.cut.positions * a.c_out : 0;
+  return true;
 }
 
 struct Seen {
   int64_t launches = 0, bulk = 0, im2col = 0, copied = 0, products = 0, splits = 0, wide = 0, tall = 0;
+  int64_t windows = 0;
   int64_t vectors = 0, with_residual = 0;  // launches whose outputs go by 16 bytes, those that read a residual so
 };
 
@@ -85,7 +118,8 @@ Seen compute(GpuCase<T>& c, Way way, uint64_t seed) {
   Seen seen;
   for (cuda::TileLaunch& launch : cuda::tile_launches(c.p, c.role, 3, true, kHopper)) {
     if (!cuda::is_hopper(launch.tile)) continue;
-    go(way, launch);
+    const cuda::TileLaunch planned = launch;
+    if (!go(way, launch)) launch = planned;
     std::vector<float> partial(static_cast<size_t>(launch.partial_elements), kNaN);
     launch.args.partial = partial.empty() ? nullptr : partial.data();
     std::vector<int32_t> order;
@@ -96,6 +130,7 @@ Seen compute(GpuCase<T>& c, Way way, uint64_t seed) {
     seen.products += one.group_products;
     seen.splits += launch.args.splits > 1, seen.wide += launch.args.cut.bn == 256;
     seen.tall += launch.args.cut.bm == cuda::kTallRows;
+    seen.windows += launch.args.window_rows > 0;
     seen.vectors += launch.args.vectors, seen.with_residual += launch.args.vectors && launch.args.residual;
   }
   return seen;
@@ -122,6 +157,9 @@ std::vector<ConvCase> hopper_cases() {
   add("a map of one pixel", 7, 64, 1, 64, 3, 1);
   add("3x3, a tall tile inside one sample", 2, 64, 19, 64, 3, 1);
   add("1x1, more tall tiles than blocks", 6, 136, 11, 200, 1, 1);
+  add("3x3, tiles across samples", 5, 136, 9, 136, 3, 1);
+  add("1x3, a wide map", 2, 64, 3, 72, 3, 1);
+  all.back().kh = 1, all.back().top = all.back().bottom = 0, all.back().w = 70;
   all.push_back({.name = "dilated, padded unevenly",
                  .n = 3,
                  .c_in = 72,
@@ -158,10 +196,11 @@ void check_way(const ConvCase& c, GpuMode mode, Way way, cuda::Role role, DType 
   problem.cut = true;
   problem.check(where, 1e-6, store);
   CHECK(!is_copied(way) || seen.im2col == 0) << where << ": used TMA";
+
   CHECK(mode != GpuMode::kFull || is_copied(way) || seen.copied == 0) << where << ": used cp.async";
   all.launches += seen.launches, all.bulk += seen.bulk, all.im2col += seen.im2col, all.copied += seen.copied;
   all.products += seen.products, all.splits += seen.splits, all.wide += seen.wide, all.tall += seen.tall;
-  all.vectors += seen.vectors, all.with_residual += seen.with_residual;
+  all.windows += seen.windows, all.vectors += seen.vectors, all.with_residual += seen.with_residual;
 }
 
 template <typename T>
@@ -170,6 +209,15 @@ Seen check_hopper(DType dtype, cuda::Role role, double store, const char* name) 
   Seen all;
   const bool forward = role == cuda::Role::kForward;
   for (const ConvCase& c : hopper_cases()) {
+    // Windows meet every mode where they can.
+    constexpr Way kWindowWays[] = {Way::kWindow, Way::kWindowTall, Way::kWindowNarrow, Way::kWindowWide};
+    for (int turn = 0; turn < 6; ++turn) {
+      constexpr GpuMode modes[] = {GpuMode::kFull,   GpuMode::kMixed,    GpuMode::kGroups,
+                                   GpuMode::kTables, GpuMode::kResidual, GpuMode::kSkip};
+      if (forward || turn < 3)
+        check_way<T>(c, modes[turn], kWindowWays[(turn + number) % 4], role, dtype, static_cast<uint64_t>(turn) + 3,
+                     store, name, all);
+    }
     // Ways and modes take turns, so that each way meets each mode over the cases and roles; tall tiles meet every case.
     for (const bool tall : {false, true}) {
       for (int turn = 0; turn < 2; ++turn) {
@@ -192,6 +240,7 @@ Seen check_hopper(DType dtype, cuda::Role role, double store, const char* name) 
   CHECK(all.bulk > 1000000 && all.im2col > 1000000 && all.copied > 100000) << name << ": a way to fetch was not tried";
   CHECK(all.vectors > 20 && (all.with_residual > 3 || !forward))
       << name << ": " << all.vectors << " launches by 16 bytes, " << all.with_residual << " with a residual";
+  CHECK(all.windows > 20) << name << ": " << all.windows << " launches with windows";
   CHECK(all.splits > 1 && all.wide > 0 && all.tall > 10) << name << ": split, wide or tall tiles were not tried";
   return all;
 }
@@ -217,7 +266,7 @@ void check_bits(DType dtype) {
       const GpuCase<T> fresh = batch;
       if (compute(batch, Way::kPlanned, 5).launches == 0) continue;
       for (Way way : {Way::kNarrow, Way::kMiddle, Way::kWide, Way::kTall, Way::kTallNarrow, Way::kSplit,
-                      Way::kWithoutTma, Way::kTallWithoutTma}) {
+                      Way::kWithoutTma, Way::kTallWithoutTma, Way::kWindow, Way::kWindowWide, Way::kWindowTall}) {
         if (way == Way::kWide && mode == GpuMode::kGroups) continue;
         GpuCase<T> other = fresh;
         const bool alone = way == Way::kSplit;  // one sample, as a small batch is computed

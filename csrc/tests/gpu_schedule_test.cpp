@@ -247,8 +247,8 @@ TEST(gpu_schedule_keeps_its_simulated_share_on_hopper) {
     const int32_t segment = cuda::segment_chunks(positions, chunks, 9, 1);
     const int32_t segments = static_cast<int32_t>((chunks + segment - 1) / segment);
     const auto choose = [&](bool mixed) {
-      const cuda::HopperChoice choice = cuda::choose_tile_sm90(row.batch * positions, row.channels, 1, segments,
-                                                               chunks * 9, 2, kMultiprocessors, mixed);
+      const cuda::HopperChoice choice = cuda::choose_tile_sm90(
+          {row.batch, positions, row.channels, 1, chunks, 9, segments, 2, mixed, {}}, kMultiprocessors);
       return How{choice.tile, choice.split ? segments : 1};
     };
     check_share(row, choose(false), choose(true), true, segment);
