@@ -106,6 +106,8 @@ RNP_DEVICE Pair load_pair(const float* from) {
   const float2 two = __ldg(reinterpret_cast<const float2*>(from));
   return {two.x, two.y};
 }
+// A map that copies will name soon.
+RNP_DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];\n" ::"l"(map)); }
 // Asks for the line of an address, which somebody will read soon.
 RNP_DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(global)); }
 
@@ -173,6 +175,7 @@ inline Pair load_pair(const float* from) {
   emulator::check_aligned(from, 8);
   return {from[0], from[1]};
 }
+inline void prefetch_map(const TensorMap*) {}
 inline void prefetch(const void*) {}
 inline Vec16 load_vector(bool live, const void* near, int64_t away) {
   Vec16 v = {};

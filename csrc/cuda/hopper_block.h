@@ -13,12 +13,13 @@ struct TileState {
   int32_t group, first_channel;    // in the group
   int32_t first_chunk, end_chunk;  // of K
   int32_t segment;
-  int32_t stage;    // where its stages begin in the ring
-  uint32_t parity;  // of the ring there
-  int32_t boxes;    // im2col copies that bring a stage's rows; 0: cp.async does
-  int32_t rows;     // that are live: the first ones
-  uint32_t pixel;   // of the first row
-  int32_t window;   // where its windows begin in their ring
+  int32_t stage;     // where its stages begin in the ring
+  uint32_t parity;   // of the ring there
+  int32_t boxes;     // im2col copies that bring a stage's rows; 0: cp.async does
+  int32_t box_rows;  // that they bring, some twice
+  int32_t rows;      // that are live: the first ones
+  uint32_t pixel;    // of the first row
+  int32_t window;    // where its windows begin in their ring
   uint32_t window_parity;
   bool scrub;  // some row's live channels end within a chunk: what came behind them is not zero
 };
@@ -76,7 +77,7 @@ struct HopperBlock {
   TileState* states;
   uint64_t *full, *empty, *rows_full, *rows_empty, *turn, *window_full, *window_empty, *window_landed;
   Box* boxes_of_both;
-  int32_t* box_count;
+  int32_t* box_count;  // and their rows
 
   RNP_DEVICE HopperBlock(const ConvArgs& args, const TensorMap* tensor_maps, char* shared)
       : p(args), maps(tensor_maps) {
@@ -95,8 +96,8 @@ struct HopperBlock {
     window_landed = window_empty + 2;
     states = reinterpret_cast<TileState*>(window_landed + 2);
     box_count = reinterpret_cast<int32_t*>(states + 2);
-    boxes_of_both = reinterpret_cast<Box*>(box_count + 1);
-    static_assert((2 * Tile::kStages + 12) * 8 + 2 * sizeof(TileState) + 4 + 2 * kMostBoxes * sizeof(Box) <=
+    boxes_of_both = reinterpret_cast<Box*>(box_count + 2);
+    static_assert((2 * Tile::kStages + 12) * 8 + 2 * sizeof(TileState) + 8 + 2 * kMostBoxes * sizeof(Box) <=
                   Tile::kStateBytes);
     static_assert(sizeof(CopiedRow) * Tile::kMostRows == Tile::kRowBytes &&
                   sizeof(Run) * 2 * (Tile::kMostRows + 1) == Tile::kRunBytes);
@@ -133,6 +134,7 @@ struct HopperBlock {
   // all, and the bytes that were announced have come. One arrival of each warp that empties a stage, gives rows back or
   // passes the turn; one for a tile's description.
   RNP_DEVICE void make_barriers() const {
+    if (p.use_tma && thread_index() < kBoxSizes) prefetch_map(maps + thread_index());
     if (thread_index() == 0) {
       const int warps = turns() ? kWarps / 2 : kWarps;
       for (int i = 0; i < Tile::kStages; ++i) init_barrier(full + i, kHopperLoaders), init_barrier(empty + i, warps);

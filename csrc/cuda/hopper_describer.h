@@ -22,19 +22,19 @@ struct HopperDescriber : HopperBlock<Tile> {
            (order.sample_at(place) != order.sample_at(place - 1) + 1 || order.in_at(place) != order.in_at(place - 1));
   }
 
-  // The boxes of rows first … end - 1, which begin with run `run`.
+  // The boxes of rows first … end - 1, which begin with run `run`: all of the largest size that fits, the last one
+  // ending with the rows, so that it brings some a second time. Fewer copies matter more than fewer bytes: by 100 + 156
+  // rows in seven boxes of seven sizes a stage took an H200 two and a half times as long as by two of 128.
   RNP_DEVICE void add_boxes(Box* boxes, int32_t run, int32_t first, int32_t end) const {
-    constexpr int kLargest = kBoxSizes - 1, kLargestRows = 1 << kLargest;
-    const int32_t all = end - first;
-    int32_t at = add_in_block(box_count, all / kLargestRows + count_bits(static_cast<uint32_t>(all % kLargestRows)));
-    while (first < end) {
-      const int highest = highest_bit(static_cast<uint32_t>(end - first));
-      const int size = highest < kLargest ? highest : kLargest;
+    const int highest = highest_bit(static_cast<uint32_t>(end - first));
+    const int size = highest < kBoxSizes - 1 ? highest : kBoxSizes - 1;
+    const int32_t rows = 1 << size, count = (end - first + rows - 1) >> size;
+    int32_t at = add_in_block(box_count, count);
+    add_in_block(box_count + 1, count << size);
+    for (int32_t row = first; row < end; row += rows, ++at)
       if (at < kMostBoxes)
-        boxes[at] = {static_cast<uint16_t>(first), static_cast<uint8_t>(run), static_cast<uint8_t>(size)};
-      ++at;
-      first += 1 << size;
-    }
+        boxes[at] = {static_cast<uint16_t>(row + rows < end ? row : end - rows), static_cast<uint8_t>(run),
+                     static_cast<uint8_t>(size)};
   }
 
   RNP_DEVICE TileState describe_tile(const gpu::Cursor& at, int64_t number, Run* runs, Box* boxes) const {
@@ -45,7 +45,7 @@ struct HopperDescriber : HopperBlock<Tile> {
     s.pixel = static_cast<uint32_t>(first_row - first_place * p.cut.positions);
     const int32_t spanned =
         static_cast<int32_t>((s.pixel + static_cast<uint32_t>(rows()) - 1) / static_cast<uint32_t>(positions)) + 1;
-    if (lane() == 0) *box_count = 0;
+    if (lane() == 0) box_count[0] = box_count[1] = 0;
     sync_warp();
     int32_t longest = 0, widest = 0, uneven = -p.c_in - 1, live_rows = 0;
     bool within = true;  // every beginning of a copy is one of these lanes' first runs
@@ -106,6 +106,7 @@ struct HopperDescriber : HopperBlock<Tile> {
       if (own_begins) add_boxes(boxes, lane(), own_first, end < all ? end : all);
       sync_warp();
       s.boxes = *box_count <= kMostBoxes ? *box_count : 0;
+      s.box_rows = box_count[1];
     }
     sync_warp();
     return s;

@@ -30,7 +30,7 @@ struct HopperLoader : HopperBlock<Tile> {
     at.begin(p, s.group, s.first_chunk);
     for (int32_t it = 0; it < stages; ++it, at.next(p, s.group), ring.next()) {
       wait_barrier(empty + ring.at, ring.parity ^ 1);
-      fetch_weights(s, at, ring.at, windows() ? 0 : static_cast<uint32_t>(s.rows) * kPackBytes);
+      fetch_weights(s, at, ring.at, windows() ? 0 : static_cast<uint32_t>(s.box_rows) * kPackBytes);
       arrive_for(full + ring.at, kHopperLoaders);
     }
   }
@@ -108,7 +108,7 @@ struct HopperLoader : HopperBlock<Tile> {
       wait_barrier(window_empty + ring.at, ring.parity ^ 1);
       uint64_t* const barrier = (s.scrub ? window_landed : window_full) + ring.at;
       char* const window = window_of(ring.at);
-      if (lane == 0) expect_bytes(barrier, static_cast<uint32_t>(p.window_rows) * kPackBytes);
+      if (lane == 0) expect_bytes(barrier, static_cast<uint32_t>(s.box_rows) * kPackBytes);
       if (lane < s.boxes)
         copy_im2col(window + box.row * kPackBytes, maps + box.size, barrier,
                     chunk < end ? group + chunk * Tile::BK : p.c_in, at.w, at.h, at.n, 0, 0);

@@ -1,7 +1,6 @@
 #include "cuda/plan.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstdlib>
 
 namespace rnp::cuda {
@@ -96,9 +95,8 @@ Stream stream_of(const ConvArgs& a) {
   s.halo = reach(a.y) * s.pitch + reach(a.x);
   if (s.pitch < 1 || s.rows < 1) return none;
   const int64_t rows = kTallRows + s.halo + 7, runs = kTallRows / s.positions() + 2;
-  // Of the first and the last run up to seven boxes of fewer than 128 rows, and one for each 128.
-  const int64_t inside = std::popcount(static_cast<uint64_t>(s.positions() % 128));
-  return runs <= 32 && 14 + (runs - 2) * inside + rows / 128 <= kMostBoxes ? s : none;
+  // A run takes two boxes at most, and one more for each 128 rows.
+  return runs <= 32 && 2 * runs + rows / 128 <= kMostBoxes ? s : none;
 }
 
 // The box of all pixels of the stream.

@@ -188,21 +188,23 @@ constexpr int32_t segment_chunks(int64_t positions, int64_t chunks, int64_t taps
   return static_cast<int32_t>(for_length > for_number ? for_length : for_number);
 }
 
-// Cycles of a tile of sm_90a with `width` live channels of `element` bytes, from zero to its last stage. A stage costs
-// what its bytes take from L2, as fitted to an H200: 1117 for 256 channels, 672 for 128, 575 for 64, some 44 bytes a
-// cycle. Of tall tiles that rate is all that is known, so theirs is a prediction. Its two groups store at the same
-// time, while nothing multiplies but what had been fetched (4300 cycles a wide tile there, which has as many outputs as
-// a tall one): either the stages' bytes bound it or products and stores, 8 and 34 cycles a channel.
-//
-// All of that was measured in bfloat16. Of TF32 a stage has the same bytes and half the products at half the rate
-// (128 x 256 x 32 at 1,024 a cycle, not 128 x 256 x 64 at 2,048), so it costs the same; its stores have twice the bytes
-// and are taken to cost twice, which nobody has measured. A layer then costs twice what it does in bfloat16, whatever
-// the tile, and the choice is the same.
+// Cycles of a tile of sm_90a with `width` live channels of `element` bytes, but for its stages: describing, filling the
+// pipeline, storing. Fitted, like the stages below, to 19 layers in bfloat16 on an H200 (bench/results/nvidia-h200,
+// commit b831f02), where 1.8 cycles are a nanosecond: within 15 % nearly everywhere. Of float32 stores are taken to
+// cost twice; with stages of the same bytes and cycles the choice is then nearly the same.
+constexpr int64_t overhead_cycles_sm90(const TileSize& tile, int64_t width, int element) {
+  const int64_t twice = width * element / 2;
+  if (tile.bm == kTallRows) return 4574 + twice * 67 / 4;
+  return 2448 + (tile.bn == 256 ? twice * 8 : twice * 57 / 4);
+}
+
+// The whole tile, where every tap fetches its input: 1,234 cycles a stage of 256 channels, 672 of 128, 508 of 64; of
+// 256 rows 1,318 and 836.
 constexpr int64_t tile_cycles_sm90(const TileSize& tile, int64_t width, int64_t stages, int element) {
-  if (tile.bn == 256) return stages * (300 + width * 13 / 4);
-  if (tile.bm == kTallRows)
-    return std::max((kTallRows + width) * kPackBytes * stages / 44, (8 * stages + 17 * element) * width);
-  return stages * (480 + width * 3 / 2);
+  const int64_t narrow = 344 + width * 41 / 16;
+  const int64_t stage =
+      tile.bm == kTallRows ? 354 + width * 15 / 2 : (tile.bn == 256 ? std::max(narrow, 110 + width * 35 / 8) : narrow);
+  return stages * stage + overhead_cycles_sm90(tile, width, element);
 }
 
 // How a layer's input can be kept for all taps of a chunk (conv_args.h, Stream); 0 positions: it cannot.
@@ -229,8 +231,7 @@ constexpr int64_t window_cycles_sm90(const TileSize& tile, int32_t window_rows, 
                                      int64_t taps, int element) {
   const int64_t products = taps * tile.bm / 16 * std::max(width / 2, 16 + width / 4);
   const int64_t copies = int64_t{window_rows} * 37 / 10 + taps * width * kPackBytes / 84;
-  const bool shared = tile.bn == 256 || tile.bm == kTallRows;  // both groups store at the same time
-  return chunks * std::max(products, copies) + 600 + (shared ? tile.bm * width * element / 15 : 0);
+  return chunks * std::max(products, copies) + overhead_cycles_sm90(tile, width, element);
 }
 
 // sm_90a, one block to a multiprocessor: the tile whose launch takes the least time, and whether its input comes by

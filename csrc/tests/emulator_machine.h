@@ -111,7 +111,7 @@ struct Machine {
   // 0.
   std::vector<int> unpublished;
   std::vector<size_t> arrived;  // places of kArrived
-  std::vector<char> coming;     // of each 16 bytes: whether the copy engine is about to write them
+  std::vector<char> coming;     // of each 16 bytes: how many copies of the engine are about to write them
   bool barriers_published = false;
 };
 extern Machine* machine;
