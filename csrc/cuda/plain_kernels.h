@@ -88,7 +88,7 @@ RNP_DEVICE void sort_block(const OrderArgs& p, char* shared) {
 
 template <typename T>
 RNP_DEVICE void pack_block(const PackArgs& p, int64_t elements, int32_t chunks, int32_t taps, int32_t chunk,
-                           bool flat) {
+                           int32_t run, int32_t pixel) {
   const int64_t step = block_count() * thread_count();
   for (int64_t i = block_index() * thread_count() + thread_index(); i < elements; i += step) {
     int64_t rest = i;
@@ -98,17 +98,47 @@ RNP_DEVICE void pack_block(const PackArgs& p, int64_t elements, int32_t chunks, 
     const int32_t o = static_cast<int32_t>(rest % p.layout.group_out);
     const int32_t k = (place / kPiece ^ (o & 7)) * kPiece + place % kPiece;  // PackedTiles: pieces are swizzled
     rest /= p.layout.group_out;
-    int32_t tap = static_cast<int32_t>(rest % taps);
+    const int32_t first_tap = static_cast<int32_t>(rest % taps) * run;
     rest /= taps;
     const int32_t at = static_cast<int32_t>(rest % chunks) * chunk + k;
     const int64_t group = rest / chunks;
-    int32_t channel = at;
-    if (flat) tap = at / p.layout.group_in, channel = at - tap * p.layout.group_in;
+    const int32_t in_run = at / pixel, channel = at - in_run * pixel, tap = first_tap + in_run;
     T v{};
-    if (channel < p.layout.group_in && tap < p.layout.kh * p.layout.kw)
+    if (channel < p.layout.group_in && in_run < run)
       v = static_cast<const T*>(p.weight)[group * p.group_stride + o * p.out_stride + channel * p.in_stride +
                                           tap / p.layout.kw * p.y_stride + tap % p.layout.kw * p.x_stride];
     static_cast<T*>(p.packed)[i] = v;
+  }
+}
+
+// Pieces of 16 bytes of the copy that UnfoldArgs describes. Neighbouring threads write neighbours, and read
+// neighbouring pixels of either layout; elements are moved, so their size is all that matters of T.
+template <typename T>
+RNP_DEVICE void unfold_block(const UnfoldArgs& p) {
+  constexpr int32_t kPiece = 16 / static_cast<int32_t>(sizeof(T));
+  const int64_t pieces = p.pieces(), step = block_count() * thread_count();
+  for (int64_t i = block_index() * thread_count() + thread_index(); i < pieces; i += step) {
+    const int64_t place = p.pixel_pieces == 1 ? i : gpu::quotient(i, p.pixel_pieces);
+    const int64_t line = gpu::quotient(place, p.columns), n = gpu::quotient(line, p.rows);
+    const int32_t channel = static_cast<int32_t>(i - place * p.pixel_pieces) * kPiece;
+    const int64_t column = place - line * p.columns;
+    const int64_t window = p.window == 1 ? column : gpu::quotient(column, p.window);
+    const int64_t x = window * p.step + (column - window * p.window) * p.dilation - p.left;
+    const int64_t y = line - n * p.rows - p.top;
+    union {
+      T element[kPiece];
+      Vec16 all;
+    } piece;
+    piece.all = {};
+    if (x >= 0 && x < p.w && y >= 0 && y < p.h) {
+      const int32_t live = (p.in_prefix ? gpu::clamp_prefix(p.in_prefix[n], p.c_in) : p.c_in) - channel;
+      const T* from = static_cast<const T*>(p.input) + n * p.input_stride.n + y * p.input_stride.h +
+                      x * p.input_stride.w + channel * p.input_stride.c;
+      RNP_UNROLL
+      for (int32_t e = 0; e < kPiece; ++e)
+        if (e < live) piece.element[e] = from[e * p.input_stride.c];
+    }
+    static_cast<Vec16*>(p.unfolded)[i] = piece.all;
   }
 }
 

@@ -87,6 +87,7 @@ Seen compute(GpuCase<T>& c, Way way, uint64_t seed) {
     go(way, launch);
     std::vector<float> partial(static_cast<size_t>(launch.partial_elements), kNaN);
     launch.args.partial = partial.empty() ? nullptr : partial.data();
+    const std::vector<cuda::Vec16> unfolded = unfold<T>(launch);
     std::vector<int32_t> order;
     set_order(launch.args, order, seed % 2 == 1);
     const emulator::Statistics one = run_tile(launch, sizeof(T), seed);
