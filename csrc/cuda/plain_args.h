@@ -55,7 +55,7 @@ struct PackArgs {
 // own.
 struct UnfoldArgs {
   int64_t n = 0, rows = 0, columns = 0;
-  int32_t pixel_pieces = 1;                    // of 16 bytes
+  int32_t pixel_pieces = 1;                    // of 16 bytes; 1 or 2
   int32_t window = 1, step = 1, dilation = 1;  // columns of a window; input columns between windows, and within one
   int32_t top = 0, left = 0;                   // input row and column of (0, 0), negated
   int32_t c_in = 0, h = 0, w = 0;
@@ -64,7 +64,9 @@ struct UnfoldArgs {
   const int32_t* in_prefix = nullptr;  // (n)
   void* unfolded = nullptr;            // aligned to 16
 
+  static constexpr int kRun = 128;  // pieces of a line that a warp copies at a time
   RNP_HD int64_t pieces() const { return n * rows * columns * pixel_pieces; }
+  RNP_HD int64_t runs() const { return (columns * pixel_pieces + kRun - 1) / kRun; }  // of a line
 };
 
 // Input row of tap k for output row o: (o · step + offset + k · tap) / divisor, where that is a whole number.

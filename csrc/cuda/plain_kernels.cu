@@ -75,7 +75,7 @@ const char* launch_pack(const PackArgs& p, void* stream) {
 }
 
 const char* launch_unfold(const UnfoldArgs& p, int element, int multiprocessors, void* stream) {
-  const int grid = grid_for(p.pieces(), kPlainThreads, int64_t{multiprocessors} * 32);
+  const int grid = grid_for(p.n * p.rows * p.runs() * 32, kPlainThreads, int64_t{multiprocessors} * 32);
   const auto kernel = element == 2 ? unfold_kernel<BFloat16> : unfold_kernel<float>;
   kernel<<<grid, kPlainThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
   return last_error();

@@ -111,34 +111,43 @@ RNP_DEVICE void pack_block(const PackArgs& p, int64_t elements, int32_t chunks, 
   }
 }
 
-// Pieces of 16 bytes of the copy that UnfoldArgs describes. Neighbouring threads write neighbours, and read
-// neighbouring pixels of either layout; elements are moved, so their size is all that matters of T.
+// The copy that UnfoldArgs describes: a warp takes a run of one line, each lane a few pieces of it, all loaded before
+// the first is stored. Neighbouring lanes write neighbours, and read neighbouring pixels of either layout; elements are
+// moved, so their size is all that matters of T.
 template <typename T>
 RNP_DEVICE void unfold_block(const UnfoldArgs& p) {
-  constexpr int32_t kPiece = 16 / static_cast<int32_t>(sizeof(T));
-  const int64_t pieces = p.pieces(), step = block_count() * thread_count();
-  for (int64_t i = block_index() * thread_count() + thread_index(); i < pieces; i += step) {
-    const int64_t place = p.pixel_pieces == 1 ? i : gpu::quotient(i, p.pixel_pieces);
-    const int64_t line = gpu::quotient(place, p.columns), n = gpu::quotient(line, p.rows);
-    const int32_t channel = static_cast<int32_t>(i - place * p.pixel_pieces) * kPiece;
-    const int64_t column = place - line * p.columns;
-    const int64_t window = p.window == 1 ? column : gpu::quotient(column, p.window);
-    const int64_t x = window * p.step + (column - window * p.window) * p.dilation - p.left;
-    const int64_t y = line - n * p.rows - p.top;
-    union {
-      T element[kPiece];
-      Vec16 all;
-    } piece;
-    piece.all = {};
-    if (x >= 0 && x < p.w && y >= 0 && y < p.h) {
-      const int32_t live = (p.in_prefix ? gpu::clamp_prefix(p.in_prefix[n], p.c_in) : p.c_in) - channel;
-      const T* from = static_cast<const T*>(p.input) + n * p.input_stride.n + y * p.input_stride.h +
-                      x * p.input_stride.w + channel * p.input_stride.c;
-      RNP_UNROLL
-      for (int32_t e = 0; e < kPiece; ++e)
-        if (e < live) piece.element[e] = from[e * p.input_stride.c];
+  constexpr int32_t kPiece = 16 / static_cast<int32_t>(sizeof(T)), kLanes = 32;
+  union Piece {
+    T element[kPiece];
+    Vec16 all;
+  };
+  const int64_t of_line = p.columns * p.pixel_pieces, runs = p.runs(), all = p.n * p.rows * runs;
+  const int32_t lane = thread_index() % kLanes;
+  const int64_t step = block_count() * (thread_count() / kLanes);
+  for (int64_t run = block_index() * (thread_count() / kLanes) + thread_index() / kLanes; run < all; run += step) {
+    const int64_t line = gpu::quotient(run, runs), n = gpu::quotient(line, p.rows), y = line - n * p.rows - p.top;
+    const int64_t first = (run - line * runs) * UnfoldArgs::kRun + lane;
+    const int32_t live = p.in_prefix ? gpu::clamp_prefix(p.in_prefix[n], p.c_in) : p.c_in;
+    const T* const input = static_cast<const T*>(p.input) + n * p.input_stride.n + y * p.input_stride.h;
+    Piece pieces[UnfoldArgs::kRun / kLanes];
+    RNP_UNROLL
+    for (int i = 0; i < UnfoldArgs::kRun / kLanes; ++i) {
+      const int64_t at = first + i * kLanes, column = at >> (p.pixel_pieces - 1);
+      const int64_t window = p.window == 1 ? column : gpu::quotient(column, p.window);
+      const int64_t x = window * p.step + (column - window * p.window) * p.dilation - p.left;
+      pieces[i].all = {};
+      if (at < of_line && x >= 0 && x < p.w && y >= 0 && y < p.h) {
+        const int32_t channel = static_cast<int32_t>(at & (p.pixel_pieces - 1)) * kPiece;
+        const T* const from = input + x * p.input_stride.w + channel * p.input_stride.c;
+        RNP_UNROLL
+        for (int32_t e = 0; e < kPiece; ++e)
+          if (e < live - channel) pieces[i].element[e] = from[e * p.input_stride.c];
+      }
     }
-    static_cast<Vec16*>(p.unfolded)[i] = piece.all;
+    Vec16* const to = static_cast<Vec16*>(p.unfolded) + line * of_line;
+    RNP_UNROLL
+    for (int i = 0; i < UnfoldArgs::kRun / kLanes; ++i)
+      if (const int64_t at = first + i * kLanes; at < of_line) to[at] = pieces[i].all;
   }
 }
 

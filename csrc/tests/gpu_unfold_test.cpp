@@ -74,7 +74,10 @@ void check_copy(const ConvCase& c, DType dtype, const Strides4& stride, int64_t 
 
 template <typename T>
 void check_copies(DType dtype) {
-  for (const ConvCase& c : few_channel_cases()) {
+  std::vector<ConvCase> cases = few_channel_cases();
+  for (int64_t channels : {3, 7, 12})  // a line of more than one run
+    cases.push_back({.name = "long lines", .n = 3, .c_in = channels, .h = 3, .w = 290, .c_out = 64, .kh = 2, .kw = 3});
+  for (const ConvCase& c : cases) {
     const int64_t map = c.h * c.w;
     check_copy<T>(c, dtype, strides_of(c.c_in, c.h, c.w, true), 0, c.n * c.c_in * map);
     check_copy<T>(c, dtype, strides_of(c.c_in, c.h, c.w, false), 0, c.n * c.c_in * map);
