@@ -1,6 +1,7 @@
 // The copy of an input of few channels that the CUDA tile kernels read: what it holds, element by element, for inputs
 // of any strides; and what it is a property of. The convolutions that read it are among the cases of gpu_conv_test.cpp
 // and gpu_hopper_test.cpp.
+#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -127,6 +128,19 @@ TEST(gpu_unfolded_launches_do_not_depend_on_the_layout_of_the_input) {
     if (last.unfold.pieces() == 0) continue;
     CHECK(plan().tile == last.tile && plan().args.cut.bn == last.args.cut.bn) << c.name;
     CHECK(cuda::is_hopper(last.tile) == (c.c_out >= 64)) << c.name;
+  }
+}
+
+// Windows where a stride passes over columns, and nothing twice where taps are neighbours anyway.
+TEST(gpu_unfold_copies_no_column_that_nobody_reads) {
+  for (const ConvCase& c : few_channel_cases()) {
+    const PrefixConv2dParams p = params_of(c, DType::kBFloat16);
+    const cuda::UnfoldArgs u = cuda::tile_launches(p, cuda::Role::kForward, 1, true, {132, true}).front().unfold;
+    if (u.pieces() == 0) continue;
+    const int64_t reached = (p.shape.out_w - 1) * c.stride_w + (c.kw - 1) * c.dilation_w + 1;
+    const int64_t allowed = std::min(reached + c.stride_w - 1, p.shape.out_w * c.kw);
+    CHECK(c.dilation_w > 1 || u.columns <= allowed) << c.name << ": " << u.columns << " columns";
+    CHECK((u.window > 1) == (c.dilation_w > 1 || c.stride_w > c.kw)) << c.name;
   }
 }
 
