@@ -3,13 +3,15 @@
 // 4,096 outputs, against a plain kernel. Built where nvcc is, and carried to the GPU if that is elsewhere:
 //
 //   cmake -S . -B build/gpu-tiles -DRNP_CUDA=1 -DRNP_CUDA_ARCHS=90a -DRNP_BUILD_TESTS=OFF
-//   cmake --build build/gpu-tiles --target gpu_tiles && build/gpu-tiles/gpu_tiles [ways] [layers] [batches] [dtypes]
+//   cmake --build build/gpu-tiles --target gpu_tiles
+//   build/gpu-tiles/gpu_tiles [ways] [layers] [batches] [dtypes] [epilogues]
 //
 // ways: planned, 256, 128, 64 (channels of a tile of sm_90a), tall128, tall64 (of 256 rows), copied (planned, input by
-// cp.async), sm80; all by default. dtypes: bf16 (the default), tf32. Prints for each way TFLOP/s of the valid taps and
-// microseconds at full width, and for random widths (k = 4) the share of the theoretical speed-up over that. Medians of
-// seven, the L2 cache flushed before each, launches not in a graph: below some 30 microseconds the host's time is in
-// them.
+// cp.async), sm80; all by default. dtypes: bf16 (the default), tf32. epilogues: plain (the default), tables (scale and
+// bias, four lines of them, the in-prefix's quarter chooses), residual (tables, a residual, ReLU). Prints for each way
+// TFLOP/s of the valid taps and microseconds at full width, and the share of the theoretical speed-up over that for
+// random widths (k = 4) of both sides, and of the input alone. Medians of seven, the L2 cache flushed before each,
+// launches not in a graph: below some 30 microseconds the host's time is in them.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -65,10 +67,18 @@ __global__ void fill(T* to, size_t count, uint32_t seed, float scale) {
   }
 }
 
+// What follows the sum of products; null pointers where nothing does. Tables are (lines, c_out).
+template <typename T>
+struct After {
+  const int32_t* row = nullptr;
+  const float *scale = nullptr, *bias = nullptr;
+  const T* residual = nullptr;
+};
+
 // Squares of the error and of the truth, summed over live outputs drawn by chance.
 template <typename T>
 __global__ void compare(const T* x, const T* w, const T* y, ConvShape s, const int32_t* in, const int32_t* out,
-                        float* sums) {
+                        After<T> after, float* sums) {
   uint32_t h = mixed(blockIdx.x * blockDim.x + threadIdx.x + 1);
   const auto draw = [&](int64_t limit) { return static_cast<int64_t>((h = mixed(h + 7)) >> 4) % limit; };
   const int64_t n = draw(s.n), oy = draw(s.out_h), ox = draw(s.out_w), o = draw(out ? out[n] : s.c_out);
@@ -81,7 +91,13 @@ __global__ void compare(const T* x, const T* w, const T* y, ConvShape s, const i
         sum += widened(x[((n * s.h + iy) * s.w + ix) * s.c_in + c]) *
                widened(w[((o * s.c_in + c) * s.kh + ky) * s.kw + kx]);
       }
-  const float error = widened(y[((n * s.out_h + oy) * s.out_w + ox) * s.c_out + o]) - sum;
+  const int64_t at = ((n * s.out_h + oy) * s.out_w + ox) * s.c_out + o;
+  if (after.scale) {
+    const int64_t entry = after.row[n] * s.c_out + o;
+    sum = sum * after.scale[entry] + after.bias[entry];
+  }
+  if (after.residual) sum = fmaxf(sum + widened(after.residual[at]), 0.0f);
+  const float error = widened(y[at]) - sum;
   atomicAdd(sums, error * error);
   atomicAdd(sums + 1, sum * sum);
 }
@@ -101,6 +117,11 @@ constexpr Layer kLayers[] = {
 
 constexpr const char* kWays = "planned,256,128,64,tall128,tall64,copied,sm80";
 constexpr const char* kDtypes = "bf16,tf32";
+constexpr const char* kEpilogues = "plain,tables,residual";
+constexpr int32_t kLines = 4;
+
+// Which sides of a layer have random widths.
+enum class Mixed { kNone, kBoth, kInput };
 
 // Makes the launch go `way`; false where its layer cannot.
 bool go(const std::string& way, TileLaunch& launch) {
@@ -140,10 +161,10 @@ struct Problem {
   // each on average).
   static constexpr float kAllowed = sizeof(T) == 2 ? 5e-3f : 2e-3f;
   ConvShape s;
-  Memory<T> x, w, y, packed;
-  Memory<int32_t> in, out, order;
-  Memory<float> sums{2};
-  double theory = 0, flops = 0;
+  Memory<T> x, w, y, packed, residual;
+  Memory<int32_t> in, out, order, row, last;
+  Memory<float> scale, bias, sums{2};
+  double theory = 0, theory_in = 0, flops = 0;
 
   static ConvShape shape(const Layer& l, int64_t batch) {
     ConvShape s;
@@ -163,43 +184,70 @@ struct Problem {
         w(static_cast<size_t>(s.c_out * s.c_in * s.kh * s.kw)),
         y(static_cast<size_t>(s.n * s.c_out * s.out_h * s.out_w)),
         packed(static_cast<size_t>(pack_args(s, kDType, Role::kForward, nullptr, {}, nullptr).layout.elements())),
+        residual(static_cast<size_t>(s.n * s.c_out * s.out_h * s.out_w)),
         in(static_cast<size_t>(s.n)),
         out(static_cast<size_t>(s.n)),
-        order(static_cast<size_t>(4 * s.n + s.c_out)) {
+        order(static_cast<size_t>(4 * s.n + s.c_out)),
+        row(static_cast<size_t>(s.n)),
+        last(static_cast<size_t>(s.n)),
+        scale(static_cast<size_t>(kLines * s.c_out)),
+        bias(static_cast<size_t>(kLines * s.c_out)) {
     fill<<<1024, 256>>>(x.at, static_cast<size_t>(s.n * s.c_in * s.h * s.w), 1, 1);
     fill<<<1024, 256>>>(w.at, static_cast<size_t>(s.c_out * s.c_in * s.kh * s.kw), 2,
                         1 / std::sqrt(static_cast<float>(s.c_in * s.kh * s.kw)));
+    fill<<<1024, 256>>>(residual.at, static_cast<size_t>(s.n * s.c_out * s.out_h * s.out_w), 3, 1);
+    fill<<<64, 256>>>(scale.at, static_cast<size_t>(kLines * s.c_out), 4, 1);
+    fill<<<64, 256>>>(bias.at, static_cast<size_t>(kLines * s.c_out), 5, 1);
     require(launch_pack(pack(), nullptr));
-    std::vector<int32_t> ins, outs;
+    std::vector<int32_t> ins, outs, rows, lasts;
     std::mt19937 random(7);
-    double macs = 0, taps = 0;
+    double macs = 0, macs_in = 0, taps = 0;
     for (int64_t i = 0; i < s.n; ++i) {
-      ins.push_back(static_cast<int32_t>((1 + random() % 4) * s.c_in / 4));
+      rows.push_back(static_cast<int32_t>(random() % kLines));
+      lasts.push_back(kLines - 1);
+      ins.push_back(static_cast<int32_t>((1 + rows.back()) * s.c_in / kLines));
       outs.push_back(static_cast<int32_t>((1 + random() % 4) * s.c_out / 4));
       macs += double{1} * ins.back() * outs.back();
+      macs_in += double{1} * ins.back() * s.c_out;
     }
-    require(cudaMemcpy(in.at, ins.data(), ins.size() * 4, cudaMemcpyHostToDevice));
-    require(cudaMemcpy(out.at, outs.data(), outs.size() * 4, cudaMemcpyHostToDevice));
+    const auto upload = [](const Memory<int32_t>& to, const std::vector<int32_t>& from) {
+      require(cudaMemcpy(to.at, from.data(), from.size() * 4, cudaMemcpyHostToDevice));
+    };
+    upload(in, ins), upload(out, outs), upload(row, rows), upload(last, lasts);
     for (int64_t o = 0; o < s.out_h; ++o)
       for (int64_t k = 0; k < s.kh; ++k) {
         const int64_t at = o * s.stride_h - s.pad_top + k;
         taps += at >= 0 && at < s.h;
       }
     theory = static_cast<double>(s.c_in * s.c_out * s.n) / macs;
+    theory_in = static_cast<double>(s.c_in * s.c_out * s.n) / macs_in;
     flops = 2.0 * static_cast<double>(s.c_in * s.c_out * s.n) * taps * taps;
   }
 
   // Milliseconds, or a negative number where the way is not this layer's; NaN for a wrong result.
-  double time(const std::string& way, bool mixed, const Device& device, char* flush, size_t flush_bytes) {
+  double time(const std::string& way, const std::string& epilogue, Mixed mixed, const Device& device, char* flush,
+              size_t flush_bytes) {
+    const int32_t* const in_prefix = mixed == Mixed::kNone ? nullptr : in.at;
+    const int32_t* const out_prefix = mixed == Mixed::kBoth ? out.at : nullptr;
     PrefixConv2dParams p;
     p.dtype = kDType, p.shape = s, p.tail = Tail::kSkip;
     p.input = x.at, p.input_stride = {s.c_in * s.h * s.w, 1, s.w * s.c_in, s.c_in};
     p.weight = w.at, p.packed = reinterpret_cast<const float*>(packed.at);
     p.output = y.at, p.output_stride = {s.c_out * s.out_h * s.out_w, 1, s.out_w * s.c_out, s.c_out};
-    if (mixed) p.in_prefix = in.at, p.out_prefix = out.at;
+    p.in_prefix = in_prefix, p.out_prefix = out_prefix;
+    After<T> after;
+    if (epilogue != "plain") {
+      after.row = p.row = in_prefix ? row.at : last.at;
+      after.scale = scale.at, after.bias = bias.at;
+      p.scale = scale.at, p.bias = bias.at, p.scale_row_stride = p.bias_row_stride = s.c_out;
+    }
+    if (epilogue == "residual") {
+      after.residual = residual.at;
+      p.residual = residual.at, p.residual_stride = p.output_stride, p.activation = Activation::kRelu;
+    }
     Device used = device;
     used.hopper = device.hopper && way != "sm80";
-    TileLaunch launch = tile_launches(p, Role::kForward, 1, true, used).front();
+    TileLaunch launch = tile_launches(p, Role::kForward, kLines, true, used).front();
     if (!go(way, launch)) return -1;
     Memory<float> partial(static_cast<size_t>(launch.partial_elements));
     launch.args.partial = launch.partial_elements ? partial.at : nullptr;
@@ -207,10 +255,10 @@ struct Problem {
     if (launch.unfold.pieces() > 0) use_unfolded(launch, unfolded.at);
     const auto run = [&] {
       if (launch.unfold.pieces() > 0) require(launch_unfold(launch.unfold, sizeof(T), device.multiprocessors, nullptr));
-      if (mixed) {
+      if (launch.args.in_prefix || launch.args.out_prefix) {
         OrderArgs o;
         o.n = static_cast<int32_t>(s.n), o.c_in = launch.args.c_in, o.c_out = static_cast<int32_t>(s.c_out);
-        o.in_prefix = launch.args.in_prefix, o.out_prefix = out.at, o.cut = launch.args.cut;
+        o.in_prefix = launch.args.in_prefix, o.out_prefix = launch.args.out_prefix, o.cut = launch.args.cut;
         o.place(order.at);
         require(launch_order(o, nullptr));
         use_order(launch.args, o);
@@ -220,7 +268,7 @@ struct Problem {
     require(cudaMemset(y.at, 0xff, static_cast<size_t>(s.n * s.c_out * s.out_h * s.out_w) * sizeof(T)));
     require(cudaMemset(sums.at, 0, 8));
     run();
-    compare<<<64, 64>>>(x.at, w.at, y.at, s, mixed ? in.at : nullptr, mixed ? out.at : nullptr, sums.at);
+    compare<<<64, 64>>>(x.at, w.at, y.at, s, in_prefix, out_prefix, after, sums.at);
     float found[2];
     require(cudaMemcpy(found, sums.at, 8, cudaMemcpyDeviceToHost));
     if (!(std::sqrt(found[0] / found[1]) < kAllowed)) return std::nan("");
@@ -244,19 +292,21 @@ struct Problem {
 
 template <typename T>
 void time_layer(const Layer& layer, int64_t batch, const std::string& dtype, const std::vector<std::string>& ways,
-                const Device& device, char* flush, size_t flush_bytes) {
+                const std::vector<std::string>& epilogues, const Device& device, char* flush, size_t flush_bytes) {
   Problem<T> problem(layer, batch);
-  std::printf("%s %-11s batch %3lld, theory %.2f:", dtype.c_str(), layer.name, static_cast<long long>(problem.s.n),
-              problem.theory);
-  for (const std::string& way : ways) {
-    const double full = problem.time(way, false, device, flush, flush_bytes);
-    if (full < 0) continue;
-    const double mixed = problem.time(way, true, device, flush, flush_bytes);
-    std::printf("  %s %.0f TFLOP/s %.0f us, mixed %.2f", way.c_str(), problem.flops / full / 1e9, full * 1e3,
-                full / mixed / problem.theory);
+  for (const std::string& epilogue : epilogues) {
+    std::printf("%s %-11s batch %3lld, %s, theory %.2f and %.2f:", dtype.c_str(), layer.name,
+                static_cast<long long>(problem.s.n), epilogue.c_str(), problem.theory, problem.theory_in);
+    for (const std::string& way : ways) {
+      const auto time = [&](Mixed mixed) { return problem.time(way, epilogue, mixed, device, flush, flush_bytes); };
+      const double full = time(Mixed::kNone);
+      if (full < 0) continue;
+      std::printf("  %s %.0f TFLOP/s %.0f us, mixed %.2f, in %.2f", way.c_str(), problem.flops / full / 1e9, full * 1e3,
+                  full / time(Mixed::kBoth) / problem.theory, full / time(Mixed::kInput) / problem.theory_in);
+    }
+    std::printf("\n");
+    std::fflush(stdout);
   }
-  std::printf("\n");
-  std::fflush(stdout);
 }
 
 }  // namespace
@@ -270,6 +320,8 @@ int main(int count, char** words) {
   require_known("layers", layers, names);
   const std::vector<std::string> batches = word(3, "256,32"), dtypes = word(4, "bf16");
   require_known("dtypes", dtypes, split(kDtypes));
+  const std::vector<std::string> epilogues = word(5, "plain");
+  require_known("epilogues", epilogues, split(kEpilogues));
   for (const std::string& batch : batches)
     if (std::atoll(batch.c_str()) <= 0) require(("batches must be positive numbers; got " + batch).c_str());
   Device device;
@@ -282,6 +334,7 @@ int main(int count, char** words) {
         if (!layers.empty() && std::find(layers.begin(), layers.end(), layer.name) == layers.end()) continue;
         const int64_t wanted = std::atoll(batch.c_str()),
                       n = layer.size >= 112 ? std::min<int64_t>(wanted, 64) : wanted;
-        (dtype == "tf32" ? time_layer<float> : time_layer<uint16_t>)(layer, n, dtype, ways, device, flush.at, kFlush);
+        (dtype == "tf32" ? time_layer<float> : time_layer<uint16_t>)(layer, n, dtype, ways, epilogues, device, flush.at,
+                                                                     kFlush);
       }
 }

@@ -89,9 +89,9 @@ struct ConvArgs {
 
   void* output = nullptr;
   Strides4 output_stride;
-  // sm_90a: neighbouring channels are neighbours in memory, and a pair of them that begins with an even one can be read
-  // from the residual, and written to `partial`, in one piece.
-  bool pairs = false;
+  // sm_90a: 16 bytes of channels may be stored, and read from the residual, in one piece; residual and output have the
+  // same strides, and so have the tables.
+  bool vectors = false;
   bool dense = false;  // pixels of the output, and of the residual, are equally far apart across the ends of rows
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "core/gpu_schedule.h"
 #include "core/half.h"
@@ -19,6 +20,8 @@
 #endif
 
 namespace rnp::cuda {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct alignas(8) Pair {
   float low, high;
@@ -48,6 +51,19 @@ RNP_DEVICE int count_bits(uint32_t v) { return __popc(v); }
 RNP_DEVICE int32_t take_ticket(int32_t* counter) { return atomicAdd(counter, 1); }
 RNP_DEVICE int32_t add_in_block(int32_t* shared, int32_t v) { return atomicAdd(shared, v); }  // what was there
 RNP_DEVICE float xor_lane(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+// The compiler moves no access to memory across this place.
+RNP_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
+// The same value, of which the compiler knows nothing: what is computed from it is computed where it stands, not once
+// for several branches and kept in registers until then.
+RNP_DEVICE int32_t opaque(int32_t v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+RNP_DEVICE int64_t opaque(int64_t v) {
+  asm volatile("" : "+l"(v));
+  return v;
+}
+RNP_DEVICE int32_t from_lane(int32_t v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 RNP_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 RNP_DEVICE float relu(float v) {  // NaN passes, as in torch's
   float out;
@@ -83,6 +99,14 @@ RNP_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* shared_ro
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(from)
+               : "memory");
+}
+
+// The way back of load_matrices.
+RNP_DEVICE void store_matrices(void* shared_row, const uint32_t (&r)[4]) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
                : "memory");
 }
 
@@ -132,6 +156,30 @@ RNP_DEVICE uint32_t narrow_two(Float16, float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(high), "f"(low));
   return out;
 }
+// The inverse.
+RNP_DEVICE Pair widen_two(float, Pair v) { return v; }
+template <typename T>
+RNP_DEVICE Pair widen_two(T, uint32_t v) {
+  return {widen(T{static_cast<uint16_t>(v)}), widen(T{static_cast<uint16_t>(v >> 16)})};
+}
+// Both elements, or the floor where that is more; NaN passes. A floor of 0 is ReLU, -infinity changes nothing.
+RNP_DEVICE float floor_of(float, float floor) { return floor; }
+template <typename T>
+RNP_DEVICE uint32_t floor_of(T, float floor) {
+  return narrow_two(T{}, floor, floor);
+}
+RNP_DEVICE Pair no_less(float, Pair v, float floor) {
+  asm("max.NaN.f32 %0, %0, %2;\nmax.NaN.f32 %1, %1, %2;\n" : "+f"(v.low), "+f"(v.high) : "f"(floor));
+  return v;
+}
+RNP_DEVICE uint32_t no_less(BFloat16, uint32_t v, uint32_t floor) {
+  asm("max.NaN.bf16x2 %0, %0, %1;\n" : "+r"(v) : "r"(floor));
+  return v;
+}
+RNP_DEVICE uint32_t no_less(Float16, uint32_t v, uint32_t floor) {
+  asm("max.NaN.f16x2 %0, %0, %1;\n" : "+r"(v) : "r"(floor));
+  return v;
+}
 template <typename T>
 RNP_DEVICE T narrow(float v);
 template <>
@@ -167,6 +215,12 @@ inline void max_in_block(int32_t* shared, int32_t v) { *shared = *shared < v ? v
 inline int32_t take_ticket(int32_t* counter) { return (*counter)++; }
 inline int32_t add_in_block(int32_t* shared, int32_t v) { return (*shared += v) - v; }
 inline float xor_lane(float v, int mask) { return emulator::xor_lane(v, mask); }
+inline void keep_order() {}
+template <typename T>
+inline T opaque(T v) {
+  return v;
+}
+inline int32_t from_lane(int32_t v, int lane) { return emulator::from_lane(v, lane); }
 inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float relu(float v) { return v > 0 || v != v ? v : 0.0f; }
 inline void copy_async(void* shared, const void* global, int bytes) { emulator::copy_async(shared, global, bytes); }
@@ -179,6 +233,7 @@ inline void load_matrices(uint32_t (&r)[4], const void* shared_row) { emulator::
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* shared_row) {
   emulator::load_matrices(r, shared_row, true);
 }
+inline void store_matrices(void* shared_row, const uint32_t (&r)[4]) { emulator::store_matrices(shared_row, r); }
 template <typename T>
 inline void multiply_matrices(T, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulator::multiply_matrices(T{}, d, a, b0, b1);
@@ -197,6 +252,25 @@ inline Pair narrow_two(float, float low, float high) { return {low, high}; }
 template <typename T>
 inline uint32_t narrow_two(T, float low, float high) {
   return narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16;
+}
+inline Pair widen_two(float, Pair v) { return v; }
+template <typename T>
+inline Pair widen_two(T, uint32_t v) {
+  return {widen(T{static_cast<uint16_t>(v)}), widen(T{static_cast<uint16_t>(v >> 16)})};
+}
+inline float floor_of(float, float floor) { return floor; }
+template <typename T>
+inline uint32_t floor_of(T, float floor) {
+  return narrow_two(T{}, floor, floor);
+}
+inline Pair no_less(float, Pair v, float floor) {
+  return {v.low < floor ? floor : v.low, v.high < floor ? floor : v.high};
+}
+template <typename T>
+inline uint32_t no_less(T, uint32_t v, uint32_t floor) {
+  const Pair two = widen_two(T{}, v), least = widen_two(T{}, floor);
+  const Pair most = no_less(0.0f, two, least.low);
+  return narrow_two(T{}, most.low, most.high);
 }
 
 #endif

@@ -21,11 +21,13 @@ int64_t blocks();
 void barrier();
 float xor_lane(float v, int mask);
 int32_t max_in_warp(int32_t v);
+int32_t from_lane(int32_t v, int lane);
 uint32_t ballot(bool v);
 void copy_async(void* shared, const void* global, int bytes);
 void commit_copies();
 void wait_copies(int most);
 void load_matrices(uint32_t* r, const void* shared_row, bool transposed);
+void store_matrices(void* shared_row, const uint32_t* r);
 void multiply_matrices(BFloat16, float* d, const uint32_t* a, uint32_t b0, uint32_t b1);
 void multiply_matrices(Float16, float* d, const uint32_t* a, uint32_t b0, uint32_t b1);
 void multiply_matrices(float, float* d, const uint32_t* a, uint32_t b0, uint32_t b1);
@@ -69,7 +71,7 @@ void multiply_warpgroup(float, int width, float* d, uint64_t a, uint64_t b);  //
 
 struct Statistics {
   int64_t matrix_products = 0;  // mma instructions of a warp
-  int64_t bank_conflicts = 0;   // extra wavefronts of ldmatrix
+  int64_t bank_conflicts = 0;   // extra wavefronts of ldmatrix and stmatrix
   int64_t copied_bytes = 0;     // read by asynchronous copies
   int64_t bulk_bytes = 0;       // brought by copy_bulk
   int64_t im2col_bytes = 0;     // brought by copy_im2col, zeros beyond the tensor included

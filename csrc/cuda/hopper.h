@@ -102,28 +102,20 @@ RNP_DEVICE void copy_im2col(void* shared, const TensorMap* map, uint64_t* barrie
       : "memory");
 }
 
-// from[at] where `live`, else `otherwise`: one predicated load, where the compiler might branch around it.
-RNP_DEVICE float load_if(bool live, const float* from, int at, float otherwise) {
-  asm("{\n.reg .pred live;\nsetp.ne.u32 live, %1, 0;\n@live ld.global.f32 %0, [%2];\n}\n"
-      : "+f"(otherwise)
-      : "r"(static_cast<uint32_t>(live)), "l"(from + at));
-  return otherwise;
+RNP_DEVICE Pair load_pair(const float* from) {
+  const float2 two = __ldg(reinterpret_cast<const float2*>(from));
+  return {two.x, two.y};
 }
-// Two elements, from an even one on; zeros otherwise.
-template <typename T>
-RNP_DEVICE Pair load_two_if(bool live, const T* from, int at) {
-  uint32_t two = 0;
-  asm("{\n.reg .pred live;\nsetp.ne.u32 live, %1, 0;\n@live ld.global.u32 %0, [%2];\n}\n"
-      : "+r"(two)
-      : "r"(static_cast<uint32_t>(live)), "l"(from + at));
-  return {widen(T{static_cast<uint16_t>(two)}), widen(T{static_cast<uint16_t>(two >> 16)})};
-}
-RNP_DEVICE Pair load_two_if(bool live, const float* from, int at) {
-  Pair two = {0, 0};
-  asm("{\n.reg .pred live;\nsetp.ne.u32 live, %2, 0;\n@live ld.global.v2.f32 {%0, %1}, [%3];\n}\n"
-      : "+f"(two.low), "+f"(two.high)
-      : "r"(static_cast<uint32_t>(live)), "l"(from + at));
-  return two;
+// The 16 bytes that lie `away` from an address, by one predicated load; zeros where not `live`.
+RNP_DEVICE Vec16 load_vector(bool live, const void* near, int64_t away) {
+  Vec16 v = {};
+  asm volatile(
+      "{\n.reg .pred live;\n.reg .b64 at;\nsetp.ne.u32 live, %4, 0;\nadd.s64 at, %5, %6;\n"
+      "@live ld.global.v4.u32 {%0, %1, %2, %3}, [at];\n}\n"
+      : "+r"(v.word[0]), "+r"(v.word[1]), "+r"(v.word[2]), "+r"(v.word[3])
+      : "r"(static_cast<uint32_t>(live)), "l"(near), "l"(away)
+      : "memory");
+  return v;
 }
 
 // ---- warpgroups ----
@@ -173,12 +165,17 @@ inline void copy_im2col(void* shared, const TensorMap* map, uint64_t* barrier, i
                         int32_t n, uint16_t offset_w, uint16_t offset_h) {
   emulator::copy_im2col(shared, *map, barrier, c, w, h, n, offset_w, offset_h);
 }
-inline float load_if(bool live, const float* from, int at, float otherwise) { return live ? from[at] : otherwise; }
-template <typename T>
-inline Pair load_two_if(bool live, const T* from, int at) {
-  if (!live) return {0, 0};
-  emulator::check_aligned(from + at, 2 * sizeof(T));
-  return {widen(from[at]), widen(from[at + 1])};
+inline Pair load_pair(const float* from) {
+  emulator::check_aligned(from, 8);
+  return {from[0], from[1]};
+}
+inline Vec16 load_vector(bool live, const void* near, int64_t away) {
+  Vec16 v = {};
+  if (!live) return v;
+  const void* from = static_cast<const char*>(near) + away;
+  emulator::check_aligned(from, 16);
+  __builtin_memcpy(&v, from, 16);
+  return v;
 }
 template <int N>
 inline void take_registers() {}

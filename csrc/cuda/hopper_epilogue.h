@@ -7,8 +7,12 @@ namespace rnp::cuda {
 
 // A warp holds 16 rows in the layout of wgmma's accumulator: lane l rows l / 4 and + 8, channels 8 j + 2 (l % 4) and
 // + 1. It finishes and narrows 128 bytes of channels at a time, turns them in shared memory (pieces of 16 bytes,
-// swizzled) and stores whole lines. Every address is found before the loops: with the general form of `finish` for each
-// element this took 40,000 cycles a tile on an H200, longer than the products of 256 channels and nine taps.
+// swizzled) and stores whole lines; the residual comes the other way, whole lines first.
+//
+// What limits this code is its own length. Every tile runs through all of it once, so nothing is in the caches of
+// instructions when it is needed: on an H200 half of the consumers' time in layers of 64 and 128 channels was waiting
+// for instructions of an epilogue of 1,300. Hence no bounds in the loops beyond one a vector, places found by one lane
+// a row, and one copy of the code for both halves of a warpgroup's rows.
 template <typename Tile>
 struct HopperEpilogue : HopperBlock<Tile> {
   using Base = HopperBlock<Tile>;
@@ -59,114 +63,166 @@ struct HopperEpilogue : HopperBlock<Tile> {
     return out;
   }
 
-  // Of one of a lane's two rows, from its first channel of the tile on.
-  struct Part {
-    int32_t live;  // channels
-    Finish<T> with;
-  };
-
-  RNP_DEVICE Part part_of(const Place& row, int32_t channel, int pair) const {
-    return {row.out_live - pair, Finish<T>(p, row.line, row.residual, channel)};
+  RNP_DEVICE static int64_t offset_from_lane(int64_t v, int lane) {
+    const uint32_t low = static_cast<uint32_t>(from_lane(static_cast<int32_t>(v), lane));
+    return int64_t{from_lane(static_cast<int32_t>(v >> 32), lane)} << 32 | low;
   }
 
-  // Channels `at` and at + 1 of the row, finished as `finish` does.
-  template <bool kTables, bool kResidual>
-  RNP_DEVICE Narrow finish_pair(const Part& part, int at, const float* v) const {
-    float out[2] = {v[0], v[1]};
-    if constexpr (kTables) {
-      // Of two channels the tables have both where they have one: ConvArgs::pairs.
-      const bool scaled = part.live > at && p.scale, biased = part.live > at && p.bias;
-      RNP_UNROLL
-      for (int e = 0; e < 2; ++e)
-        out[e] = multiply_add(out[e], load_if(scaled, part.with.scale, at + e, 1.0f),
-                              load_if(biased, part.with.bias, at + e, 0.0f));
+  // Blocks j and j + 1 of a warp's staged rows, from and to memory: of 2 bytes four matrices of eight rows by 16 bytes.
+  RNP_DEVICE static void move_blocks(char* staged, int j, Narrow (&two)[2][2], bool to_memory) {
+    const int lane = opaque(thread_index() & 31);
+    if constexpr (Tile::kElement == 2) {
+      char* const at = staged + (staged_at(lane & 15, lane >> 4) ^ j << 4);  // the row of one of the matrices
+      uint32_t four[4] = {two[0][0], two[0][1], two[1][0], two[1][1]};
+      if (to_memory) {
+        store_matrices(at, four);
+      } else {
+        load_matrices(four, at);
+        two[0][0] = four[0], two[0][1] = four[1], two[1][0] = four[2], two[1][1] = four[3];
+      }
     } else {
+      const int line = lane >> 2;
       RNP_UNROLL
-      for (int e = 0; e < 2; ++e) out[e] = multiply_add(out[e], 1.0f, 0.0f);  // as `finish`: no -0
-    }
-    if constexpr (kResidual) {
-      const Pair two = load_two_if(part.live > at, part.with.residual, at);
-      out[0] += two.low;
-      out[1] += two.high;
-    }
-    if (p.relu) out[0] = relu(out[0]), out[1] = relu(out[1]);
-    return narrow_two(T{}, out[0], out[1]);
-  }
-
-  // Channels slab … slab + kSlab - 1 of both rows, to shared memory.
-  template <bool kTables, bool kResidual>
-  RNP_DEVICE void stage(const Part (&part)[2], int slab, const Sums64& sums, char* to, int turn) const {
-    RNP_UNROLL
-    for (int j = 0; j < kBlocks; ++j) {
-      RNP_UNROLL
-      for (int high = 0; high < 2; ++high)
-        *reinterpret_cast<Narrow*>(to + high * 8 * kPackBytes + (j ^ turn) * kBlockBytes) =
-            finish_pair<kTables, kResidual>(part[high], slab + j * 8, &sums[(slab / 8 + j) * 4 + high * 2]);
+      for (int b = 0; b < 2; ++b) {
+        char* const at = staged + line * kPackBytes + ((j + b) ^ (line & (kBlocks - 1))) * kBlockBytes +
+                         (lane & 3) * 2 * Tile::kElement;
+        RNP_UNROLL
+        for (int high = 0; high < 2; ++high) {
+          Narrow& v = *reinterpret_cast<Narrow*>(at + high * 8 * kPackBytes);
+          if (to_memory)
+            v = two[b][high];
+          else
+            two[b][high] = v;
+        }
+      }
     }
   }
 
-  // Rows first_row … + 63 of the tile.
-  RNP_DEVICE void store(const TileState& s, const Run* runs, int first_row, const Sums64& sums) const {
-    const int lane = thread_index() & 31, warp = consumer() / 32, pair = (lane & 3) * 2, line = lane >> 2;
-    const int turn = line & (kBlocks - 1);
-    first_row += (warp & 3) * 16;
-    if (!p.pairs) return store_singly(s, runs, first_row, sums);
-    const int32_t channel = first_channel_of(s) + pair;
-    if (p.partial) return store_partial(s, runs, first_row, channel, sums);
-    const Part part[2] = {part_of(place_of(s, runs, first_row + line), channel, pair),
-                          part_of(place_of(s, runs, first_row + line + 8), channel, pair)};
-    char* staged = staging + warp * Tile::kStagedBytes;
-    char* to = staged + line * kPackBytes + pair * Tile::kElement;
-    // Four times four rows, eight lanes each.
+  // Rows first_row … + 63 of the tile, where ConvArgs::vectors. kTables: 0 none, 1 bias, 2 scale and perhaps bias.
+  template <int kTables, bool kResidual>
+  RNP_DEVICE void store_vectors(const TileState& s, const Run* runs, int first_row, const Sums64& sums) const {
+    const int lane = opaque(thread_index() & 31), warp = consumer() / 32, pair = (lane & 3) * 2;
+    const int32_t channel = opaque(first_channel_of(s));
+    const int own_row = first_row + (warp & 3) * 16 + (lane & 15);
+    const Place own = place_of(s, runs, own_row);
+    const int32_t own_live = own.out_live;
+    char* const staged = staging + warp * Tile::kStagedBytes;
+    // Lines go out, and the residual's come in, four times four rows, eight lanes each.
     const int piece = lane & 7, first = lane >> 3;
     T* out[4];
-    int32_t live[4];
+    int32_t live[4];  // channels from this lane's piece of the first slab on
     RNP_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const Place row = place_of(s, runs, first_row + i * 4 + first);
-      out[i] = static_cast<T*>(p.output) + row.output + first_channel_of(s) + piece * Tile::kPiece;
-      live[i] = row.out_live - piece * Tile::kPiece;
+      const int at = i * 4 + first;
+      out[i] = static_cast<T*>(p.output) + offset_from_lane(own.output, at) + channel + piece * Tile::kPiece;
+      live[i] = from_lane(own.out_live, at) - piece * Tile::kPiece;
+    }
+    uint32_t entry[2] = {};  // of the tables, for both of a lane's rows of sums
+    if constexpr (kTables > 0) {
+      const int64_t stride = kTables == 2 ? p.scale_row_stride : p.bias_row_stride;
+      RNP_UNROLL
+      for (int high = 0; high < 2; ++high)
+        entry[high] = static_cast<uint32_t>(from_lane(own.line, (lane >> 2) + high * 8) * static_cast<int32_t>(stride) +
+                                            channel + pair);
+    }
+    const int64_t away = static_cast<const char*>(p.residual) - static_cast<const char*>(p.output);
+    const float least = p.relu ? 0.0f : -kInfinity;
+    const auto floor = floor_of(T{}, least);
+    Vec16 coming[4];
+    if constexpr (kResidual) {
+      RNP_UNROLL
+      for (int i = 0; i < 4; ++i) coming[i] = load_vector(live[i] > 0, out[i], away);
     }
     RNP_UNROLL
     for (int slab = 0; slab < Tile::BN; slab += Tile::kSlab) {
       if (slab < s.width) {
-        if (!p.scale && !p.bias) {
-          if (p.residual)
-            stage<false, true>(part, slab, sums, to, turn);
-          else
-            stage<false, false>(part, slab, sums, to, turn);
-        } else {
-          if (p.residual)
-            stage<true, true>(part, slab, sums, to, turn);
-          else
-            stage<true, false>(part, slab, sums, to, turn);
+        if constexpr (kResidual) {
+          RNP_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            *reinterpret_cast<Vec16*>(staged + staged_at(i * 4 + first, piece)) = coming[i];
+            if (slab + Tile::kSlab < Tile::BN)  // on its way while this slab is finished
+              coming[i] =
+                  load_vector(live[i] > slab + Tile::kSlab, out[i], away + (slab + Tile::kSlab) * Tile::kElement);
+          }
+          sync_warp();
+        }
+        RNP_UNROLL
+        for (int j = 0; j < kBlocks; j += 2) {
+          keep_order();  // two blocks at a time: there are no registers for more
+          Narrow two[2][2];
+          if constexpr (kResidual) move_blocks(staged, j, two, false);
+          RNP_UNROLL
+          for (int b = 0; b < 2; ++b) {
+            RNP_UNROLL
+            for (int high = 0; high < 2; ++high) {
+              const int at = slab + (j + b) * 8;
+              const float* const v = &sums[at / 2 + high * 2];
+              Pair out = {v[0], v[1]};
+              // The operations of `finish`. Without tables nothing is left of them: a sum that began with 0 is never
+              // -0.
+              if constexpr (kTables > 0) {
+                Pair factor = {1, 1}, summand = {0, 0};
+                if constexpr (kTables == 2) factor = load_pair(p.scale + entry[high] + at);
+                if (kTables == 1 || p.bias) summand = load_pair(p.bias + entry[high] + at);
+                out.low = multiply_add(out.low, factor.low, summand.low);
+                out.high = multiply_add(out.high, factor.high, summand.high);
+              }
+              if constexpr (kResidual) {
+                const Pair more = widen_two(T{}, two[b][high]);
+                out.low += more.low, out.high += more.high;
+              }
+              two[b][high] = no_less(T{}, narrow_two(T{}, out.low, out.high), floor);
+            }
+          }
+          move_blocks(staged, j, two, true);  // each lane to where it read
         }
         sync_warp();
         RNP_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const char* from = staged + staged_at(i * 4 + first, piece);
-          if (live[i] >= slab + Tile::kPiece && (reinterpret_cast<uintptr_t>(out[i]) & 15) == 0) {
-            *reinterpret_cast<Vec16*>(out[i] + slab) = *reinterpret_cast<const Vec16*>(from);
-          } else {
-            RNP_ROLL
-            for (int e = 0; e < Tile::kPiece && slab + e < live[i]; ++e)
-              out[i][slab + e] = reinterpret_cast<const T*>(from)[e];
-          }
+        for (int i = 0; i < 4; ++i)
+          if (live[i] >= slab + Tile::kPiece)
+            *reinterpret_cast<Vec16*>(out[i] + slab) =
+                *reinterpret_cast<const Vec16*>(staged + staged_at(i * 4 + first, piece));
+        const int32_t rest = own_live - slab;  // a row that ends within a piece
+        if (lane < 16 && rest > 0 && rest < Tile::kSlab && rest % Tile::kPiece != 0) {
+          const int32_t whole = rest / Tile::kPiece;
+          T* const to =
+              static_cast<T*>(p.output) + place_of(s, runs, own_row).output + channel + slab + whole * Tile::kPiece;
+          RNP_ROLL
+          for (int e = 0; e < rest % Tile::kPiece; ++e)
+            to[e] = reinterpret_cast<const T*>(staged + staged_at(lane, whole))[e];
         }
         sync_warp();
       }
     }
   }
 
+  // Rows first_row … + 63 of the tile.
+  RNP_DEVICE void store(const TileState& s, const Run* runs, int first_row, const Sums64& sums) const {
+    if (p.partial && p.c_out % 2 == 0) return store_partial(s, runs, first_row, sums);
+    // Tables are read by whole slabs.
+    const int32_t end = first_channel_of(s) + (s.width + Tile::kSlab - 1) / Tile::kSlab * Tile::kSlab;
+    if (p.partial || !p.vectors || ((p.scale || p.bias) && end > p.c_out))
+      return store_singly(s, runs, first_row, sums);
+    if (p.residual) {
+      if (p.scale) return store_vectors<2, true>(s, runs, first_row, sums);
+      return p.bias ? store_vectors<1, true>(s, runs, first_row, sums)
+                    : store_vectors<0, true>(s, runs, first_row, sums);
+    }
+    if (p.scale) return store_vectors<2, false>(s, runs, first_row, sums);
+    return p.bias ? store_vectors<1, false>(s, runs, first_row, sums)
+                  : store_vectors<0, false>(s, runs, first_row, sums);
+  }
+
   // The unfinished sums of a segment.
-  RNP_DEVICE void store_partial(const TileState& s, const Run* runs, int first_row, int32_t channel,
-                                const Sums64& sums) const {
+  RNP_DEVICE void store_partial(const TileState& s, const Run* runs, int first_row, const Sums64& sums) const {
     const int lane = thread_index() & 31, pair = (lane & 3) * 2;
+    first_row += (consumer() / 32 & 3) * 16;
     RNP_UNROLL
     for (int high = 0; high < 2; ++high) {
       const Place row = place_of(s, runs, first_row + (lane >> 2) + high * 8);
       const int32_t live = row.out_live - pair;
-      float* to = p.partial + int64_t{s.segment} * p.cut.n * p.cut.positions * p.c_out + row.output + channel;
+      float* to = p.partial + int64_t{s.segment} * p.cut.n * p.cut.positions * p.c_out + row.output +
+                  first_channel_of(s) + pair;
       RNP_UNROLL
       for (int j = 0; j < Tile::BN / 8; ++j) {
         const float* v = &sums[j * 4 + high * 2];
@@ -179,6 +235,7 @@ struct HopperEpilogue : HopperBlock<Tile> {
   // through shared memory, so that one loop serves all of them.
   RNP_DEVICE void store_singly(const TileState& s, const Run* runs, int first_row, const Sums64& sums) const {
     const int lane = thread_index() & 31, warp = consumer() / 32;
+    first_row += (warp & 3) * 16;
     float* staged = reinterpret_cast<float*>(staging + warp * Tile::kStagedBytes);
     float* partial = p.partial ? p.partial + int64_t{s.segment} * p.cut.n * p.cut.positions * p.c_out : nullptr;
     RNP_UNROLL

@@ -114,6 +114,24 @@ Im2colBox im2col_box(const ConvArgs& a, int32_t element, bool unfolded) {
 // output channels a warpgroup's 64 rows read more of shared memory than they multiply.
 bool wants_wgmma(const ConvArgs& a, bool matrix) { return matrix && !a.gather && a.cut.group_out >= 64; }
 
+// Whether the sm_90a epilogue can store, and read the residual, 16 bytes of channels at a time, and the tables by
+// pairs.
+bool vectors(const ConvArgs& a, int32_t element) {
+  const int64_t piece = 16 / element;
+  const auto at = [](const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+  const auto whole = [&](const void* p, const Strides4& st) {
+    return at(p, 16) && st.c == 1 && st.n % piece == 0 && st.h % piece == 0 && st.w % piece == 0;
+  };
+  const auto pairs = [&](const float* p, int64_t stride) {
+    return !p || (at(p, 8) && stride % 2 == 0 && stride * a.lines < int64_t{1} << 31);
+  };
+  const Strides4 &out = a.output_stride, &in = a.residual_stride;
+  const bool alike = out.n == in.n && out.c == in.c && out.h == in.h && out.w == in.w;
+  return whole(a.output, out) && (!a.residual || (at(a.residual, 16) && alike)) && a.cut.group_out % piece == 0 &&
+         pairs(a.scale, a.scale_row_stride) && pairs(a.bias, a.bias_row_stride) &&
+         (!a.scale || !a.bias || a.scale_row_stride == a.bias_row_stride);
+}
+
 TileName first_hopper_tile(DType dtype) {
   if (dtype == DType::kBFloat16) return TileName::sm90_bf16_128x128;
   return dtype == DType::kFloat16 ? TileName::sm90_fp16_128x128 : TileName::sm90_tf32_128x128;
@@ -137,10 +155,7 @@ void plan_hopper(TileLaunch& launch, DType dtype, const Device& device) {
   launch.box = im2col_box(a, element, launch.unfold.pieces() > 0);
   a.use_tma = launch.box.possible;
   a.box_lower_w = launch.box.lower[0], a.box_lower_h = launch.box.lower[1];
-  const auto even = [](const Strides4& st) { return st.c == 1 && (st.n | st.h | st.w) % 2 == 0; };
-  a.pairs = a.output_stride.c == 1 && a.c_out % 2 == 0 && (a.cut.groups == 1 || a.cut.group_out % 2 == 0) &&
-            (!a.residual || (even(a.residual_stride) &&
-                             reinterpret_cast<uintptr_t>(a.residual) % static_cast<uintptr_t>(2 * element) == 0));
+  a.vectors = vectors(a, element);
   const auto dense = [&](const Strides4& st) { return st.h == a.out_w * st.w; };
   a.dense = dense(a.output_stride) && (!a.residual || dense(a.residual_stride));
   launch.tile = hopper_tile(first_hopper_tile(dtype), choice.tile.bn);

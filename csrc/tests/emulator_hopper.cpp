@@ -232,6 +232,24 @@ void hopper_operation(Warp& w, const Operation& mine) {
       for (int l = 0; l < kLanes; ++l) w.lane[l].left = most, w.lane[l].width = static_cast<int>(bits);
       return;
     }
+    case 12: {  // another lane's value
+      int32_t values[kLanes];
+      for (int l = 0; l < kLanes; ++l) values[l] = w.lane[l].left;
+      for (int l = 0; l < kLanes; ++l) w.lane[l].left = values[w.lane[l].width];
+      return;
+    }
+    case 13:  // stmatrix
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        bool bank_group[8] = {};
+        for (int row = 0; row < 8; ++row) {
+          char* to = checked_shared(w.lane[matrix * 8 + row].row, 16, 16);
+          const size_t group = place_of(to) / 16 % 8;
+          machine->statistics.bank_conflicts += bank_group[group];
+          bank_group[group] = true;
+          for (int word = 0; word < 4; ++word) std::memcpy(to + 4 * word, &w.lane[row * 4 + word].a[matrix], 4);
+        }
+      }
+      return;
     default:
       fail("an unknown operation");
   }
@@ -371,6 +389,19 @@ int32_t max_in_warp(int32_t v) {
   Operation o = operation(11);
   o.left = v;
   return meet(o).left;
+}
+
+int32_t from_lane(int32_t v, int lane) {
+  if (lane < 0 || lane >= kLanes) fail("a lane that no warp has");
+  Operation o = operation(12);
+  o.left = v, o.width = lane;
+  return meet(o).left;
+}
+
+void store_matrices(void* shared_row, const uint32_t* r) {
+  Operation o = operation(13);
+  o.a = r, o.row = shared_row;
+  meet(o);
 }
 
 uint32_t ballot(bool v) {

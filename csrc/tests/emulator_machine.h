@@ -25,7 +25,7 @@ struct Copy {
 };
 
 struct Operation {  // what one lane brings to an operation of its warp
-  int kind;         // 0: ldmatrix, 1…3: mma, 4: shuffle, 5: ldmatrix.trans, 6…11: of emulator_hopper.cpp
+  int kind;         // 0: ldmatrix, 1…3: mma, 4: shuffle, 5: ldmatrix.trans, 6…13: of emulator_hopper.cpp
   uint32_t* r;
   const void* row;
   float* d;

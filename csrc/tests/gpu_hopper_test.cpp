@@ -76,6 +76,7 @@ void go(Way way, cuda::TileLaunch& launch) {
 
 struct Seen {
   int64_t launches = 0, bulk = 0, im2col = 0, copied = 0, products = 0, splits = 0, wide = 0, tall = 0;
+  int64_t vectors = 0, with_residual = 0;  // launches whose outputs go by 16 bytes, those that read a residual so
 };
 
 template <typename T>
@@ -96,6 +97,7 @@ Seen compute(GpuCase<T>& c, Way way, uint64_t seed) {
     seen.products += one.group_products;
     seen.splits += launch.args.splits > 1, seen.wide += launch.args.cut.bn == 256;
     seen.tall += launch.args.cut.bm == cuda::kTallRows;
+    seen.vectors += launch.args.vectors, seen.with_residual += launch.args.vectors && launch.args.residual;
   }
   return seen;
 }
@@ -162,6 +164,7 @@ void check_way(const ConvCase& c, GpuMode mode, Way way, cuda::Role role, DType 
   CHECK(mode != GpuMode::kFull || is_copied(way) || seen.copied == 0) << where << ": used cp.async";
   all.launches += seen.launches, all.bulk += seen.bulk, all.im2col += seen.im2col, all.copied += seen.copied;
   all.products += seen.products, all.splits += seen.splits, all.wide += seen.wide, all.tall += seen.tall;
+  all.vectors += seen.vectors, all.with_residual += seen.with_residual;
 }
 
 template <typename T>
@@ -190,6 +193,8 @@ Seen check_hopper(DType dtype, cuda::Role role, double store, const char* name) 
               static_cast<int>(all.tall), static_cast<double>(all.bulk) / 1e6, static_cast<double>(all.im2col) / 1e6,
               static_cast<double>(all.copied) / 1e6);
   CHECK(all.bulk > 1000000 && all.im2col > 1000000 && all.copied > 100000) << name << ": a way to fetch was not tried";
+  CHECK(all.vectors > 20 && (all.with_residual > 3 || !forward))
+      << name << ": " << all.vectors << " launches by 16 bytes, " << all.with_residual << " with a residual";
   CHECK(all.splits > 1 && all.wide > 0 && all.tall > 10) << name << ": split, wide or tall tiles were not tried";
   return all;
 }

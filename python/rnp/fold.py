@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -11,11 +13,18 @@ from .batchnorm import PrefixBatchNorm2d
 SHAPE_ONLY = {"size", "dim", "numel"}  # methods that look at no element
 
 
-def tables(conv: nn.Conv2d, norm: nn.Module | None, varies: bool, k: int) -> tuple[Tensor | None, Tensor | None]:
-    """Scale and bias of convolution + BatchNorm: (C_out,) each, or (k + 1, C_out) where the in-prefix `varies`."""
-    bias = conv.bias
+def tables(
+    conv: nn.Conv2d, norm: nn.Module | None, varies: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and bias of convolution + BatchNorm: (C_out,) each, or (k + 1, C_out) where the in-prefix `varies`.
+
+    Folded in `dtype`, or in that of the parameters.
+    """
+    bias = conv.bias if conv.bias is None or dtype is None else conv.bias.to(dtype)
     if norm is None:
         return None, bias
+    if dtype is not None:
+        norm = copy.deepcopy(norm).to(dtype)
     if isinstance(norm, PrefixBatchNorm2d):
         scale, shift = norm.table()
         if not varies:

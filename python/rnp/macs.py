@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .constant import Constant
 from .graph import prefix_size
 
 
@@ -55,6 +56,9 @@ class MacCounter:
             pair, table = (cost.in_group, cost.out_group), cost.table(k)
             self.pairs[pair] = self.pairs[pair] + table if pair in self.pairs else table
         self.dense = fixed + sum(int(table[-1, -1]) for table in self.pairs.values())
+        groups = {group for pair in self.pairs for group in pair if group is not None}
+        self._columns = {group: Constant(torch.tensor(sorted(group))) for group in groups}
+        self._tables = {pair: Constant(table.view(-1)) for pair, table in self.pairs.items()}
         self.cheapest = int(self.count(torch.ones(1, decisions, dtype=torch.int64))[0])
 
     def count(self, actions: Tensor) -> Tensor:
@@ -63,17 +67,19 @@ class MacCounter:
             raise ValueError(f"macs: actions must be (N, {self.decisions}), got {tuple(actions.shape)}")
         actions = actions.long()
         total = torch.full((actions.shape[0],), self.fixed, dtype=torch.int64, device=actions.device)
-        for (in_group, out_group), table in self.pairs.items():
+        for (in_group, out_group), table in self._tables.items():
             i, j = self._group(in_group, actions), self._group(out_group, actions)
-            total += table.to(actions.device).view(-1)[i * self.k + j]
+            place, values = i * self.k + j, table.on(actions.device)
+            total += values[place] if isinstance(place, int) else values.index_select(0, place)
         return total
 
     def _group(self, group: frozenset[int] | None, actions: Tensor) -> Tensor | int:
         """Index 0…k−1 of the group that the actions give."""
         if group is None:
             return self.k - 1
-        columns = sorted(group)
-        return (actions[:, columns[0]] if len(columns) == 1 else actions[:, columns].amax(1)) - 1
+        if len(group) == 1:
+            return actions[:, next(iter(group))] - 1
+        return actions.index_select(1, self._columns[group].on(actions.device)).amax(1) - 1
 
 
 @dataclass
@@ -82,7 +88,7 @@ class CapTerm:
 
     in_columns: list[int]  # earlier decisions whose maximum is the input's group
     out_columns: list[int]
-    extra: Tensor  # (k · k, k): [largest earlier in − 1, out − 1][action − 1] → MACs beyond action 1
+    extra: Constant  # (k · k, k): [largest earlier in − 1, out − 1][action − 1] → MACs beyond action 1
 
 
 class Cap:
@@ -96,10 +102,10 @@ class Cap:
         self.k, self.cheapest = counter.k, counter.cheapest
         k = self.k
         self.terms: list[list[CapTerm]] = []
-        self.fixed: list[Tensor] = []
+        self.fixed: list[Constant] = []
         span = torch.arange(k)
         for decision in range(counter.decisions):
-            fixed, terms = torch.zeros(k, dtype=torch.int64), {}
+            fixed, terms = torch.zeros(k, dtype=torch.int64), dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor]()
             for (in_group, out_group), table in counter.pairs.items():
                 of_in, of_out = decision in (in_group or ()), decision in (out_group or ())
                 if not (of_in or of_out):
@@ -117,19 +123,17 @@ class Cap:
                     continue
                 key = (tuple(columns[0]), tuple(columns[1]))
                 extra = extra.reshape(k * k, k)
-                if key in terms:
-                    extra = extra + terms[key].extra
-                terms[key] = CapTerm(*columns, extra)
-            self.fixed.append(fixed)
-            self.terms.append(list(terms.values()))
+                terms[key] = extra + terms[key] if key in terms else extra
+            self.fixed.append(Constant(fixed))
+            self.terms.append([CapTerm(list(i), list(j), Constant(extra)) for (i, j), extra in terms.items()])
 
     def lower(self, decision: int, action: Tensor, taken: list[Tensor], spent: Tensor, allowance: int) -> Tensor:
         """The largest actions ≤ `action` (N,) int32 within `allowance`. Updates `spent` (N,) int64 in place."""
-        fixed = self.fixed[decision].to(spent.device)
+        fixed = self.fixed[decision].on(spent.device)
         candidates = spent[:, None] + fixed  # (N, k)
         for term in self.terms[decision]:
             index = self._largest(term.in_columns, taken) * self.k + self._largest(term.out_columns, taken)
-            extra = term.extra.to(spent.device)
+            extra = term.extra.on(spent.device)
             candidates = candidates + (extra[index] if isinstance(index, int) else extra.index_select(0, index))
         action = torch.minimum(action, (candidates <= allowance).sum(1, dtype=action.dtype))
         spent.copy_(candidates.gather(1, action.long()[:, None] - 1)[:, 0])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
-from rnp_kernels import backends, reference
+from rnp_kernels import backends, cuda_library, reference
 from rnp_kernels.packing import LayerTransforms, PackedWeight
 from rnp_kernels.triton.operators import PREFIX_CONV2D as TRITON
 
@@ -231,7 +231,10 @@ class PrunedNetwork(nn.Module):
 
 def operator_for(images: Tensor) -> Any:
     """torch.ops.rnp.prefix_conv2d, Triton's or the reference, as the backend in force says; same arguments."""
-    return {"reference": reference_operator, "triton": TRITON}.get(backends.resolve(images), OPERATOR)
+    name = backends.resolve(images)
+    if name == "cuda" and not torch.compiler.is_compiling():
+        cuda_library.follow_tf32()  # as the function in front of the operator would
+    return {"reference": reference_operator, "triton": TRITON}.get(name, OPERATOR)
 
 
 def takes_segments(images: Tensor) -> bool:

@@ -42,7 +42,7 @@ class PlanBuilder(PlanSlots):
     ) -> None:
         first = next(network.backbone.parameters())
         native = first.is_cpu and first.dtype is torch.float32  # what the segments' operator takes
-        super().__init__(network.groups, full, first.device, native)
+        super().__init__(network.groups, full, first.device, native, at_once=not (native or features or full))
         self.network, self.backbone, self.features = network, network.backbone, features and not full
         self.agent, self.traced = agent, traced
         self.steps, self.values = network._steps, network._values
@@ -66,6 +66,7 @@ class PlanBuilder(PlanSlots):
             if not self.features:  # a policy that looks at nothing is asked before the first layer
                 for decision in range(decisions):
                     self.emit_decision(decision)
+            asked = len(self.instructions)
             for i, step in enumerate(self.steps):
                 if step.output in self.alias:
                     continue
@@ -83,7 +84,8 @@ class PlanBuilder(PlanSlots):
                     self.emit_mean(step.output)
                 names = dict.fromkeys(self.root(name) for name in step.inputs)
                 self.emit_free([name for name in names if last_use[name] == i])
-        actions = [] if self.full else [self.prefix_of[frozenset([d]), None] for d in range(decisions)]
+            actions = [] if self.full else [self.prefix_of[frozenset([d]), None] for d in range(decisions)]
+            self.emit_all_prefixes(asked, actions)
         return Plan(
             self.instructions, self.next_value, self.next_prefix, self.slot(self.network._input),
             self.slot(self.steps[-1].output), actions, self.agent, self.traced, self.sources,
@@ -176,7 +178,9 @@ class PlanBuilder(PlanSlots):
         if norm is not None:
             self.sources += watch(norm)
         varies = step.in_group is not None and not self.full and isinstance(norm, PrefixBatchNorm2d)
-        scale, bias = tables(conv, norm, varies, self.k)
+        # A GPU's kernels read tables in float32: in half precision each call would convert them first.
+        wide = self.device.type != "cpu" and conv.weight.dtype.itemsize == 2
+        scale, bias = tables(conv, norm, varies, torch.float32 if wide else None)
         weight = conv.weight.detach()
         packed, transforms = self.network._packed(step.conv, conv)
         x, y = self.slot(step.inputs[0]), self.slot(step.output)

@@ -23,14 +23,17 @@ class PlanSlots:
     """Slots and instructions of a plan in the making.
 
     `k`: groups of a layer. `full`: every group is k, and none has a slot. `native`: instructions keep what the
-    segments' operator does instead of them.
+    segments' operator does instead of them. `at_once`: all actions are known before the first layer, so that a handful
+    of operations makes all groups and prefixes (`emit_all_prefixes`), where one or two a layer would cost a GPU as much
+    as a small convolution.
     """
 
-    def __init__(self, k: int, full: bool, device: torch.device, native: bool) -> None:
-        self.k, self.full, self.device, self.native = k, full, device, native
+    def __init__(self, k: int, full: bool, device: torch.device, native: bool, at_once: bool) -> None:
+        self.k, self.full, self.device, self.native, self.at_once = k, full, device, native, at_once
         self.alias: dict[str, str] = {}  # values that are another one unchanged
         self.slots: dict[str, int] = {}
         self.prefix_of: dict[tuple[frozenset[int], int | None], int] = {}
+        self.lines: dict[tuple[frozenset[int], int], int] = {}  # with `at_once`: group and channels → slot
         self.instructions: list[Instruction] = []
         self.next_value = self.next_prefix = 1
 
@@ -57,6 +60,8 @@ class PlanSlots:
         """Slot of the group's tensor (N,) 1…k; emits the maximum that makes it, once."""
         if group is None or self.full:
             return NOTHING
+        if self.at_once:
+            return self.line(group, self.k)  # of k channels, a live one to each group
         key = (group, None)
         if key not in self.prefix_of:
             # Reuse the largest maximum there is: the group of a residual stream grows by one decision at a time.
@@ -76,6 +81,8 @@ class PlanSlots:
         """Slot of the prefix (N,) int32 for a map of `channels`; emits the look-up that makes it, once."""
         if group is None or self.full:
             return NOTHING
+        if self.at_once:
+            return self.line(group, channels)
         key = (group, channels)
         if key not in self.prefix_of:
             source, target = self.group_slot(group), self.new_prefix(key)
@@ -87,6 +94,35 @@ class PlanSlots:
             read, written = Slot("index", source, self.k), Written(Slot("index", target, channels))
             self.emit(look_up, [read], Native("prefix", [read, written, channels, self.k]))
         return self.prefix_of[key]
+
+    def line(self, group: frozenset[int], channels: int) -> int:
+        """Slot of one line of what `emit_all_prefixes` makes."""
+        key = (group, channels)
+        if key not in self.lines:
+            self.lines[key] = self.next_prefix
+            self.next_prefix += 1
+        return self.lines[key]
+
+    def emit_all_prefixes(self, at: int, actions: list[int]) -> None:
+        """Makes all `lines`, each a contiguous (N,) int32, from the actions in these slots, as instruction `at`."""
+        if not self.lines:
+            return
+        slots = list(self.lines.values())
+        members = [sorted(group) for group, _ in self.lines]
+        widest = max(len(decisions) for decisions in members)
+        padded = [decisions + decisions[:1] * (widest - len(decisions)) for decisions in members]
+        index = torch.tensor(padded, dtype=torch.int32, device=self.device).view(-1)
+        tables = torch.stack([self.prefix_table(channels) for _, channels in self.lines])  # (lines, k + 1)
+
+        def make_all(run: Run) -> None:
+            taken = torch.stack([run.prefixes[slot] for slot in actions])  # (L, N)
+            groups = taken.index_select(0, index)
+            if widest > 1:
+                groups = groups.view(len(slots), widest, groups.shape[1]).amax(1)
+            for slot, line in zip(slots, tables.gather(1, groups.long()).unbind(0), strict=True):
+                run.prefixes[slot] = line
+
+        self.instructions.insert(at, Instruction(make_all, [Slot("index", slot, self.k) for slot in actions]))
 
     def prefix_table(self, channels: int) -> Tensor:
         """Group 0…k → live channels (k + 1,) int32."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .agent import Agent
+from .constant import Constant
 
 __all__ = ["Agent", "Fixed", "FullWidth", "Policy", "Random", "Uniform"]
 
@@ -66,25 +67,50 @@ class Uniform:
 
 
 class Fixed:
-    """Given actions: (L,) for every sample, or (N, L), one line per sample of the batch."""
+    """Given actions: (L,) for every sample, or (N, L), one line per sample of the batch.
+
+    `actions` may be assigned or changed in place. On a GPU the first batch after that copies them there, and no other
+    does, so that a forward can be captured as a CUDA graph. A graph keeps the actions of its capture; for other actions
+    at every replay, let `actions` be a tensor on the GPU and change it in place.
+    """
 
     needs_features = False
 
     def __init__(self, actions: Tensor | list[int] | list[list[int]]) -> None:
-        self.actions = torch.as_tensor(actions).to(torch.int32)
-        if self.actions.dim() not in (1, 2):
-            raise ValueError(f"Fixed: actions must be (L,) or (N, L), got {tuple(self.actions.shape)}")
-        self.least, self.largest = (int(x) for x in self.actions.aminmax()) if self.actions.numel() else (1, 1)
+        self.actions = actions
+
+    @property
+    def actions(self) -> Tensor:
+        """(L,) or (N, L) int32, 1…k."""
+        return self._actions
+
+    @actions.setter
+    def actions(self, actions: Tensor | list[int] | list[list[int]]) -> None:
+        actions = torch.as_tensor(actions).to(torch.int32)
+        if actions.dim() not in (1, 2):
+            raise ValueError(f"Fixed: actions must be (L,) or (N, L), got {tuple(actions.shape)}")
+        self._actions = actions
+        self._by_layer = Constant(actions[:, None] if actions.dim() == 1 else actions.t())  # (L, 1) or (L, N)
+        self._measure()
+
+    def _measure(self) -> None:
+        actions = self._actions
+        self.least, self.largest = (int(x) for x in actions.aminmax()) if actions.numel() else (1, 1)
+        self._measured = 0 if actions.is_inference() else actions._version
 
     def start(self, network: Any, batch_size: int, device: torch.device) -> Any:
-        actions, depth = self.actions, len(network.layers)
+        actions, depth = self._actions, len(network.layers)
         if actions.shape[-1] != depth or (actions.dim() == 2 and actions.shape[0] != batch_size):
             raise ValueError(
                 f"Fixed: actions must be ({depth},) or ({batch_size}, {depth}) here, got {tuple(actions.shape)}"
             )
+        # Values on a GPU are not looked at again: that would wait for it.
+        looked_at = not actions.is_cpu or torch.compiler.is_compiling()
+        if not looked_at and (actions.is_inference() or actions._version != self._measured):
+            self._measure()
         if self.least < 1 or self.largest > network.groups:
             raise ValueError(f"Fixed: actions must lie in 1…{network.groups}, got {self.least}…{self.largest}")
-        return actions.expand(batch_size, depth).t().contiguous().to(device)
+        return self._by_layer.on(device).expand(depth, batch_size).contiguous()
 
     def act(self, layer: int, features: Tensor | None, state: Any) -> tuple[Tensor, Any]:
         return state[layer], state

@@ -13,7 +13,8 @@ from .gemm import taps_at
 from .kernels import epilogue, locate, tile_rows
 
 
-@triton.jit(do_not_specialize=["height", "width", "out_width", "positions", "batch", "items", "lines"])
+# channels_in: as in gemm.py, a 1 must not be a constant, or the one product of a sum and the bias become one operation.
+@triton.jit(do_not_specialize=["height", "width", "out_width", "positions", "batch", "items", "lines", "channels_in"])
 def direct_kernel(
     input, weight, output, residual, scale, bias, row, partial, in_prefix, out_prefix, order, size, start,
     in_n, in_c, in_h, in_w, weight_outer, weight_inner, weight_h, weight_w, out_n, out_c, out_h, out_w,

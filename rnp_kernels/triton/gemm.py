@@ -106,7 +106,9 @@ def _tile(input, weight, base, y0, x0, limit, height, width, in_c, in_h, in_w, w
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["height", "width", "out_width", "positions", "batch", "items", "lines"])
+# channels_in: were a 1 a constant, a sum of one step would be known as such where no prefix can shorten it, and the
+# compiler would let it begin with the bias: other bits than with an explicit full prefix.
+@triton.jit(do_not_specialize=["height", "width", "out_width", "positions", "batch", "items", "lines", "channels_in"])
 def gemm_kernel(
     input, weight, output, residual, scale, bias, row, partial, in_prefix, out_prefix, order, size, start,
     in_n, in_c, in_h, in_w, weight_outer, weight_inner, weight_h, weight_w, out_n, out_c, out_h, out_w,

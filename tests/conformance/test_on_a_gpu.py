@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import rnp
 import rnp_kernels
 from rnp_kernels import backends, conformance, reference, testing
 from rnp_kernels.max_pool2d import runs_on, takes
@@ -100,6 +101,77 @@ def test_nothing_waits_for_the_device(backend: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+class Residual(nn.Module):
+    """A stem, two residual blocks, a classifier: maxima of several actions, and two channel counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(4))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(4))
+        self.last, self.head = nn.Conv2d(16, 24, 1), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        for i in (0, 2):
+            y = torch.relu(self.norms[i](self.convs[i](x)))
+            x = torch.relu(self.norms[i + 1](self.convs[i + 1](y)) + x)
+        return self.head(torch.relu(self.last(x)).mean((2, 3)))
+
+
+def converted(policy: str, batch: int) -> rnp.PrunedNetwork:
+    torch.manual_seed(0)
+    network = rnp.convert(Residual().eval(), torch.randn(1, 3, 16, 16), groups=4).eval().requires_grad_(False)
+    network = network.to("cuda", torch.float16)
+    actions = torch.randint(1, 5, (batch, len(network.layers)))
+    if policy.startswith("agent"):
+        agent = rnp.Agent(network.feature_sizes, 4).eval().requires_grad_(False)
+        nn.init.normal_(agent.decoders[0].weight, std=3.0)
+        network.policy = agent.cuda()
+        if policy == "agent, capped":
+            network.set_budget(max_macs=0.9)
+    else:
+        static = {"full": rnp.policies.FullWidth(), "uniform": rnp.policies.Uniform(0.5),
+                  "fixed": rnp.policies.Fixed(actions[0]), "fixed, each": rnp.policies.Fixed(actions)}  # fmt: skip
+        network.policy = static[policy]
+    return network
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["", "traced"])
+@pytest.mark.parametrize("policy", ["full", "uniform", "fixed", "fixed, each", "agent", "agent, capped"])
+def test_a_converted_network_is_one_graph(backend: str, policy: str, traced: bool) -> None:
+    """After its first call nothing waits for the device, and a captured forward follows other images."""
+    if backend == "reference":
+        pytest.skip("plain torch")
+    network, x = converted(policy, 6), torch.randn(6, 3, 16, 16, device="cuda", dtype=torch.float16)
+
+    def call() -> list[Tensor]:
+        if not traced:
+            return [network(x)]
+        logits, trace = network(x, return_trace=True)
+        return [logits, trace.actions, trace.macs]
+
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        for seed in range(3):
+            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+            graph.replay()
+            for tensor, right in zip(captured, call(), strict=True):
+                assert torch.equal(tensor, right)
+
+
 def test_the_same_bits_at_every_call(backend: str) -> None:
     arguments = arguments_of("everything", torch.bfloat16)
     first = outputs("everything", arguments)
@@ -111,20 +183,15 @@ def test_the_same_bits_at_every_call(backend: str) -> None:
 def test_a_large_batch_of_arbitrary_prefixes(backend: str) -> None:
     """More samples than one program sorts, and nearly as many classes as samples."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(700, 40, 5, 5, generator=generator).cuda().contiguous(memory_format=torch.channels_last)
-    w = torch.randn(72, 40, 3, 3, generator=generator).cuda()
-    prefixes = {
-        "in_prefix": torch.randint(0, 41, (700,), generator=generator).int().cuda(),
-        "out_prefix": torch.randint(0, 73, (700,), generator=generator).int().cuda(),
-    }
-    whole = rnp_kernels.prefix_conv2d(x, w, padding=1, **prefixes)
-    truth, _ = reference.prefix_conv2d(x.double(), w.double(), padding=(1, 1, 1, 1), **prefixes)
-    native, _ = reference.prefix_conv2d(x, w, padding=(1, 1, 1, 1), **prefixes)
-    testing.assert_as_accurate_as_native("output", whole, native, truth)
+    ins, outs = (tuple(torch.randint(0, limit, (700,), generator=generator).tolist()) for limit in (41, 73))
+    case = testing.Case("a large batch", (700, 40, 5, 5), 72, in_prefix=ins, out_prefix=outs)
+    arguments = testing.make(case, device="cuda")
+    whole, means = conformance.call(case, arguments)
+    conformance.check_output(case, arguments, whole, means)
     if backend != "reference":
         for n in (0, 350, 699):
-            one = {name: value[n : n + 1] for name, value in prefixes.items()}
-            assert torch.equal(rnp_kernels.prefix_conv2d(x[n : n + 1], w, padding=1, **one), whole[n : n + 1])
+            one = conformance.pick(arguments, slice(n, n + 1))
+            assert torch.equal(conformance.call(case, one)[0], whole[n : n + 1])
 
 
 TF32 = ("3x3", "1x1 stride 2", "7x7 stem", "groups", "mixed prefixes", "everything", "prefix, unaligned channels")

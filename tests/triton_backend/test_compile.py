@@ -217,3 +217,29 @@ def test_the_agent_step(architecture: int, launches: list[Launch]) -> None:
 
     launch.agent_step(*conformance.agent_arguments("default", "cpu", False), -0.2, 64)
     assert_within_budget(compiled(launches[-1], architecture))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_bias_comes_last_with_and_without_prefixes(
+    dtype: torch.dtype, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One product a sum: with its length known, the compiler would begin the sum with the bias and give other bits."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from rnp_kernels.triton import launch
+
+    monkeypatch.setattr(launch, "precision_of", lambda _dtype: "ieee")
+    x, w, bias = last(2, 1, 8, 9, dtype=dtype), last(1, 1, 1, 1, dtype=dtype), torch.zeros(1, dtype=dtype)
+    for prefix in (None, torch.ones(2, dtype=torch.int32)):
+        launch.prefix_conv2d(
+            x, w, bias, (1, 1), (0, 0, 0, 0), (1, 1), 1, prefix, prefix, None, None, None, "none", "zero", False
+        )
+        launched = launches[-1]
+        options = {"num_warps": launched.warps, "num_stages": launched.stages}
+        made = triton.compile(source(launched), target=GPUTarget("cuda", 90, 32), options=options)
+        text = made.asm["ttir"]
+        sums = text.count("tt.dot") or text.count("arith.mulf")
+        loops = re.findall(r"scf\.for.*iter_args.*tensor<\d+x\d+xf\d+>", text)
+        assert sums and len(loops) >= sums, "a sum without its loop"
+        assert text.count("arith.addf") == (1 if dtype is torch.float32 else 2), "the bias"
