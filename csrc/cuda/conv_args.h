@@ -89,7 +89,7 @@ struct ConvArgs {
 
   void* output = nullptr;
   Strides4 output_stride;
-  // sm_90a: 16 bytes of channels may be stored, and read from the residual, in one piece; residual and output have the
+  // 16 bytes of channels may be stored, and read from the residual, in one piece; residual and output have the
   // same strides, and so have the tables.
   bool vectors = false;
   bool dense = false;  // pixels of the output, and of the residual, are equally far apart across the ends of rows

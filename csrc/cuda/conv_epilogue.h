@@ -86,9 +86,82 @@ RNP_DEVICE void store_slab(const ConvArgs& p, const Row* rows, const Slab& s, in
   }
 }
 
+// max(v, 0) of 16 bytes of elements.
+RNP_DEVICE Vec16 relu_of(float, Vec16 v) {
+  union {
+    Vec16 whole;
+    float element[4];
+  } out = {v};
+  RNP_UNROLL
+  for (int i = 0; i < 4; ++i) out.element[i] = relu(out.element[i]);
+  return out.whole;
+}
+template <typename T>
+RNP_DEVICE Vec16 relu_of(T, Vec16 v) {
+  RNP_UNROLL
+  for (int i = 0; i < 4; ++i) v.word[i] = no_less(T{}, v.word[i], floor_of(T{}, 0.0f));
+  return v;
+}
+
+// Channels beyond the prefix, zero or what the residual leaves there, 16 bytes at a time (ConvArgs::vectors). A warp
+// takes a slice of one sample's (pixel, piece) pairs, and four pieces a lane at a time: in ResNet's blocks this moves
+// more bytes than the convolution, and with one element a lane it took an H200 three times as long.
+template <typename T>
+RNP_DEVICE void write_tail_vectors(const ConvArgs& p, int thread, int threads) {
+  constexpr int32_t kPiece = 16 / static_cast<int32_t>(sizeof(T)), kBatch = 4;
+  const int lane = thread & 31, warps = threads / 32;
+  const int64_t workers = block_count() * warps, positions = p.cut.positions;
+  const int32_t pieces = p.c_out / kPiece;
+  // About four slices for each warp, none shorter than a batch.
+  const int64_t wanted = gpu::quotient(4 * workers + p.cut.n - 1, p.cut.n > 0 ? p.cut.n : 1);
+  const int64_t most = gpu::quotient(positions * pieces, 32 * kBatch) + 1;
+  const int64_t slices = wanted < most ? wanted : most;
+  for (int64_t unit = block_index() * warps + thread / 32; unit < p.cut.n * slices; unit += workers) {
+    const int64_t n = gpu::quotient(unit, slices), slice = unit - n * slices;
+    const int32_t live = gpu::clamp_prefix(p.out_prefix[n], p.c_out), first = live / kPiece, count = pieces - first;
+    if (count == 0) continue;
+    const int64_t total = positions * count, length = gpu::quotient(total + slices - 1, slices);
+    const int64_t end = (slice + 1) * length < total ? (slice + 1) * length : total;
+    for (int64_t at = slice * length + lane; at < end; at += 32 * kBatch) {
+      Vec16 v[kBatch] = {};
+      T* to[kBatch];
+      int32_t channel[kBatch];
+      RNP_UNROLL
+      for (int b = 0; b < kBatch; ++b) {
+        const int64_t i = at + b * 32 < end ? at + b * 32 : at;  // the last ones write twice what they write
+        const int64_t pixel = gpu::quotient(i, count);
+        channel[b] = (first + static_cast<int32_t>(i - pixel * count)) * kPiece;
+        int64_t offset =
+            n * p.output_stride.n + pixel * p.output_stride.w;  // the residual's too: its strides are alike
+        if (!p.dense) {
+          const int64_t oy = gpu::quotient(pixel, p.out_w);
+          offset = n * p.output_stride.n + oy * p.output_stride.h + (pixel - oy * p.out_w) * p.output_stride.w;
+        }
+        to[b] = static_cast<T*>(p.output) + offset + channel[b];
+        if (p.residual) v[b] = *reinterpret_cast<const Vec16*>(static_cast<const T*>(p.residual) + offset + channel[b]);
+      }
+      RNP_UNROLL
+      for (int b = 0; b < kBatch; ++b) {
+        if (p.relu) v[b] = relu_of(T{}, v[b]);
+        if (channel[b] >= live) {
+          *reinterpret_cast<Vec16*>(to[b]) = v[b];
+        } else {
+          RNP_ROLL
+          for (int32_t e = live - channel[b]; e < kPiece; ++e) {
+            const T* const from = static_cast<const T*>(p.residual) + (to[b] - static_cast<T*>(p.output)) + e;
+            const float one = p.residual ? widen(*from) : 0.0f;
+            to[b][e] = narrow<T>(p.relu ? relu(one) : one);
+          }
+        }
+      }
+    }
+  }
+}
+
 // Channels beyond the prefix: zero, or what the residual leaves there. Dealt out in whole positions, a warp each.
 template <typename T>
 RNP_DEVICE void write_tails(const ConvArgs& p, int thread, int threads) {
+  if (p.vectors) return write_tail_vectors<T>(p, thread, threads);
   const int lane = thread & 31, warps = threads / 32;
   const int64_t step = block_count() * warps, positions = p.cut.positions;
   for (int64_t i = block_index() * warps + thread / 32; i < p.cut.n * positions; i += step) {

@@ -108,14 +108,15 @@ RNP_DEVICE Pair load_pair(const float* from) {
 }
 // The 16 bytes that lie `away` from an address, by one predicated load; zeros where not `live`.
 RNP_DEVICE Vec16 load_vector(bool live, const void* near, int64_t away) {
-  Vec16 v = {};
+  uint64_t low = 0, high = 0;
   asm volatile(
-      "{\n.reg .pred live;\n.reg .b64 at;\nsetp.ne.u32 live, %4, 0;\nadd.s64 at, %5, %6;\n"
-      "@live ld.global.v4.u32 {%0, %1, %2, %3}, [at];\n}\n"
-      : "+r"(v.word[0]), "+r"(v.word[1]), "+r"(v.word[2]), "+r"(v.word[3])
+      "{\n.reg .pred live;\n.reg .b64 at;\nsetp.ne.u32 live, %2, 0;\nadd.s64 at, %3, %4;\n"
+      "@live ld.global.v2.u64 {%0, %1}, [at];\n}\n"
+      : "+l"(low), "+l"(high)
       : "r"(static_cast<uint32_t>(live)), "l"(near), "l"(away)
       : "memory");
-  return v;
+  return {{static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high),
+           static_cast<uint32_t>(high >> 32)}};
 }
 
 // ---- warpgroups ----

@@ -68,45 +68,42 @@ struct HopperEpilogue : HopperBlock<Tile> {
     return int64_t{from_lane(static_cast<int32_t>(v >> 32), lane)} << 32 | low;
   }
 
-  // Blocks j and j + 1 of a warp's staged rows, from and to memory: of 2 bytes four matrices of eight rows by 16 bytes.
-  RNP_DEVICE static void move_blocks(char* staged, int j, Narrow (&two)[2][2], bool to_memory) {
+  // Where the lane finds its part of blocks j and j + 1 of a warp's staged rows: of 2 bytes the row of one of four
+  // matrices of eight rows by 16 bytes, else its elements of block j.
+  RNP_DEVICE static char* blocks_at(char* staged, int j) {
     const int lane = opaque(thread_index() & 31);
+    if constexpr (Tile::kElement == 2) return staged + (staged_at(lane & 15, lane >> 4) ^ (j << 4));
+    const int line = lane >> 2;
+    return staged + line * kPackBytes + (j ^ (line & (kBlocks - 1))) * kBlockBytes + (lane & 3) * 2 * Tile::kElement;
+  }
+  RNP_DEVICE static void load_blocks(char* staged, int j, Narrow (&two)[2][2]) {
     if constexpr (Tile::kElement == 2) {
-      char* const at = staged + (staged_at(lane & 15, lane >> 4) ^ j << 4);  // the row of one of the matrices
-      uint32_t four[4] = {two[0][0], two[0][1], two[1][0], two[1][1]};
-      if (to_memory) {
-        store_matrices(at, four);
-      } else {
-        load_matrices(four, at);
-        two[0][0] = four[0], two[0][1] = four[1], two[1][0] = four[2], two[1][1] = four[3];
-      }
+      uint32_t four[4];
+      load_matrices(four, blocks_at(staged, j));
+      two[0][0] = four[0], two[0][1] = four[1], two[1][0] = four[2], two[1][1] = four[3];
     } else {
-      const int line = lane >> 2;
       RNP_UNROLL
-      for (int b = 0; b < 2; ++b) {
-        char* const at = staged + line * kPackBytes + ((j + b) ^ (line & (kBlocks - 1))) * kBlockBytes +
-                         (lane & 3) * 2 * Tile::kElement;
-        RNP_UNROLL
-        for (int high = 0; high < 2; ++high) {
-          Narrow& v = *reinterpret_cast<Narrow*>(at + high * 8 * kPackBytes);
-          if (to_memory)
-            v = two[b][high];
-          else
-            two[b][high] = v;
-        }
-      }
+      for (int i = 0; i < 4; ++i)
+        two[i / 2][i % 2] = *reinterpret_cast<const Narrow*>(blocks_at(staged, j + i / 2) + i % 2 * 8 * kPackBytes);
+    }
+  }
+  RNP_DEVICE static void store_blocks(char* staged, int j, const Narrow (&two)[2][2]) {
+    if constexpr (Tile::kElement == 2) {
+      const uint32_t four[4] = {two[0][0], two[0][1], two[1][0], two[1][1]};
+      store_matrices(blocks_at(staged, j), four);
+    } else {
+      RNP_UNROLL
+      for (int i = 0; i < 4; ++i)
+        *reinterpret_cast<Narrow*>(blocks_at(staged, j + i / 2) + i % 2 * 8 * kPackBytes) = two[i / 2][i % 2];
     }
   }
 
-  // Rows first_row … + 63 of the tile, where ConvArgs::vectors. kTables: 0 none, 1 bias, 2 scale and perhaps bias.
+  // A warp's 16 rows by whole lines, where `by_lines` says so. kTables: 0 none, 1 bias, 2 scale and bias.
   template <int kTables, bool kResidual>
-  RNP_DEVICE void store_vectors(const TileState& s, const Run* runs, int first_row, const Sums64& sums) const {
-    const int lane = opaque(thread_index() & 31), warp = consumer() / 32, pair = (lane & 3) * 2;
+  RNP_DEVICE void store_lines(const TileState& s, const Place& own, const Sums64& sums) const {
+    const int lane = opaque(thread_index() & 31), pair = (lane & 3) * 2;
     const int32_t channel = opaque(first_channel_of(s));
-    const int own_row = first_row + (warp & 3) * 16 + (lane & 15);
-    const Place own = place_of(s, runs, own_row);
-    const int32_t own_live = own.out_live;
-    char* const staged = staging + warp * Tile::kStagedBytes;
+    char* const staged = staging + consumer() / 32 * Tile::kStagedBytes;
     // Lines go out, and the residual's come in, four times four rows, eight lanes each.
     const int piece = lane & 7, first = lane >> 3;
     T* out[4];
@@ -117,17 +114,14 @@ struct HopperEpilogue : HopperBlock<Tile> {
       out[i] = static_cast<T*>(p.output) + offset_from_lane(own.output, at) + channel + piece * Tile::kPiece;
       live[i] = from_lane(own.out_live, at) - piece * Tile::kPiece;
     }
-    uint32_t entry[2] = {};  // of the tables, for both of a lane's rows of sums
+    const float *scale = nullptr, *bias = nullptr;
     if constexpr (kTables > 0) {
-      const int64_t stride = kTables == 2 ? p.scale_row_stride : p.bias_row_stride;
-      RNP_UNROLL
-      for (int high = 0; high < 2; ++high)
-        entry[high] = static_cast<uint32_t>(from_lane(own.line, (lane >> 2) + high * 8) * static_cast<int32_t>(stride) +
-                                            channel + pair);
+      const int32_t line = from_lane(own.line, 0);
+      if constexpr (kTables == 2) scale = p.scale + line * p.scale_row_stride + channel + pair;
+      bias = p.bias + line * p.bias_row_stride + channel + pair;
     }
     const int64_t away = static_cast<const char*>(p.residual) - static_cast<const char*>(p.output);
-    const float least = p.relu ? 0.0f : -kInfinity;
-    const auto floor = floor_of(T{}, least);
+    const auto floor = floor_of(T{}, p.relu ? 0.0f : -kInfinity);
     Vec16 coming[4];
     if constexpr (kResidual) {
       RNP_UNROLL
@@ -150,73 +144,71 @@ struct HopperEpilogue : HopperBlock<Tile> {
         for (int j = 0; j < kBlocks; j += 2) {
           keep_order();  // two blocks at a time: there are no registers for more
           Narrow two[2][2];
-          if constexpr (kResidual) move_blocks(staged, j, two, false);
+          if constexpr (kResidual) load_blocks(staged, j, two);
           RNP_UNROLL
           for (int b = 0; b < 2; ++b) {
+            const int at = slab + (j + b) * 8;
+            Pair factor = {1, 1}, summand = {0, 0};
+            if constexpr (kTables == 2) factor = load_pair(scale + at);
+            if constexpr (kTables > 0) summand = load_pair(bias + at);
             RNP_UNROLL
             for (int high = 0; high < 2; ++high) {
-              const int at = slab + (j + b) * 8;
-              const float* const v = &sums[at / 2 + high * 2];
-              Pair out = {v[0], v[1]};
-              // The operations of `finish`. Without tables nothing is left of them: a sum that began with 0 is never
-              // -0.
+              Pair v = {sums[at / 2 + high * 2], sums[at / 2 + high * 2 + 1]};
+              // The operations of `finish`. Without tables none is left: a sum that began with 0 is never -0.
               if constexpr (kTables > 0) {
-                Pair factor = {1, 1}, summand = {0, 0};
-                if constexpr (kTables == 2) factor = load_pair(p.scale + entry[high] + at);
-                if (kTables == 1 || p.bias) summand = load_pair(p.bias + entry[high] + at);
-                out.low = multiply_add(out.low, factor.low, summand.low);
-                out.high = multiply_add(out.high, factor.high, summand.high);
+                v.low = multiply_add(v.low, factor.low, summand.low);
+                v.high = multiply_add(v.high, factor.high, summand.high);
               }
               if constexpr (kResidual) {
                 const Pair more = widen_two(T{}, two[b][high]);
-                out.low += more.low, out.high += more.high;
+                v.low += more.low, v.high += more.high;
               }
-              two[b][high] = no_less(T{}, narrow_two(T{}, out.low, out.high), floor);
+              two[b][high] = no_less(T{}, narrow_two(T{}, v.low, v.high), floor);
             }
           }
-          move_blocks(staged, j, two, true);  // each lane to where it read
+          store_blocks(staged, j, two);  // each lane where it read
         }
         sync_warp();
         RNP_UNROLL
         for (int i = 0; i < 4; ++i)
-          if (live[i] >= slab + Tile::kPiece)
+          if (live[i] > slab)
             *reinterpret_cast<Vec16*>(out[i] + slab) =
                 *reinterpret_cast<const Vec16*>(staged + staged_at(i * 4 + first, piece));
-        const int32_t rest = own_live - slab;  // a row that ends within a piece
-        if (lane < 16 && rest > 0 && rest < Tile::kSlab && rest % Tile::kPiece != 0) {
-          const int32_t whole = rest / Tile::kPiece;
-          T* const to =
-              static_cast<T*>(p.output) + place_of(s, runs, own_row).output + channel + slab + whole * Tile::kPiece;
-          RNP_ROLL
-          for (int e = 0; e < rest % Tile::kPiece; ++e)
-            to[e] = reinterpret_cast<const T*>(staged + staged_at(lane, whole))[e];
-        }
         sync_warp();
       }
     }
   }
 
-  // Rows first_row … + 63 of the tile.
-  RNP_DEVICE void store(const TileState& s, const Run* runs, int first_row, const Sums64& sums) const {
-    if (p.partial && p.c_out % 2 == 0) return store_partial(s, runs, first_row, sums);
-    // Tables are read by whole slabs.
-    const int32_t end = first_channel_of(s) + (s.width + Tile::kSlab - 1) / Tile::kSlab * Tile::kSlab;
-    if (p.partial || !p.vectors || ((p.scale || p.bias) && end > p.c_out))
-      return store_singly(s, runs, first_row, sums);
-    if (p.residual) {
-      if (p.scale) return store_vectors<2, true>(s, runs, first_row, sums);
-      return p.bias ? store_vectors<1, true>(s, runs, first_row, sums)
-                    : store_vectors<0, true>(s, runs, first_row, sums);
+  // Whether a warp's rows can go by whole lines: 16 bytes at a time, no row ends within a piece, one line of the tables
+  // for all, which are read by whole slabs.
+  RNP_DEVICE bool by_lines(const TileState& s, const Place& own) const {
+    if (!p.vectors || (p.scale && !p.bias)) return false;
+    bool fits = own.out_live % Tile::kPiece == 0;
+    if (p.bias) {
+      const int32_t end = first_channel_of(s) + (s.width + Tile::kSlab - 1) / Tile::kSlab * Tile::kSlab;
+      const bool alike = own.line == from_lane(own.line, 0);  // by all lanes
+      fits = fits && end <= p.c_out && (alike || own.out_live == 0);
     }
-    if (p.scale) return store_vectors<2, false>(s, runs, first_row, sums);
-    return p.bias ? store_vectors<1, false>(s, runs, first_row, sums)
-                  : store_vectors<0, false>(s, runs, first_row, sums);
+    return ballot(fits) == 0xffffffffu;
   }
 
-  // The unfinished sums of a segment.
+  // Rows first_row … + 63 of the tile.
+  RNP_DEVICE void store(const TileState& s, const Run* runs, int first_row, const Sums64& sums) const {
+    first_row += (consumer() / 32 & 3) * 16;
+    if (p.partial && p.c_out % 2 == 0) return store_partial(s, runs, first_row, sums);
+    const Place own = place_of(s, runs, first_row + (thread_index() & 15));  // of a row in two lanes
+    if (p.partial || !by_lines(s, own)) return store_singly(s, runs, first_row, sums);
+    if (p.residual) {
+      if (p.scale) return store_lines<2, true>(s, own, sums);
+      return p.bias ? store_lines<1, true>(s, own, sums) : store_lines<0, true>(s, own, sums);
+    }
+    if (p.scale) return store_lines<2, false>(s, own, sums);
+    return p.bias ? store_lines<1, false>(s, own, sums) : store_lines<0, false>(s, own, sums);
+  }
+
+  // The unfinished sums of a segment, of a warp's 16 rows.
   RNP_DEVICE void store_partial(const TileState& s, const Run* runs, int first_row, const Sums64& sums) const {
     const int lane = thread_index() & 31, pair = (lane & 3) * 2;
-    first_row += (consumer() / 32 & 3) * 16;
     RNP_UNROLL
     for (int high = 0; high < 2; ++high) {
       const Place row = place_of(s, runs, first_row + (lane >> 2) + high * 8);
@@ -231,11 +223,10 @@ struct HopperEpilogue : HopperBlock<Tile> {
     }
   }
 
-  // Anything, element by element: outputs whose channels are not neighbours, odd strides. 32 channels at a time go
-  // through shared memory, so that one loop serves all of them.
+  // A warp's 16 rows, whatever they are, element by element. 32 channels at a time go through shared memory, so that
+  // one loop serves all of them.
   RNP_DEVICE void store_singly(const TileState& s, const Run* runs, int first_row, const Sums64& sums) const {
     const int lane = thread_index() & 31, warp = consumer() / 32;
-    first_row += (warp & 3) * 16;
     float* staged = reinterpret_cast<float*>(staging + warp * Tile::kStagedBytes);
     float* partial = p.partial ? p.partial + int64_t{s.segment} * p.cut.n * p.cut.positions * p.c_out : nullptr;
     RNP_UNROLL

@@ -155,9 +155,6 @@ void plan_hopper(TileLaunch& launch, DType dtype, const Device& device) {
   launch.box = im2col_box(a, element, launch.unfold.pieces() > 0);
   a.use_tma = launch.box.possible;
   a.box_lower_w = launch.box.lower[0], a.box_lower_h = launch.box.lower[1];
-  a.vectors = vectors(a, element);
-  const auto dense = [&](const Strides4& st) { return st.h == a.out_w * st.w; };
-  a.dense = dense(a.output_stride) && (!a.residual || dense(a.residual_stride));
   launch.tile = hopper_tile(first_hopper_tile(dtype), choice.tile.bn);
 }
 
@@ -235,6 +232,9 @@ std::vector<TileLaunch> tile_launches(const PrefixConv2dParams& p, Role role, in
         view_unfolded(a, unfold, s, packed);
       }
       a.gather = a.flat || !(packed.unfolded() || aligned(a, packed.element));
+      a.vectors = vectors(a, packed.element);
+      const auto dense = [&](const Strides4& st) { return st.h == a.out_w * st.w; };
+      a.dense = dense(a.output_stride) && (!a.residual || dense(a.residual_stride));
       const bool matrix = p.dtype != DType::kFloat32 || tf32;
       if (device.hopper && wants_wgmma(a, matrix)) {
         launches.push_back({TileName::kCount, a, {}, 0, unfold});

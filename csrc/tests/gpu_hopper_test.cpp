@@ -257,6 +257,41 @@ TEST(hopper_whole_chunks_of_float32_come_by_the_copy_engine) {
   problem.check("quarters of 128 channels", 1e-6, 1e-6);
 }
 
+namespace {
+
+// Prefixes of whole pieces, with every epilogue: rows go by whole lines where all of a warp's have one line of the
+// tables.
+template <typename T>
+void check_epilogues(DType dtype, double store) {
+  ConvCase c{.name = "1x1, lines", .n = 6, .c_in = 64, .h = 5, .w = 13, .c_out = 256, .kh = 1, .kw = 1};
+  int number = 0;
+  for (const std::string tables : {"none", "bias", "both", "scale"})
+    for (const bool residual : {false, true})
+      for (const Way way : {Way::kWide, Way::kMiddle, Way::kTall}) {
+        GpuCase<T> problem(c, GpuMode::kGroups, cuda::Role::kForward, dtype, true);
+        PrefixConv2dParams& p = problem.p;
+        const std::string what = "tables " + tables + (residual ? ", residual, " : ", ") + way_name(way);
+        for (size_t n = 0; n < problem.row.size(); ++n) problem.row[n] = static_cast<int32_t>(n / 2 % 3);
+        p.row = problem.row.data();
+        if (tables == "bias" || tables == "both") p.bias = problem.bias.data(), p.bias_row_stride = problem.to_c;
+        if (tables == "scale" || tables == "both") p.scale = problem.scale.data(), p.scale_row_stride = problem.to_c;
+        if (residual) p.residual = problem.residual.data();
+        if (number++ % 2 == 0) p.activation = Activation::kRelu;
+        if (number % 3 == 0) p.tail = Tail::kSkip;
+        const std::string fault = test::message_of([&] {
+          CHECK(compute(problem, way, static_cast<uint64_t>(number)).vectors == 1) << what << ": not by 16 bytes";
+        });
+        CHECK(fault.empty()) << what << ": " << fault;
+        problem.cut = true;
+        problem.check(what, 1e-6, store);
+      }
+}
+
+}  // namespace
+
+TEST(hopper_epilogues_bf16) { check_epilogues<BFloat16>(DType::kBFloat16, 0x1p-8); }
+TEST(hopper_epilogues_tf32) { check_epilogues<float>(DType::kFloat32, 1e-6); }
+
 // A residual whose pairs of channels are not aligned takes the path of single elements.
 TEST(hopper_residuals_may_begin_at_any_element) {
   GpuCase<float> problem(hopper_cases()[4], GpuMode::kResidual, cuda::Role::kForward, DType::kFloat32, true);
