@@ -108,13 +108,13 @@ struct Layer {
   int64_t c_in, size, c_out, kernel, stride;
 };
 constexpr Layer kLayers[] = {
-    {"vgg1_2", 64, 224, 64, 3, 1},      {"vgg2_2", 128, 112, 128, 3, 1},      {"vgg3_2", 256, 56, 256, 3, 1},
-    {"vgg4_2", 512, 28, 512, 3, 1},     {"vgg5", 512, 14, 512, 3, 1},         {"r1_3x3", 64, 56, 64, 3, 1},
-    {"r2_3x3", 128, 28, 128, 3, 1},     {"r3_3x3", 256, 14, 256, 3, 1},       {"r4_3x3", 512, 7, 512, 3, 1},
-    {"r2_3x3s2", 64, 56, 128, 3, 2},    {"r3_3x3s2", 128, 28, 256, 3, 2},     {"r1_1x1_up", 64, 56, 256, 1, 1},
-    {"r1_1x1_down", 256, 56, 64, 1, 1}, {"r2_1x1_up", 128, 28, 512, 1, 1},    {"r2_1x1_down", 512, 28, 128, 1, 1},
-    {"r3_1x1_up", 256, 14, 1024, 1, 1}, {"r3_1x1_down", 1024, 14, 256, 1, 1}, {"r4_1x1_up", 512, 7, 2048, 1, 1},
-    {"r4_1x1_down", 2048, 7, 512, 1, 1}};
+    {"vgg1_2", 64, 224, 64, 3, 1},       {"vgg2_2", 128, 112, 128, 3, 1},      {"vgg3_2", 256, 56, 256, 3, 1},
+    {"vgg4_2", 512, 28, 512, 3, 1},      {"vgg5", 512, 14, 512, 3, 1},         {"r1_3x3", 64, 56, 64, 3, 1},
+    {"r2_3x3", 128, 28, 128, 3, 1},      {"r3_3x3", 256, 14, 256, 3, 1},       {"r4_3x3", 512, 7, 512, 3, 1},
+    {"r2_3x3s2", 64, 56, 128, 3, 2},     {"r3_3x3s2", 128, 28, 256, 3, 2},     {"r1_1x1_up", 64, 56, 256, 1, 1},
+    {"r1_1x1_down", 256, 56, 64, 1, 1},  {"r2_1x1_up", 128, 28, 512, 1, 1},    {"r2_1x1_down", 512, 28, 128, 1, 1},
+    {"r3_1x1_up", 256, 14, 1024, 1, 1},  {"r3_1x1_down", 1024, 14, 256, 1, 1}, {"r4_1x1_up", 512, 7, 2048, 1, 1},
+    {"r4_1x1_down", 2048, 7, 512, 1, 1}, {"vgg1_1", 3, 224, 64, 3, 1},         {"r_stem", 3, 224, 64, 7, 2}};
 
 constexpr const char* kWays = "planned,256,128,64,tall128,tall64,w256,w128,w64,wtall128,wtall64,copied,sm80";
 constexpr const char* kDtypes = "bf16,tf32";
@@ -256,11 +256,14 @@ struct Problem {
     if (!go(way, launch)) return -1;
     Memory<float> partial(static_cast<size_t>(launch.partial_elements));
     launch.args.partial = launch.partial_elements ? partial.at : nullptr;
+    Memory<char> unfolded(static_cast<size_t>(launch.unfold.pieces()) * 16);  // of few channels; timed with the layer
+    if (launch.unfold.pieces() > 0) use_unfolded(launch, unfolded.at);
     const auto run = [&] {
-      if (in_prefix) {
+      if (launch.unfold.pieces() > 0) require(launch_unfold(launch.unfold, sizeof(T), device.multiprocessors, nullptr));
+      if (launch.args.in_prefix || launch.args.out_prefix) {
         OrderArgs o;
-        o.n = static_cast<int32_t>(s.n), o.c_in = static_cast<int32_t>(s.c_in), o.c_out = static_cast<int32_t>(s.c_out);
-        o.in_prefix = in_prefix, o.out_prefix = out_prefix, o.cut = launch.args.cut;
+        o.n = static_cast<int32_t>(s.n), o.c_in = launch.args.c_in, o.c_out = static_cast<int32_t>(s.c_out);
+        o.in_prefix = launch.args.in_prefix, o.out_prefix = launch.args.out_prefix, o.cut = launch.args.cut;
         o.place(order.at);
         require(launch_order(o, nullptr));
         use_order(launch.args, o);

@@ -31,7 +31,8 @@ STABLE_TORCH_LIBRARY(rnp, m) {
   // min(max(prefix, 0), limit) on the device, without reading it back. CUDA only.
   m.def("clamp_prefix(Tensor prefix, int limit) -> Tensor");
 
-  // Max-pooling of the live channels of each sample; prefix None: all. Inference only, float32, a channels_last output.
+  // Max-pooling of the live channels of each sample; prefix None: all. Inference only, float32 (on CUDA bfloat16 and
+  // float16 too), a channels_last output.
   m.def("max_pool2d(Tensor input, Tensor? prefix, int[] kernel, int[] stride, int[] padding, str tail) -> Tensor");
 
   // torch.nn.functional.linear of a float32 (N, C) on a CPU, without a gradient: the classifier behind a converted

@@ -45,7 +45,7 @@ def load() -> None:
     cuda_reason = _load_cuda()
 
 
-_OPERATORS = ("prefix_conv2d", "prefix_conv2d_input_grad", "prefix_conv2d_weight_grad", "agent_step")
+_OPERATORS = ("prefix_conv2d", "prefix_conv2d_input_grad", "prefix_conv2d_weight_grad", "agent_step", "max_pool2d")
 
 
 def has_cuda(operator: str) -> bool:

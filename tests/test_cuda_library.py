@@ -64,6 +64,10 @@ LAYER = {
         ({"channels_last": False}, "tile bf16_128x64, 128 rows x 64 channels, gathered"),
         (
             {"input": (8, 3, 224, 224), "weight": (64, 3, 7, 7)},
+            "tile bf16_128x64, 128 rows x 64 channels, rows of taps as channels of an unfolded copy",
+        ),
+        (
+            {"input": (8, 16, 28, 28), "weight": (64, 4, 3, 3), "groups": 4},
             "tile bf16_128x64, 128 rows x 64 channels, taps and channels in one K, gathered",
         ),
         ({"groups": 128, "weight": (128, 1, 3, 3)}, "plain kernel, one output element a thread"),
@@ -97,6 +101,10 @@ SMALL = {"input": (4, 512, 7, 7), "weight": (512, 512, 3, 3)}
             "tile sm90_bf16_128x128, 128 rows x 128 channels, K in segments of 64 channels",
         ),
         ({"weight": (48, 128, 3, 3)}, "tile bf16_128x64, 128 rows x 64 channels"),  # wgmma needs 64 outputs
+        (
+            {"input": (64, 3, 224, 224), "weight": (64, 3, 3, 3), "channels_last": False},
+            "tile sm90_bf16_128x128, 128 rows x 64 channels, rows of taps as channels of an unfolded copy",
+        ),
         ({"channels_last": False}, "tile bf16_128x64, 128 rows x 64 channels, gathered"),
         ({"dtype": "float32"}, "tile sm90_tf32_128x128, 256 rows x 128 channels"),
         (

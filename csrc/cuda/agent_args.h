@@ -31,16 +31,22 @@ struct MaxPoolArgs {
   int64_t n = 0;
   int32_t c = 0, h = 0, w = 0, out_h = 0, out_w = 0;
   int32_t kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0;
-  const float* input = nullptr;
+  const void* input = nullptr;
   const int32_t* prefix = nullptr;  // (n), null: all channels
   bool zero_tail = false;
-  float* output = nullptr;
+  void* output = nullptr;
+
+  // Whether channels can be moved by 16 bytes.
+  bool pieces(int element) const {
+    const uintptr_t either = reinterpret_cast<uintptr_t>(input) | reinterpret_cast<uintptr_t>(output);
+    return c % (16 / element) == 0 && either % 16 == 0;
+  }
 };
 
 constexpr int kAgentThreads = 256;
 
 // Null, or CUDA's message where the launch failed.
 const char* launch_agent_step(const AgentStepArgs& args, void* stream);
-const char* launch_max_pool2d(const MaxPoolArgs& args, void* stream);
+const char* launch_max_pool2d(const MaxPoolArgs& args, DType dtype, void* stream);  // float32 and halves
 
 }  // namespace rnp::cuda

@@ -9,18 +9,30 @@ namespace rnp::cuda {
 namespace {
 
 constexpr int kPoolThreads = 256;
-constexpr int64_t kMostBlocks = 65535;
+constexpr int64_t kMostBlocks = 65535, kMostPoolBlocks = int64_t{1} << 30;
 
 __global__ void __launch_bounds__(kAgentThreads) agent_step_kernel(const __grid_constant__ AgentStepArgs p) {
   extern __shared__ float agent_shared[];
   agent_step_block(p, agent_shared);
 }
 
+template <typename T, bool kPieces>
 __global__ void __launch_bounds__(kPoolThreads) max_pool2d_kernel(const __grid_constant__ MaxPoolArgs p) {
-  max_pool2d_block(p);
+  max_pool2d_block<T, kPieces>(p);
 }
 
 const char* text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+template <typename T>
+const char* launch_pool(const MaxPoolArgs& p, cudaStream_t stream) {
+  constexpr int kElement = static_cast<int>(sizeof(T));
+  const bool pieces = p.pieces(kElement);
+  const int64_t threads = p.n * p.out_h * p.out_w * (pieces ? p.c / (16 / kElement) : p.c);
+  const int grid = static_cast<int>(std::min((threads + kPoolThreads - 1) / kPoolThreads, kMostPoolBlocks));
+  const auto kernel = pieces ? max_pool2d_kernel<T, true> : max_pool2d_kernel<T, false>;
+  kernel<<<grid, kPoolThreads, 0, stream>>>(p);
+  return text(cudaGetLastError());
+}
 
 }  // namespace
 
@@ -35,11 +47,18 @@ const char* launch_agent_step(const AgentStepArgs& p, void* stream) {
   return text(cudaGetLastError());
 }
 
-const char* launch_max_pool2d(const MaxPoolArgs& p, void* stream) {
-  const int64_t elements = p.n * p.out_h * p.out_w * p.c;
-  const int grid = static_cast<int>(std::min((elements + kPoolThreads - 1) / kPoolThreads, kMostBlocks));
-  max_pool2d_kernel<<<grid, kPoolThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  return text(cudaGetLastError());
+const char* launch_max_pool2d(const MaxPoolArgs& p, DType dtype, void* stream) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return launch_pool<float>(p, static_cast<cudaStream_t>(stream));
+    case DType::kBFloat16:
+      return launch_pool<BFloat16>(p, static_cast<cudaStream_t>(stream));
+    case DType::kFloat16:
+      return launch_pool<Float16>(p, static_cast<cudaStream_t>(stream));
+    case DType::kFloat64:
+      break;
+  }
+  return "no kernel for float64";
 }
 
 }  // namespace rnp::cuda

@@ -2,6 +2,10 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
+#if !defined(__CUDACC__)
+#include <bit>
+#endif
 
 #include "cuda/agent_args.h"
 #include "cuda/device.h"
@@ -77,29 +81,102 @@ RNP_DEVICE void agent_step_block(const AgentStepArgs& p, float* shared) {
   }
 }
 
-// A thread for each output element, channels fastest. NaN wins, as in torch.
-RNP_DEVICE void max_pool2d_block(const MaxPoolArgs& p) {
-  const int64_t elements = p.n * p.out_h * p.out_w * p.c, step = block_count() * thread_count();
-  for (int64_t i = block_index() * thread_count() + thread_index(); i < elements; i += step) {
-    const int32_t c = static_cast<int32_t>(i % p.c);
-    const int64_t pixel = i / p.c;
-    const int32_t ox = static_cast<int32_t>(pixel % p.out_w), oy = static_cast<int32_t>(pixel / p.out_w % p.out_h);
-    const int64_t n = pixel / p.out_w / p.out_h;
-    if (p.prefix && c >= p.prefix[n]) {
-      if (p.zero_tail) p.output[i] = 0;
-      continue;
+// The larger one; NaN wins, as in torch. Two elements of 2 bytes at once, or the bits of one float.
+#if defined(__CUDACC__)
+#define RNP_LARGER(type)                                              \
+  uint32_t out;                                                       \
+  asm("max.NaN." type " %0, %1, %2;\n" : "=r"(out) : "r"(a), "r"(b)); \
+  return out
+RNP_DEVICE uint32_t larger(BFloat16, uint32_t a, uint32_t b) { RNP_LARGER("bf16x2"); }
+RNP_DEVICE uint32_t larger(Float16, uint32_t a, uint32_t b) { RNP_LARGER("f16x2"); }
+RNP_DEVICE uint32_t larger(float, uint32_t a, uint32_t b) {
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(out) : "f"(__uint_as_float(a)), "f"(__uint_as_float(b)));
+  return __float_as_uint(out);
+}
+#undef RNP_LARGER
+#else
+inline float larger_float(float a, float b) { return a != a || a > b ? a : b; }
+inline uint32_t larger(float, uint32_t a, uint32_t b) {
+  return std::bit_cast<uint32_t>(larger_float(std::bit_cast<float>(a), std::bit_cast<float>(b)));
+}
+template <typename T>
+uint32_t larger(T, uint32_t a, uint32_t b) {
+  const auto part = [](uint32_t v, int shift) { return widen(T{static_cast<uint16_t>(v >> shift)}); };
+  return narrow_two(T{}, larger_float(part(a, 0), part(b, 0)), larger_float(part(a, 16), part(b, 16)));
+}
+#endif
+
+template <typename T>
+RNP_DEVICE Vec16 larger_of(T, const Vec16& a, const Vec16& b) {
+  Vec16 out;
+  RNP_UNROLL
+  for (int i = 0; i < 4; ++i) out.word[i] = larger(T{}, a.word[i], b.word[i]);
+  return out;
+}
+RNP_DEVICE float larger_of(float, float a, float b) { return a != a || a > b ? a : b; }
+template <typename T>
+RNP_DEVICE T larger_of(T, T a, T b) {
+  return narrow<T>(larger_of(0.0f, widen(a), widen(b)));
+}
+
+struct PoolWindow {  // rows and columns inside the map; never empty
+  int32_t first_y, last_y, first_x, last_x;
+};
+
+// The largest of each channel of a Piece (one element, or 16 bytes of them) over a window, whose pixels are `pixel`
+// elements apart. Two rows by two columns a step, so that four loads are under way at once: where a window ends within
+// a step its last pixels are read twice, from a cache.
+template <typename T, typename Piece>
+RNP_DEVICE Piece largest(const T* channels, const PoolWindow& window, int64_t row, int64_t pixel) {
+  const auto at = [&](int32_t y, int32_t x) { return *reinterpret_cast<const Piece*>(channels + y * row + x * pixel); };
+  Piece most = at(window.first_y, window.first_x);
+  RNP_ROLL
+  for (int32_t y = window.first_y; y < window.last_y; y += 2) {
+    const int32_t next_y = y + 1 < window.last_y ? y + 1 : y;
+    RNP_ROLL
+    for (int32_t x = window.first_x; x < window.last_x; x += 2) {
+      const int32_t next_x = x + 1 < window.last_x ? x + 1 : x;
+      const Piece a = at(y, x), b = at(y, next_x), c = at(next_y, x), d = at(next_y, next_x);
+      most = larger_of(T{}, most, larger_of(T{}, larger_of(T{}, a, b), larger_of(T{}, c, d)));
     }
-    const int32_t top = oy * p.stride_h - p.pad_h, left = ox * p.stride_w - p.pad_w;
-    const int32_t first_y = top < 0 ? 0 : top, last_y = top + p.kernel_h < p.h ? top + p.kernel_h : p.h;
-    const int32_t first_x = left < 0 ? 0 : left, last_x = left + p.kernel_w < p.w ? left + p.kernel_w : p.w;
-    const float* image = p.input + n * p.h * p.w * p.c + c;
-    float most = image[(int64_t{first_y} * p.w + first_x) * p.c];
-    for (int32_t y = first_y; y < last_y; ++y)
-      for (int32_t x = first_x; x < last_x; ++x) {
-        const float v = image[(int64_t{y} * p.w + x) * p.c];
-        most = v > most || v != v ? v : most;
-      }
-    p.output[i] = most;
+  }
+  return most;
+}
+
+// A thread for one output pixel's next Piece of channels: neighbouring threads read and write neighbouring channels,
+// then columns. kPieces: 16 bytes each, where channels and memory allow (MaxPoolArgs::pieces).
+template <typename T, bool kPieces>
+RNP_DEVICE void max_pool2d_block(const MaxPoolArgs& p) {
+  using Piece = std::conditional_t<kPieces, Vec16, T>;
+  constexpr int32_t kChannels = static_cast<int32_t>(sizeof(Piece) / sizeof(T));
+  const int32_t runs = p.c / kChannels;
+  const int64_t pieces = p.n * p.out_h * p.out_w * runs, step = block_count() * thread_count();
+  for (int64_t i = block_index() * thread_count() + thread_index(); i < pieces; i += step) {
+    const int64_t pixel = gpu::quotient(i, runs), line = gpu::quotient(pixel, p.out_w);
+    const int64_t n = gpu::quotient(line, p.out_h);
+    const int32_t c = static_cast<int32_t>(i - pixel * runs) * kChannels;
+    const int32_t live = p.prefix ? p.prefix[n] - c : kChannels;
+    T* const output = static_cast<T*>(p.output) + pixel * p.c + c;
+    if (live <= 0 && !p.zero_tail) continue;
+    const int32_t top = static_cast<int32_t>(line - n * p.out_h) * p.stride_h - p.pad_h;
+    const int32_t left = static_cast<int32_t>(pixel - line * p.out_w) * p.stride_w - p.pad_w;
+    const PoolWindow window = {top < 0 ? 0 : top, top + p.kernel_h < p.h ? top + p.kernel_h : p.h, left < 0 ? 0 : left,
+                               left + p.kernel_w < p.w ? left + p.kernel_w : p.w};
+    const T* const image = static_cast<const T*>(p.input) + n * p.h * p.w * p.c + c;
+    const int64_t row = int64_t{p.w} * p.c;
+    if (live >= kChannels) {
+      *reinterpret_cast<Piece*>(output) = largest<T, Piece>(image, window, row, p.c);
+    } else if (live <= 0) {
+      *reinterpret_cast<Piece*>(output) = Piece{};
+    } else {  // a prefix that ends in the piece: nothing behind it is read
+      RNP_ROLL
+      for (int32_t e = 0; e < kChannels; ++e)
+        if (e < live)
+          output[e] = largest<T, T>(image + e, window, row, p.c);
+        else if (p.zero_tail)
+          output[e] = T{};
+    }
   }
 }
 

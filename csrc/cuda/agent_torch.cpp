@@ -75,9 +75,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> agent_step_cuda(const Tensor& pooled,
 Tensor max_pool2d_cuda(const Tensor& input, const OptionalTensor& prefix, const std::vector<int64_t>& kernel,
                        const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                        const std::string& tail) {
-  STD_TORCH_CHECK(input.dim() == 4 && input.scalar_type() == ScalarType::Float, kPool,
-                  ": input must be Float (N, C, H, W); got ", torch::headeronly::toString(input.scalar_type()), " ",
-                  text(input));
+  const ScalarType type = input.scalar_type();
+  STD_TORCH_CHECK(
+      input.dim() == 4 && (type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half),
+      kPool, ": input must be Float, BFloat16 or Half (N, C, H, W); got ", torch::headeronly::toString(type), " ",
+      text(input));
   STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2, kPool,
                   ": kernel, stride and padding must be two integers each");
   STD_TORCH_CHECK(tail == "zero" || tail == "skip", kPool, ": tail must be \"zero\" or \"skip\"; got ", tail);
@@ -98,17 +100,18 @@ Tensor max_pool2d_cuda(const Tensor& input, const OptionalTensor& prefix, const 
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const OptionalTensor live = checked_indices(kPool, "prefix", prefix, n, input);
   const Tensor dense = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
-  Tensor output = empty_on(input, {n, c, out_h, out_w}, ScalarType::Float, true);
+  Tensor output = empty_on(input, {n, c, out_h, out_w}, type, true);
   MaxPoolArgs p;
   p.n = n, p.c = static_cast<int32_t>(c), p.h = static_cast<int32_t>(h), p.w = static_cast<int32_t>(w);
   p.out_h = static_cast<int32_t>(out_h), p.out_w = static_cast<int32_t>(out_w);
   p.kernel_h = static_cast<int32_t>(kernel[0]), p.kernel_w = static_cast<int32_t>(kernel[1]);
   p.stride_h = static_cast<int32_t>(stride[0]), p.stride_w = static_cast<int32_t>(stride[1]);
   p.pad_h = static_cast<int32_t>(padding[0]), p.pad_w = static_cast<int32_t>(padding[1]);
-  p.input = static_cast<const float*>(dense.const_data_ptr());
+  p.input = dense.const_data_ptr();
   p.prefix = indices(live), p.zero_tail = tail == "zero";
-  p.output = static_cast<float*>(output.mutable_data_ptr());
-  if (output.numel() > 0) check_launch(kPool, launch_max_pool2d(p, current_stream(input)));
+  p.output = output.mutable_data_ptr();
+  if (output.numel() > 0)
+    check_launch(kPool, launch_max_pool2d(p, dtype_of(kPool, "input", input), current_stream(input)));
   return output;
 }
 

@@ -34,15 +34,26 @@ struct Axis {
 // What a stage needs, any run of output channels for one chunk and tap, is one run of memory, for every tile: one copy
 // serves all of them. In the row of output channel o piece i of 16 bytes stands at i ^ o % 8, the swizzle of wgmma, so
 // that one bulk copy brings a tile of weights as the matrix unit reads it; the sm_80 kernel takes half a row, piece by
-// piece. Where a group has fewer channels than one step, chunks may run over (tap, channel) together: `flat`.
+// piece.
+//
+// Channels fewer than one step would leave most of it empty, so there K runs over `run` taps and their channels
+// together, `pixel` elements to a tap, and that many taps count as one:
+//   unfolded  one group: a row of the kernel, each tap's channels padded to pieces of 16 bytes. The launch reads a copy
+//             of the input in which they are neighbours (UnfoldArgs).
+//   flat      several groups: the whole kernel, without padding; the launch gathers element by element.
+// Layer and dtype decide, never the input or the dilation: weights are packed before those are known.
 struct PackedTiles {
   int32_t groups = 1, group_in = 1, group_out = 1, kh = 1, kw = 1, element = 4;  // element: bytes
-  bool may_be_flat = true;
+  bool may_run = true;                                                           // over taps
 
-  bool flat() const { return may_be_flat && group_in * element < kStepBytes; }
+  bool few() const { return may_run && group_in * element < kStepBytes; }
+  bool unfolded() const { return few() && groups == 1 && kw > 1; }
+  bool flat() const { return few() && groups > 1; }
+  int32_t run() const { return unfolded() ? kw : (flat() ? kh * kw : 1); }
+  int32_t pixel() const { return unfolded() ? (group_in * element + 15) / 16 * 16 / element : group_in; }
   int32_t chunk() const { return kPackBytes / element; }
-  int32_t taps() const { return flat() ? 1 : kh * kw; }
-  int32_t chunks() const { return ((flat() ? group_in * kh * kw : group_in) + chunk() - 1) / chunk(); }
+  int32_t taps() const { return kh * kw / run(); }
+  int32_t chunks() const { return (run() * pixel() + chunk() - 1) / chunk(); }
   int64_t elements() const { return int64_t{groups} * chunks() * taps() * group_out * chunk(); }
 };
 

@@ -16,6 +16,7 @@ const char* launch_tile(const TileLaunch& launch, int multiprocessors, void* str
 const char* launch_hopper_tile(const TileLaunch& launch, int multiprocessors, void* stream);
 const char* launch_order(const OrderArgs& args, void* stream);
 const char* launch_pack(const PackArgs& args, void* stream);
+const char* launch_unfold(const UnfoldArgs& args, int element, int multiprocessors, void* stream);
 const char* launch_plain(const PlainArgs& args, DType dtype, int multiprocessors, void* stream);
 const char* launch_weight_grad(const WeightGradArgs& args, DType dtype, void* stream);
 const char* launch_mean(const MeanArgs& args, DType dtype, void* stream);

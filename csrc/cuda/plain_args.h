@@ -45,6 +45,30 @@ struct PackArgs {
   void* packed = nullptr;
 };
 
+// A copy of an input of few channels in which what a row of the kernel reads for one output is one run of memory:
+// (n, rows, columns, pixel), the channels padded to pieces of 16 bytes, the padding of the map written out, zeros
+// beyond the input prefix. Then the convolution is one of (kh x 1) over the channels of `kw` neighbouring pixels, of
+// which each output's begin some pixels behind the last one's: ConvArgs::input has overlapping pixels.
+//
+// Column c is input column c - left; where that does not put the taps of an output side by side (dilation along x), or
+// copies much that nobody reads (a stride longer than the kernel), every output has a window of `kw` columns of its
+// own.
+struct UnfoldArgs {
+  int64_t n = 0, rows = 0, columns = 0;
+  int32_t pixel_pieces = 1;                    // of 16 bytes; 1 or 2
+  int32_t window = 1, step = 1, dilation = 1;  // columns of a window; input columns between windows, and within one
+  int32_t top = 0, left = 0;                   // input row and column of (0, 0), negated
+  int32_t c_in = 0, h = 0, w = 0;
+  const void* input = nullptr;
+  Strides4 input_stride;
+  const int32_t* in_prefix = nullptr;  // (n)
+  void* unfolded = nullptr;            // aligned to 16
+
+  static constexpr int kRun = 128;  // pieces of a line that a warp copies at a time
+  RNP_HD int64_t pieces() const { return n * rows * columns * pixel_pieces; }
+  RNP_HD int64_t runs() const { return (columns * pixel_pieces + kRun - 1) / kRun; }  // of a line
+};
+
 // Input row of tap k for output row o: (o · step + offset + k · tap) / divisor, where that is a whole number.
 struct PlainAxis {
   int32_t step = 1, offset = 0, tap = 1, divisor = 1;

@@ -21,9 +21,15 @@ __global__ void __launch_bounds__(1 << OrderArgs::kSampleBits) sort_kernel(const
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kPlainThreads) pack_kernel(const __grid_constant__ PackArgs p, int64_t elements,
-                                                             int32_t chunks, int32_t taps, int32_t chunk, bool flat) {
-  pack_block<T>(p, elements, chunks, taps, chunk, flat);
+__global__ void __launch_bounds__(kPlainThreads)
+    pack_kernel(const __grid_constant__ PackArgs p, int64_t elements, int32_t chunks, int32_t taps, int32_t chunk,
+                int32_t run, int32_t pixel) {
+  pack_block<T>(p, elements, chunks, taps, chunk, run, pixel);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kPlainThreads) unfold_kernel(const __grid_constant__ UnfoldArgs p) {
+  unfold_block<T>(p);
 }
 
 template <typename T>
@@ -64,7 +70,14 @@ const char* launch_pack(const PackArgs& p, void* stream) {
   const int grid = grid_for(l.elements(), kPlainThreads, 4096);
   const auto kernel = l.element == 2 ? pack_kernel<BFloat16> : pack_kernel<float>;  // moved, not read: size is all
   kernel<<<grid, kPlainThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, l.elements(), l.chunks(), l.taps(),
-                                                                        l.chunk(), l.flat());
+                                                                        l.chunk(), l.run(), l.pixel());
+  return last_error();
+}
+
+const char* launch_unfold(const UnfoldArgs& p, int element, int multiprocessors, void* stream) {
+  const int grid = grid_for(p.n * p.rows * p.runs() * 32, kPlainThreads, int64_t{multiprocessors} * 32);
+  const auto kernel = element == 2 ? unfold_kernel<BFloat16> : unfold_kernel<float>;
+  kernel<<<grid, kPlainThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
   return last_error();
 }
 

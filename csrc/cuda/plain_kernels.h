@@ -88,7 +88,7 @@ RNP_DEVICE void sort_block(const OrderArgs& p, char* shared) {
 
 template <typename T>
 RNP_DEVICE void pack_block(const PackArgs& p, int64_t elements, int32_t chunks, int32_t taps, int32_t chunk,
-                           bool flat) {
+                           int32_t run, int32_t pixel) {
   const int64_t step = block_count() * thread_count();
   for (int64_t i = block_index() * thread_count() + thread_index(); i < elements; i += step) {
     int64_t rest = i;
@@ -98,17 +98,56 @@ RNP_DEVICE void pack_block(const PackArgs& p, int64_t elements, int32_t chunks, 
     const int32_t o = static_cast<int32_t>(rest % p.layout.group_out);
     const int32_t k = (place / kPiece ^ (o & 7)) * kPiece + place % kPiece;  // PackedTiles: pieces are swizzled
     rest /= p.layout.group_out;
-    int32_t tap = static_cast<int32_t>(rest % taps);
+    const int32_t first_tap = static_cast<int32_t>(rest % taps) * run;
     rest /= taps;
     const int32_t at = static_cast<int32_t>(rest % chunks) * chunk + k;
     const int64_t group = rest / chunks;
-    int32_t channel = at;
-    if (flat) tap = at / p.layout.group_in, channel = at - tap * p.layout.group_in;
+    const int32_t in_run = at / pixel, channel = at - in_run * pixel, tap = first_tap + in_run;
     T v{};
-    if (channel < p.layout.group_in && tap < p.layout.kh * p.layout.kw)
+    if (channel < p.layout.group_in && in_run < run)
       v = static_cast<const T*>(p.weight)[group * p.group_stride + o * p.out_stride + channel * p.in_stride +
                                           tap / p.layout.kw * p.y_stride + tap % p.layout.kw * p.x_stride];
     static_cast<T*>(p.packed)[i] = v;
+  }
+}
+
+// The copy that UnfoldArgs describes: a warp takes a run of one line, each lane a few pieces of it, all loaded before
+// the first is stored. Neighbouring lanes write neighbours, and read neighbouring pixels of either layout; elements are
+// moved, so their size is all that matters of T.
+template <typename T>
+RNP_DEVICE void unfold_block(const UnfoldArgs& p) {
+  constexpr int32_t kPiece = 16 / static_cast<int32_t>(sizeof(T)), kLanes = 32;
+  union Piece {
+    T element[kPiece];
+    Vec16 all;
+  };
+  const int64_t of_line = p.columns * p.pixel_pieces, runs = p.runs(), all = p.n * p.rows * runs;
+  const int32_t lane = thread_index() % kLanes;
+  const int64_t step = block_count() * (thread_count() / kLanes);
+  for (int64_t run = block_index() * (thread_count() / kLanes) + thread_index() / kLanes; run < all; run += step) {
+    const int64_t line = gpu::quotient(run, runs), n = gpu::quotient(line, p.rows), y = line - n * p.rows - p.top;
+    const int64_t first = (run - line * runs) * UnfoldArgs::kRun + lane;
+    const int32_t live = p.in_prefix ? gpu::clamp_prefix(p.in_prefix[n], p.c_in) : p.c_in;
+    const T* const input = static_cast<const T*>(p.input) + n * p.input_stride.n + y * p.input_stride.h;
+    Piece pieces[UnfoldArgs::kRun / kLanes];
+    RNP_UNROLL
+    for (int i = 0; i < UnfoldArgs::kRun / kLanes; ++i) {
+      const int64_t at = first + i * kLanes, column = at >> (p.pixel_pieces - 1);
+      const int64_t window = p.window == 1 ? column : gpu::quotient(column, p.window);
+      const int64_t x = window * p.step + (column - window * p.window) * p.dilation - p.left;
+      pieces[i].all = {};
+      if (at < of_line && x >= 0 && x < p.w && y >= 0 && y < p.h) {
+        const int32_t channel = static_cast<int32_t>(at & (p.pixel_pieces - 1)) * kPiece;
+        const T* const from = input + x * p.input_stride.w + channel * p.input_stride.c;
+        RNP_UNROLL
+        for (int32_t e = 0; e < kPiece; ++e)
+          if (e < live - channel) pieces[i].element[e] = from[e * p.input_stride.c];
+      }
+    }
+    Vec16* const to = static_cast<Vec16*>(p.unfolded) + line * of_line;
+    RNP_UNROLL
+    for (int i = 0; i < UnfoldArgs::kRun / kLanes; ++i)
+      if (const int64_t at = first + i * kLanes; at < of_line) to[at] = pieces[i].all;
   }
 }
 

@@ -16,7 +16,7 @@ PackedTiles layout(const ConvShape& s, DType dtype, Role role) {
   PackedTiles t;
   t.groups = small(s.groups), t.group_in = small(role_in(s, role)), t.group_out = small(role_out(s, role));
   t.kh = small(s.kh), t.kw = small(s.kw), t.element = element_size(dtype);
-  t.may_be_flat = role == Role::kForward;  // a residue of the stride has only some of the taps
+  t.may_run = role == Role::kForward;  // a residue of the stride has only some of the taps
   return t;
 }
 
@@ -54,17 +54,48 @@ TileName tile_name(DType dtype, bool tf32, const TileSize& size) {
   return tf32 ? of(TileName::tf32_128x128) : TileName::fp32_128x64;
 }
 
+// The copy of the input that an unfolded layer reads, and the launch's view of it, but for the memory.
+UnfoldArgs unfold_args(const PrefixConv2dParams& p, const PackedTiles& packed) {
+  const ConvShape& s = p.shape;
+  UnfoldArgs u;
+  u.n = s.n, u.rows = (s.out_h - 1) * s.stride_h + (s.kh - 1) * s.dilation_h + 1;
+  u.pixel_pieces = packed.pixel() * packed.element / 16;
+  if (s.dilation_w > 1 || s.stride_w > s.kw) {
+    u.window = small(s.kw), u.step = small(s.stride_w), u.dilation = small(s.dilation_w);
+    u.columns = s.out_w * s.kw;
+  } else {  // whole steps, so that a row is a multiple of the distance of outputs: so tensor maps are described
+    u.columns = ((s.out_w - 1) * s.stride_w + s.kw + s.stride_w - 1) / s.stride_w * s.stride_w;
+  }
+  u.top = small(s.pad_top), u.left = small(s.pad_left);
+  u.c_in = small(s.c_in), u.h = small(s.h), u.w = small(s.w);
+  u.input = p.input, u.input_stride = p.input_stride, u.in_prefix = p.in_prefix;
+  return u;
+}
+
+void view_unfolded(ConvArgs& a, const UnfoldArgs& u, const ConvShape& s, const PackedTiles& packed) {
+  const int64_t pixel = packed.pixel();
+  a.h = small(u.rows), a.w = small(s.out_w);
+  a.c_in = a.cut.group_in = packed.run() * packed.pixel();
+  a.y.delta = 0;
+  a.x = {.count = 1};
+  a.kernel_w = 1;
+  a.input = nullptr;
+  a.input_stride = {u.rows * u.columns * pixel, 1, u.columns * pixel, (u.window > 1 ? u.window : s.stride_w) * pixel};
+  a.in_prefix = nullptr;  // dead channels are zeros: K is the layer's
+}
+
 // The limits of cuTensorMapEncodeIm2col for four dimensions, and a reading of its rules on strides that no driver
-// refuses: the map may be padded, but dimensions must not overlap.
-Im2colBox im2col_box(const ConvArgs& a, int32_t element) {
+// refuses: the map may be padded, but dimensions must not overlap. Pixels of an unfolded input do; a driver that
+// refuses them leaves the launch to cp.async.
+Im2colBox im2col_box(const ConvArgs& a, int32_t element, bool unfolded) {
   Im2colBox b;
   if (a.x.count == 0 || a.y.count == 0) return b;
   b.base = a.input;
   b.c = a.c_in, b.w = a.w, b.h = a.h, b.n = a.cut.n;
   b.w_stride = a.input_stride.w * element, b.h_stride = a.input_stride.h * element;
   b.n_stride = a.input_stride.n * element;
-  b.possible = b.w_stride >= b.c * element && b.h_stride >= b.w_stride * b.w && b.n_stride >= b.h_stride * b.h &&
-               b.n_stride < int64_t{1} << 40;
+  b.possible = (unfolded || b.w_stride >= b.c * element) && b.h_stride >= b.w_stride * b.w &&
+               b.n_stride >= b.h_stride * b.h && b.n_stride < int64_t{1} << 40;
   const Axis* const axes[] = {&a.x, &a.y};
   const int64_t sizes[] = {b.w, b.h}, outs[] = {a.out_w, a.out_h};
   for (int i = 0; i < 2; ++i) {
@@ -141,7 +172,7 @@ TileName first_hopper_tile(DType dtype) {
 bool set_hopper_tile(TileLaunch& launch, const TileSize& tile, bool window) {
   ConvArgs& a = launch.args;
   const int32_t element = is_float(launch.tile) ? 4 : 2;
-  Im2colBox box = im2col_box(a, element);
+  Im2colBox box = im2col_box(a, element, launch.unfold.pieces() > 0);
   a.window_rows = a.window_stages = a.pitch = 0;
   a.cut.positions = int64_t{a.out_h} * a.out_w;
   if (window) {
@@ -170,7 +201,8 @@ void plan_hopper(TileLaunch& launch, DType dtype, const Device& device) {
   a.segment_chunks = std::max(1, segment_chunks(a.cut.positions, a.chunks, taps, a.cut.groups));
   const int32_t segments = (a.chunks + a.segment_chunks - 1) / a.segment_chunks;
   const Stream stream = stream_of(a);
-  const bool kept = stream.pitch > 0 && stream_box(a, stream, im2col_box(a, element)).possible;
+  const bool kept =
+      stream.pitch > 0 && stream_box(a, stream, im2col_box(a, element, launch.unfold.pieces() > 0)).possible;
   const HopperChoice choice = choose_tile_sm90(
       {a.cut.n, a.cut.positions, a.cut.group_out, a.cut.groups, std::max(1, a.chunks), std::max(1, taps), segments,
        element, a.in_prefix || a.out_prefix, kept ? StreamShape{stream.positions(), stream.halo} : StreamShape{}},
@@ -251,13 +283,18 @@ std::vector<TileLaunch> tile_launches(const PrefixConv2dParams& p, Role role, in
       a.output_stride = p.output_stride;
       a.output_stride.h *= step_h, a.output_stride.w *= step_w;
       a.cut = {s.n, out_h * out_w, packed.groups, packed.group_in, packed.group_out, 0, 0};
-      a.gather = a.flat || !aligned(a, packed.element);
+      UnfoldArgs unfold;
+      if (packed.unfolded()) {
+        unfold = unfold_args(p, packed);
+        view_unfolded(a, unfold, s, packed);
+      }
+      a.gather = a.flat || !(packed.unfolded() || aligned(a, packed.element));
       a.vectors = vectors(a, packed.element);
       const auto dense = [&](const Strides4& st) { return st.h == a.out_w * st.w; };
       a.dense = dense(a.output_stride) && (!a.residual || dense(a.residual_stride));
       const bool matrix = p.dtype != DType::kFloat32 || tf32;
       if (device.hopper && wants_wgmma(a, matrix)) {
-        launches.push_back({TileName::kCount, a, {}, 0});
+        launches.push_back({TileName::kCount, a, {}, 0, unfold});
         plan_hopper(launches.back(), p.dtype, device);
         continue;
       }
@@ -265,10 +302,15 @@ std::vector<TileLaunch> tile_launches(const PrefixConv2dParams& p, Role role, in
       if (!a.gather && matrix)
         size = choose_tile_sm80(s.n * out_h * out_w, packed.group_out, packed.groups, device.multiprocessors);
       a.cut.bm = size.bm, a.cut.bn = size.bn;
-      launches.push_back({tile_name(p.dtype, tf32, size), a, {}, 0});
+      launches.push_back({tile_name(p.dtype, tf32, size), a, {}, 0, unfold});
     }
   }
   return launches;
+}
+
+void use_unfolded(TileLaunch& launch, void* memory) {
+  launch.unfold.unfolded = memory;
+  launch.args.input = launch.box.base = memory;
 }
 
 PlainArgs plain_args(const PrefixConv2dParams& p, Role role, int32_t lines) {
@@ -333,6 +375,7 @@ std::string describe_kernel(const ConvShape& s, DType dtype, bool channels_last,
   const ConvArgs& a = launch.args;
   std::string text = std::string("tile ") + names[static_cast<int>(launch.tile)] + ", " + std::to_string(a.cut.bm) +
                      " rows x " + std::to_string(a.cut.bn) + " channels";
+  if (launch.unfold.pieces() > 0) text += ", rows of taps as channels of an unfolded copy";
   if (a.flat) text += ", taps and channels in one K";
   if (a.gather) text += ", gathered";
   if (a.window_rows > 0) text += ", input kept for all taps";

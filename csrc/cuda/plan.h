@@ -33,7 +33,12 @@ struct TileLaunch {
   ConvArgs args;                 // order_*, ticket and partial are filled in by the launcher
   Im2colBox box;                 // for sm_90a
   int64_t partial_elements = 0;  // floats that args.partial must hold; none where K is not split
+  // Where pieces() > 0 this copy of the input comes first, and the launch reads it: see use_unfolded.
+  UnfoldArgs unfold;
 };
+
+// `memory`: 16 bytes for each of launch.unfold.pieces(), aligned to 16.
+void use_unfolded(TileLaunch& launch, void* memory);
 
 // `p` holds device pointers, `p.packed` what pack_args describes. For an input gradient `p` is the layer itself with
 // the gradient of its output in `input`, the one of its input in `output`, and each prefix under its own name; one

@@ -246,8 +246,13 @@ void run_convolution(const char* op, PrefixConv2dParams p, bool input_grad, int6
       check_launch(op, launch_order(o, stream));
       use_order(a, o);
     }
-    OptionalTensor partial;
-    if (launch.partial_elements > 0) {  // freed at once, for what follows on the stream
+    OptionalTensor unfolded, partial;  // freed at once, for what follows on the stream
+    if (const int64_t pieces = launch.unfold.pieces(); pieces > 0) {
+      unfolded = empty_on(like, {pieces * 4}, ScalarType::Float);
+      use_unfolded(launch, unfolded->mutable_data_ptr());
+      check_launch(op, launch_unfold(launch.unfold, element_size(p.dtype), device.multiprocessors, stream));
+    }
+    if (launch.partial_elements > 0) {
       partial = empty_on(like, {launch.partial_elements}, ScalarType::Float);
       a.partial = static_cast<float*>(partial->mutable_data_ptr());
     }

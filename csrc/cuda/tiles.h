@@ -35,7 +35,7 @@ constexpr int kPackChannels = kPackBytes / static_cast<int>(sizeof(T));
 enum class Math { kMatrix, kFfma };
 
 // T: storage type (float on kMatrix: TF32). Its rows are fetched 16 bytes at a time by cp.async (channels_last,
-// aligned) or one by one (ConvArgs::gather: any strides, few channels).
+// aligned) or one by one (ConvArgs::gather: any strides, few channels in groups).
 template <typename T_, Math kMath_, int BM_, int BN_>
 struct Tile {
   using T = T_;

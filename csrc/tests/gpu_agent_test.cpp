@@ -100,11 +100,102 @@ TEST(gpu_max_pool2d_is_the_cpu_max_pool2d) {
     g.out_h = static_cast<int32_t>(c.out_h), g.out_w = static_cast<int32_t>(c.out_w);
     g.stride_h = static_cast<int32_t>(stride), g.stride_w = 2, g.pad_h = g.pad_w = 1, g.zero_tail = c.zero_tail;
     g.input = input.data(), g.prefix = prefix.data(), g.output = got.data();
-    cuda::emulator::launch(3, 64, 0, 2, [&](char*) { cuda::max_pool2d_block(g); });
+    cuda::emulator::launch(3, 64, 0, 2, [&](char*) { cuda::max_pool2d_block<float, false>(g); });
     for (size_t i = 0; i < size; ++i)
       CHECK(got[i] == expected[i] || (got[i] != got[i] && expected[i] != expected[i]))
           << "stride " << stride << ": " << got[i] << " instead of " << expected[i];
   }
+}
+
+namespace {
+
+struct PoolCase {
+  const char* name;
+  int32_t c, h, w, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+};
+constexpr PoolCase kPools[] = {
+    {"2x2", 32, 8, 10, 2, 2, 2, 2, 0, 0},
+    {"3x3, stride 2, padded", 24, 9, 11, 3, 3, 2, 2, 1, 1},
+    {"3x3, overlapping", 40, 7, 5, 3, 3, 1, 1, 1, 1},
+    {"5x4, uneven strides", 16, 12, 9, 5, 4, 3, 1, 2, 0},
+    {"one pixel", 8, 1, 1, 1, 1, 1, 1, 0, 0},
+    {"odd channels", 19, 6, 6, 3, 2, 1, 2, 1, 1},
+};
+
+// Against a plain loop: every dtype, by pieces where channels allow and by elements; NaN in a window wins, what lies
+// behind the prefix is NaN and not read, and a skipped tail keeps what was there.
+template <typename T>
+void check_pools(DType dtype) {
+  constexpr int64_t kSamples = 5;
+  const T untouched = from_float<T, float>(-7.0f);
+  int by_pieces = 0;
+  for (const PoolCase& c : kPools)
+    for (bool zero_tail : {true, false})
+      for (bool with_prefix : {true, false})
+        for (bool pieces : {true, false}) {
+          cuda::MaxPoolArgs g;
+          g.n = kSamples, g.c = c.c, g.h = c.h, g.w = c.w, g.kernel_h = c.kernel_h, g.kernel_w = c.kernel_w;
+          g.stride_h = c.stride_h, g.stride_w = c.stride_w, g.pad_h = c.pad_h, g.pad_w = c.pad_w;
+          g.out_h = static_cast<int32_t>(conv_output_size(c.h, c.kernel_h, c.stride_h, c.pad_h, c.pad_h, 1));
+          g.out_w = static_cast<int32_t>(conv_output_size(c.w, c.kernel_w, c.stride_w, c.pad_w, c.pad_w, 1));
+          g.zero_tail = zero_tail;
+          const std::vector<int32_t> prefix = {c.c, 0, c.c / 2 + 1, c.c + 5, 1};
+          Random random(static_cast<uint64_t>(c.c + c.h));
+          std::vector<T> input(static_cast<size_t>(kSamples * c.h * c.w * c.c));
+          for (size_t i = 0; i < input.size(); ++i) {
+            const int64_t channel = static_cast<int64_t>(i) % c.c, n = static_cast<int64_t>(i) / c.c / c.w / c.h;
+            const bool dead = with_prefix && channel >= prefix[static_cast<size_t>(n)];
+            float v = static_cast<float>(random.next());
+            if (random.below(40) == 0) v = random.below(2) == 0 ? kNaN : -std::numeric_limits<float>::infinity();
+            input[i] = from_float<T, float>(dead ? kNaN : v);
+          }
+          std::vector<T> got(static_cast<size_t>(kSamples * g.out_h * g.out_w * c.c), untouched);
+          g.input = input.data(), g.prefix = with_prefix ? prefix.data() : nullptr, g.output = got.data();
+          if (pieces && !g.pieces(sizeof(T))) continue;
+          by_pieces += pieces;
+          cuda::emulator::launch(3, 64, 0, 2, [&](char*) {
+            pieces ? cuda::max_pool2d_block<T, true>(g) : cuda::max_pool2d_block<T, false>(g);
+          });
+          int64_t wrong = 0;
+          for (size_t i = 0; i < got.size(); ++i) {
+            const int64_t channel = static_cast<int64_t>(i) % c.c, pixel = static_cast<int64_t>(i) / c.c;
+            const int64_t ox = pixel % g.out_w, oy = pixel / g.out_w % g.out_h, n = pixel / g.out_w / g.out_h;
+            float most = -std::numeric_limits<float>::infinity();
+            for (int64_t y = oy * c.stride_h - c.pad_h; y < oy * c.stride_h - c.pad_h + c.kernel_h; ++y)
+              for (int64_t x = ox * c.stride_w - c.pad_w; x < ox * c.stride_w - c.pad_w + c.kernel_w; ++x) {
+                if (y < 0 || y >= c.h || x < 0 || x >= c.w) continue;
+                const float v = to_float(input[static_cast<size_t>(((n * c.h + y) * c.w + x) * c.c + channel)]);
+                if (v > most || v != v) most = v;
+              }
+            if (with_prefix && channel >= prefix[static_cast<size_t>(n)]) most = zero_tail ? 0.0f : -7.0f;
+            const float value = to_float(got[i]);
+            wrong += !(value == most || (value != value && most != most));
+          }
+          CHECK(wrong == 0) << c.name << ", dtype " << static_cast<int>(dtype) << ", tail " << zero_tail << ", prefix "
+                            << with_prefix << ", pieces " << pieces << ": " << wrong << " elements";
+        }
+  CHECK(by_pieces >= 16) << by_pieces << " by pieces";
+}
+
+}  // namespace
+
+TEST(gpu_max_pool2d_is_a_plain_loop_in_every_dtype) {
+  check_pools<float>(DType::kFloat32);
+  check_pools<BFloat16>(DType::kBFloat16);
+  check_pools<Float16>(DType::kFloat16);
+}
+
+TEST(gpu_max_pool2d_moves_pieces_only_where_they_are_aligned) {
+  alignas(16) static char memory[64];
+  cuda::MaxPoolArgs g;
+  g.c = 24, g.input = memory, g.output = memory + 16;
+  CHECK(g.pieces(2) && g.pieces(4));
+  g.c = 20;
+  CHECK(!g.pieces(2) && g.pieces(4));
+  g.c = 24, g.input = memory + 2;
+  CHECK(!g.pieces(2));
+  g.input = memory, g.output = memory + 8;
+  CHECK(!g.pieces(2));
 }
 
 }  // namespace rnp::tests

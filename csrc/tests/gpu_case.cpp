@@ -163,6 +163,35 @@ std::vector<ConvCase> gpu_cases() {
                  .right = 1,
                  .dilation_h = 2,
                  .dilation_w = 3});
+  for (const ConvCase& c : few_channel_cases()) all.push_back(c);
+  return all;
+}
+
+std::vector<ConvCase> few_channel_cases() {
+  std::vector<ConvCase> all;
+  const auto add = [&](const char* name, int64_t n, int64_t c_in, int64_t side, int64_t c_out, int64_t kernel,
+                       int64_t stride, int64_t padding) -> ConvCase& {
+    ConvCase c{
+        .name = name, .n = n, .c_in = c_in, .h = side, .w = side + 1, .c_out = c_out, .kh = kernel, .kw = kernel};
+    c.stride_h = c.stride_w = stride;
+    c.top = c.bottom = c.left = c.right = padding;
+    all.push_back(c);
+    return all.back();
+  };
+  add("3 channels, 3x3", 4, 3, 11, 64, 3, 1, 1);
+  add("3 channels, 7x7, stride 2", 3, 3, 17, 72, 7, 2, 3);
+  add("4 channels, dilated along x", 4, 4, 9, 64, 3, 1, 2).dilation_w = 2;
+  add("1 channel, dilated along y", 4, 1, 9, 24, 5, 1, 2).dilation_h = 2;
+  add("3 channels, patches of 4x4", 5, 3, 16, 136, 4, 4, 0);
+  add("3 channels, patches of 16x16, K in segments", 3, 3, 32, 64, 16, 16, 0);
+  add("2 channels, a stride longer than the kernel", 4, 2, 11, 64, 2, 3, 1);
+  add("12 channels, 3x3", 4, 12, 9, 64, 3, 1, 1);
+  add("8 channels, 3x3", 4, 8, 7, 64, 3, 1, 1);
+  ConvCase& uneven = add("7 channels, padded unevenly", 4, 7, 8, 64, 3, 1, 0);
+  uneven.kw = 4, uneven.stride_w = 3;
+  uneven.bottom = 4, uneven.left = 5, uneven.right = 2;
+  add("5 channels, one row of the kernel", 4, 5, 6, 40, 3, 2, 1).kh = 1;
+  add("5 channels, one column of the kernel", 4, 5, 6, 40, 3, 1, 1).kw = 1;
   return all;
 }
 

@@ -42,6 +42,9 @@ struct GpuCase {
 // Beside the cases of every backend: channels that cp.async can fetch, several blocks, runs and chunks.
 std::vector<ConvCase> gpu_cases();
 
+// Fewer channels than one step of the matrix unit, with and without dilation and strides along x.
+std::vector<ConvCase> few_channel_cases();
+
 extern template struct GpuCase<float>;
 extern template struct GpuCase<double>;
 extern template struct GpuCase<BFloat16>;

@@ -50,6 +50,7 @@ emulator::Statistics compute(GpuCase<T>& c, bool tf32, int offset, uint64_t seed
                                  : (c.p.dtype == DType::kBFloat16 ? TileName::bf16_128x128 : TileName::fp16_128x128);
       force_tile(launch, first, offset);
     }
+    const std::vector<cuda::Vec16> unfolded = unfold<T>(launch);
     std::vector<int32_t> order;
     set_order(launch.args, order, seed % 2 == 1);
     const emulator::Statistics one = run_tile(launch, seed);

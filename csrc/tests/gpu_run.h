@@ -21,9 +21,21 @@ void pack(GpuCase<T>& c) {
   c.packed.resize(static_cast<size_t>(l.elements()) * sizeof(T) + 16);
   void* to = c.packed.data() + (16 - reinterpret_cast<uintptr_t>(c.packed.data()) % 16) % 16;
   a.packed = to;
-  emulator::launch(2, 128, 0, 1,
-                   [&](char*) { cuda::pack_block<T>(a, l.elements(), l.chunks(), l.taps(), l.chunk(), l.flat()); });
+  emulator::launch(2, 128, 0, 1, [&](char*) {
+    cuda::pack_block<T>(a, l.elements(), l.chunks(), l.taps(), l.chunk(), l.run(), l.pixel());
+  });
   c.p.packed = static_cast<const float*>(to);
+}
+
+// The copy of the input that the launch reads, in memory that held NaN; none where it reads the input itself.
+template <typename T>
+std::vector<cuda::Vec16> unfold(cuda::TileLaunch& launch) {
+  constexpr cuda::Vec16 kPoison = {{~0u, ~0u, ~0u, ~0u}};
+  std::vector<cuda::Vec16> memory(static_cast<size_t>(launch.unfold.pieces()), kPoison);
+  if (memory.empty()) return memory;
+  cuda::use_unfolded(launch, memory.data());
+  emulator::launch(3, 64, 0, 1, [&](char*) { cuda::unfold_block<T>(launch.unfold); });
+  return memory;
 }
 
 // Sorts as a launch does: a small batch by one block, or (`by_places`) any batch by counting.

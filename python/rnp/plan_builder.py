@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import rnp_kernels.linear
-import rnp_kernels.max_pool2d  # noqa: F401 (both register their operator's fake kernel)
+import rnp_kernels.linear  # registers its operator's fake kernel, as the next one does
+import rnp_kernels.max_pool2d
 
 from . import graph as g
 from .batchnorm import PrefixBatchNorm2d
@@ -317,8 +317,8 @@ class PlanBuilder(PlanSlots):
         self.emit(linear, reads)
 
     def emit_max_pool(self, step: g.ChannelwiseStep | g.OpaqueStep) -> bool:
-        """Max-pooling of the live channels only, where the operator does it: float32 on a CPU."""
-        if not isinstance(step, g.ChannelwiseStep) or self.device.type != "cpu":
+        """Max-pooling of the live channels only, where the operator does it: see `rnp_kernels.max_pool2d.takes`."""
+        if not isinstance(step, g.ChannelwiseStep) or not rnp_kernels.max_pool2d.runs_on(self.device):
             return False
         pool = self.module(step.call.target) if step.call.op == "call_module" else step.call.as_max_pool()
         if type(pool) is not nn.MaxPool2d or pool.ceil_mode or g.pair(pool.dilation) != [1, 1]:
@@ -332,7 +332,7 @@ class PlanBuilder(PlanSlots):
 
         def max_pool(run: Run) -> None:
             feature_map = run.values[x]
-            if feature_map.dtype is torch.float32:
+            if rnp_kernels.max_pool2d.takes(feature_map):
                 run.values[y] = MAX_POOL(feature_map, run.prefixes[prefix], kernel, stride, padding, tail)
             else:
                 run.values[y] = pool(feature_map)

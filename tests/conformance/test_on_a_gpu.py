@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import rnp
 import rnp_kernels
 from rnp_kernels import backends, conformance, reference, testing
+from rnp_kernels.max_pool2d import runs_on, takes
 
 
 @pytest.fixture(params=["cuda", "triton", "reference"])
@@ -245,6 +246,13 @@ WGMMA = (
                  residual=True, activation="relu"),
     testing.Case("a split K, skipped tail", (2, 1088, 7, 7), 64, kernel=(1, 1), padding=0, tail="skip",
                  in_prefix=(1088, 500), out_prefix=(64, 9), scale="table", bias="table", row=(1, 0)),
+    # Few channels: a copy of the input whose pixels overlap in the copy engine's eyes.
+    testing.Case("unfolded, a stem", (5, 3, 62, 61), 64, kernel=(7, 7), stride=2, padding=3, activation="relu"),
+    testing.Case("unfolded, 3x3", (4, 3, 40, 41), 72, layout="contiguous", in_prefix=(3, 1, 0, 2),
+                 out_prefix=(72, 9, 64, 0), tail="skip"),
+    testing.Case("unfolded, windows", (3, 7, 33, 30), 64, kernel=(3, 2), stride=(1, 3), dilation=(2, 1),
+                 padding=(3, 0, 2, 1), in_prefix=(7, 5, 4), out_prefix=(64, 64, 20), residual=True),
+    testing.Case("unfolded, patches", (2, 3, 64, 96), 136, kernel=(16, 16), stride=16, padding=0),
 )  # fmt: skip
 
 
@@ -259,6 +267,31 @@ def test_wgmma(backend: str, case: testing.Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", WGMMA, ids=str)
 def test_wgmma_of_tf32(backend: str, case: testing.Case) -> None:
     conformance.check_tf32(case, "cuda")
+
+
+@pytest.mark.parametrize("channels", [64, 19])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, 2, 0), (3, 2, 1), (3, 1, 1)])
+def test_max_pooling(backend: str, channels: int, dtype: torch.dtype, kernel: int, stride: int, padding: int) -> None:
+    """Whole pieces of 16 bytes, prefixes that end inside one, and single elements; NaN wins, and none is read."""
+    if backend != "cuda":
+        pytest.skip("an operator of the CUDA library")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, channels, 29, 34, generator=generator).to("cuda", dtype)
+    x[1, 2, 3, 4], x[2, 0] = torch.nan, -torch.inf
+    x = x.contiguous(memory_format=torch.channels_last)
+    prefix = torch.tensor([channels, 5, 16, 0, 1, channels - 8], dtype=torch.int32, device="cuda")
+    live = reference.live(channels, prefix, x)
+    window = [[size, size] for size in (kernel, stride, padding)]
+    expected = torch.nn.functional.max_pool2d(x, kernel, stride, padding)
+    assert takes(x) and runs_on(x.device)
+    pool = torch.ops.rnp.max_pool2d
+    torch.testing.assert_close(pool(x, None, *window, "zero"), expected, rtol=0, atol=0, equal_nan=True)
+    poisoned = torch.where(live, x, torch.nan).contiguous(memory_format=torch.channels_last)
+    zeroed = pool(poisoned, prefix, *window, "zero")
+    torch.testing.assert_close(zeroed, torch.where(live, expected, 0), rtol=0, atol=0, equal_nan=True)
+    skipped = torch.where(live, pool(poisoned, prefix, *window, "skip"), 0)
+    torch.testing.assert_close(skipped, zeroed, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

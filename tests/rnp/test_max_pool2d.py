@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import rnp_kernels.max_pool2d  # noqa: F401 (registers the fake kernel)
 from rnp_kernels import _C
+from rnp_kernels.max_pool2d import runs_on, takes  # registers the fake kernel
 
 OP = torch.ops.rnp.max_pool2d.default
 CASES = {  # input, kernel, stride, padding
@@ -88,6 +88,23 @@ def test_errors():
     ):
         with pytest.raises(RuntimeError, match=text):
             OP(*arguments)
+
+
+def test_what_it_takes_in_place_of_torch():
+    """On a CPU float32 in any layout; elsewhere halves too, in the layout that it would not have to change."""
+    x = torch.empty(2, 8, 4, 4)
+    last = x.to(memory_format=torch.channels_last)
+    assert takes(x) and takes(last) and not takes(last.bfloat16()) and not takes(x.double())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert takes(last.to("meta", dtype)) and not takes(x.to("meta", dtype))
+    assert not takes(last.to("meta", torch.float64))
+    assert runs_on(x.device) and not runs_on(torch.device("meta"))
+
+
+def test_halves_on_a_cpu_are_left_to_torch():
+    x, _, kernel, stride, padding = inputs("vgg")
+    with pytest.raises(RuntimeError, match="input must be Float"):
+        OP(x.bfloat16(), None, kernel, stride, padding, "zero")
 
 
 def test_opcheck():
