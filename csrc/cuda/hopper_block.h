@@ -107,8 +107,9 @@ struct HopperBlock {
   RNP_DEVICE bool tall() const { return Tile::kTurns && p.cut.bm == kTallRows; }
   RNP_DEVICE bool turns() const { return Tile::kTurns && !tall() && p.segment_chunks >= p.chunks; }
 
-  // Whether a warp asks for the residual's lines while the tile is multiplied.
+  // Whether a warp asks for the residual's lines while the tile is multiplied, and whether it has anything to do.
   RNP_DEVICE bool prefetches() const { return p.residual && p.vectors && !p.partial; }
+  RNP_DEVICE bool helps() const { return prefetches() || windows(); }
 
   RNP_DEVICE int rows() const { return Tile::kTurns ? p.cut.bm : Tile::BM; }
   RNP_DEVICE bool windows() const { return p.window_rows > 0; }
@@ -140,7 +141,7 @@ struct HopperBlock {
       for (int i = 0; i < Tile::kStages; ++i) init_barrier(full + i, kHopperLoaders), init_barrier(empty + i, warps);
       for (int i = 0; i < 2; ++i) {
         init_barrier(rows_full + i, 1);
-        init_barrier(rows_empty + i, warps + kHopperLoaders / 32 + (prefetches() ? 1 : 0));
+        init_barrier(rows_empty + i, warps + kHopperLoaders / 32 + (helps() ? 1 : 0));
         init_barrier(turn + i, kWarps / 2);
         init_barrier(window_full + i, 32), init_barrier(window_empty + i, warps), init_barrier(window_landed + i, 1);
       }

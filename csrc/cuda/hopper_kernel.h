@@ -1,5 +1,5 @@
-// The tile kernel of sm_90a, one thread block's view: two warps load, one describes, one asks for the residual's
-// lines, two warpgroups multiply.
+// The tile kernel of sm_90a, one thread block's view: two warps load, one describes, one helps,
+// two warpgroups multiply.
 //
 // The describer finds a tile's samples and the boxes of rows that follow each other in memory. Loaders bring its
 // stages: the weights by one bulk copy each; the input by an im2col copy for each box where all channels of a row's
@@ -12,8 +12,8 @@
 
 #include "cuda/hopper_consumer.h"
 #include "cuda/hopper_describer.h"
+#include "cuda/hopper_helper.h"
 #include "cuda/hopper_loader.h"
-#include "cuda/hopper_prefetcher.h"
 
 namespace rnp::cuda {
 
@@ -28,8 +28,8 @@ RNP_DEVICE void hopper_block(const ConvArgs& p, const TensorMap* maps, char* sha
       HopperLoader<Tile>{block}.load();
     else if (thread_index() < kHopperLoaders + 32)
       HopperDescriber<Tile>{block}.describe();
-    else if (block.prefetches())
-      HopperPrefetcher<Tile>{block}.prefetch_residual();
+    else if (block.helps())
+      HopperHelper<Tile>{block}.help();
   } else {
     take_registers<kConsumerRegisters>();
     HopperConsumer<Tile>{block}.consume();

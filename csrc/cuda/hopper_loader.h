@@ -70,34 +70,9 @@ struct HopperLoader : HopperBlock<Tile> {
     }
   }
 
-  // Zeros for the channels of a window's rows that are not live. `chunk`: what the window holds.
-  RNP_DEVICE void scrub(const TileState& s, const Run* runs, int32_t chunk, char* window) const {
-    const int32_t positions = static_cast<int32_t>(p.cut.positions);
-    int32_t begin = 0;
-    RNP_ROLL
-    for (int i = 0; begin < rows(); ++i) {
-      const int32_t next = (i + 1) * positions - static_cast<int32_t>(s.pixel),
-                    live = runs[i].in_live - chunk * Tile::BK;
-      const int32_t end = next < rows() ? next : p.window_rows;
-      if (live > 0 && live < Tile::BK) {
-        RNP_ROLL
-        for (int32_t at = begin * 8 + thread_index(); at < end * 8; at += 32) {
-          const int32_t piece = at & 7, first = live - piece * Tile::kPiece;
-          char* const to = window + swizzled(at >> 3, piece);
-          if (first <= 0) {
-            *reinterpret_cast<Vec16*>(to) = Vec16{};
-          } else {
-            RNP_ROLL
-            for (int32_t e = first; e < Tile::kPiece; ++e) reinterpret_cast<T*>(to)[e] = T{};
-          }
-        }
-      }
-      begin = next;
-    }
-  }
-
-  // A tile's windows, by the first warp: each lane asks for one box of rows of every chunk.
-  RNP_DEVICE void fetch_windows(const TileState& s, const Run* runs, const Box* boxes, uint32_t& landed) const {
+  // A tile's windows, by the first warp: each lane asks for one box of rows of every chunk. Full when they have come,
+  // or, where dead channels have come too, when HopperHelper says so.
+  RNP_DEVICE void fetch_windows(const TileState& s, const Run* runs, const Box* boxes) const {
     const int lane = thread_index(), own = lane < s.boxes ? lane : 0;
     const Box box = boxes[own];
     const Run& run = runs[box.run];
@@ -112,16 +87,7 @@ struct HopperLoader : HopperBlock<Tile> {
       if (lane < s.boxes)
         copy_im2col(window + box.row * kPackBytes, maps + box.size, barrier,
                     chunk < end ? group + chunk * Tile::BK : p.c_in, at.w, at.h, at.n, 0, 0);
-      if (!s.scrub) {
-        if (lane == 0) arrive_for(barrier, 32);
-        continue;
-      }
-      if (lane == 0) arrive(barrier);
-      wait_barrier(barrier, landed >> ring.at & 1);
-      landed ^= 1u << ring.at;
-      scrub(s, runs, chunk, window);
-      publish_writes();
-      arrive(window_full + ring.at);
+      if (lane == 0) arrive_for(barrier, s.scrub ? 1 : 32);
     }
   }
 
@@ -178,7 +144,6 @@ struct HopperLoader : HopperBlock<Tile> {
   }
 
   RNP_DEVICE void load() const {
-    uint32_t landed = 0;  // the parities of window_landed, a bit for each
     for (Ring buffer{2};; buffer.next()) {
       wait_barrier(rows_full + buffer.at, buffer.parity);
       const TileState s = states[buffer.at];
@@ -188,7 +153,7 @@ struct HopperLoader : HopperBlock<Tile> {
       const Run* runs = runs_of(buffer.at);
       if (windows()) {
         if (thread_index() < 32)
-          fetch_windows(s, runs, boxes_of(buffer.at), landed);
+          fetch_windows(s, runs, boxes_of(buffer.at));
         else if (thread_index() == 32)
           fetch_stages(s, stages, ring);
       } else if (s.boxes == 0) {

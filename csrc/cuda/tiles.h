@@ -124,7 +124,7 @@ constexpr int kBoxSizes = 8;    // of the boxes that im2col copies bring: 1, 2, 
 constexpr int kMostBoxes = 32;  // of a tile
 // Registers of a thread of either kind: 128 · 88 + 256 · 208 = 384 · 168, what the kernel starts with. A consumer holds
 // up to 128 sums, a producer addresses.
-constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
+constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 static_assert(128 * kProducerRegisters + kHopperConsumers * kConsumerRegisters == kHopperThreads * 168);
 
 // X(name, storage, BN, registers): all tiles of sm_90a. `registers`: of one thread at the start, 65536 / 384 rounded
