@@ -58,6 +58,7 @@ void expect_bytes(uint64_t* barrier, uint32_t bytes);
 void wait_barrier(uint64_t* barrier, uint32_t parity);
 void sync_warp();
 void sync_threads(int number, int threads);
+void wrote(const void* shared);  // an ordinary store, which is not published yet
 void publish_writes();
 void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier);
 void copy_im2col(void* shared, const TensorMap& map, uint64_t* barrier, int32_t c, int32_t w, int32_t h, int32_t n,

@@ -80,6 +80,7 @@ RNP_DEVICE void sync_threads(int number, int threads) {
 
 // What threads wrote to shared memory by ordinary stores or cp.async, and this thread has waited for, is seen by the
 // wgmma that it issues next [fence.proxy.async].
+RNP_DEVICE void wrote(const void*) {}  // 16 bytes, by an ordinary store that wgmma must see: the emulator checks that
 RNP_DEVICE void publish_writes() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
 // `bytes`, a multiple of 16, by the copy engine; they count towards the barrier. All addresses are aligned to 16.
@@ -163,6 +164,7 @@ inline void expect_bytes(uint64_t* barrier, uint32_t bytes) { emulator::expect_b
 inline void wait_barrier(uint64_t* barrier, uint32_t parity) { emulator::wait_barrier(barrier, parity); }
 inline void sync_warp() { emulator::sync_warp(); }
 inline void sync_threads(int number, int threads) { emulator::sync_threads(number, threads); }
+inline void wrote(const void* shared) { emulator::wrote(shared); }
 inline void publish_writes() { emulator::publish_writes(); }
 inline void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
   emulator::copy_bulk(shared, global, bytes, barrier);

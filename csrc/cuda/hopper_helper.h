@@ -43,6 +43,7 @@ struct HopperHelper : HopperEpilogue<Tile> {
           RNP_ROLL
           for (int32_t c = live; c < Tile::BK;) {
             char* const to = window + swizzled(row, c / Tile::kPiece);
+            wrote(to);
             if (c % Tile::kPiece == 0) {
               *reinterpret_cast<Vec16*>(to) = Vec16{};
               c += Tile::kPiece;

@@ -340,6 +340,12 @@ void sync_threads(int number, int threads) {
   while (b.generation == generation) leave_to_scheduler(false);
 }
 
+void wrote(const void* shared) {
+  const size_t unit = place_of(checked_shared(shared, 1, 1)) / 16;
+  machine->unpublished[unit] = machine->current + 1;
+  machine->fibers[static_cast<size_t>(machine->current)].landed.push_back(unit);
+}
+
 void publish_writes() {
   Machine& m = *machine;
   Fiber& fiber = m.fibers[static_cast<size_t>(m.current)];
