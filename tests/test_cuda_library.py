@@ -84,9 +84,19 @@ SMALL = {"input": (4, 512, 7, 7), "weight": (512, 512, 3, 3)}
 @pytest.mark.parametrize(
     ("changed", "kernel"),
     [
-        ({}, "tile sm90_bf16_128x128, 256 rows x 128 channels"),
-        ({"weight": (64, 128, 3, 3)}, "tile sm90_bf16_128x128, 256 rows x 64 channels"),
-        ({"input": (8, 128, 28, 28)}, "tile sm90_bf16_128x128, 128 rows x 64 channels"),
+        ({}, "tile sm90_bf16_128x128, 128 rows x 128 channels, input kept for all taps"),
+        (
+            {"weight": (64, 128, 3, 3)},
+            "tile sm90_bf16_128x128, 128 rows x 64 channels, input kept for all taps",
+        ),
+        (
+            {"input": (8, 128, 28, 28)},
+            "tile sm90_bf16_128x128, 128 rows x 64 channels, input kept for all taps",
+        ),
+        (
+            {"input": (256, 256, 56, 56), "weight": (64, 256, 1, 1), "padding": (0, 0, 0, 0)},
+            "tile sm90_bf16_128x128, 256 rows x 64 channels",
+        ),
         (
             {"input": (256, 512, 28, 28), "weight": (128, 512, 1, 1), "padding": (0, 0, 0, 0)},
             "tile sm90_bf16_128x128, 128 rows x 128 channels",
@@ -103,10 +113,13 @@ SMALL = {"input": (4, 512, 7, 7), "weight": (512, 512, 3, 3)}
         ({"weight": (48, 128, 3, 3)}, "tile bf16_128x64, 128 rows x 64 channels"),  # wgmma needs 64 outputs
         (
             {"input": (64, 3, 224, 224), "weight": (64, 3, 3, 3), "channels_last": False},
-            "tile sm90_bf16_128x128, 128 rows x 64 channels, rows of taps as channels of an unfolded copy",
+            "tile sm90_bf16_128x128, 256 rows x 64 channels, rows of taps as channels of an unfolded copy",
         ),
         ({"channels_last": False}, "tile bf16_128x64, 128 rows x 64 channels, gathered"),
-        ({"dtype": "float32"}, "tile sm90_tf32_128x128, 256 rows x 128 channels"),
+        (
+            {"dtype": "float32"},
+            "tile sm90_tf32_128x128, 128 rows x 128 channels, input kept for all taps",
+        ),
         (
             {"dtype": "float32", "input": (256, 256, 14, 14), "weight": (512, 256, 3, 3)},
             "tile sm90_tf32_128x256, 128 rows x 256 channels",
