@@ -220,14 +220,14 @@ Seen check_hopper(DType dtype, cuda::Role role, double store, const char* name) 
   Seen all;
   const bool forward = role == cuda::Role::kForward;
   for (const ConvCase& c : hopper_cases()) {
-    // Windows meet every mode where they can.
+    // Windows, where they can be: three modes of each case, every mode with every tile over the cases.
     constexpr Way kWindowWays[] = {Way::kWindow, Way::kWindowTall, Way::kWindowNarrow, Way::kWindowWide};
-    for (int turn = 0; turn < 6; ++turn) {
+    for (int turn = 0; turn < 3; ++turn) {
       constexpr GpuMode modes[] = {GpuMode::kFull,   GpuMode::kMixed,    GpuMode::kGroups,
                                    GpuMode::kTables, GpuMode::kResidual, GpuMode::kSkip};
-      if (forward || turn < 3)
-        check_way<T>(c, modes[turn], kWindowWays[(turn + number) % 4], role, dtype, static_cast<uint64_t>(turn) + 3,
-                     store, name, all);
+      const GpuMode mode = modes[forward ? (number + 2 * turn) % 6 : turn];
+      check_way<T>(c, mode, kWindowWays[(turn + number) % 4], role, dtype, static_cast<uint64_t>(turn) + 3, store, name,
+                   all);
     }
     // Ways and modes take turns, so that each way meets each mode over the cases and roles; tall tiles meet every case.
     for (const bool tall : {false, true}) {
@@ -251,7 +251,7 @@ Seen check_hopper(DType dtype, cuda::Role role, double store, const char* name) 
   CHECK(all.bulk > 1000000 && all.im2col > 1000000 && all.copied > 100000) << name << ": a way to fetch was not tried";
   CHECK(all.vectors > 20 && (all.with_residual > 3 || !forward))
       << name << ": " << all.vectors << " launches by 16 bytes, " << all.with_residual << " with a residual";
-  CHECK(all.windows > 20) << name << ": " << all.windows << " launches with windows";
+  CHECK(all.windows > 15) << name << ": " << all.windows << " launches with windows";
   CHECK(all.splits > 1 && all.wide > 0 && all.tall > 10) << name << ": split, wide or tall tiles were not tried";
   return all;
 }
