@@ -64,9 +64,14 @@ bool encode(const Im2colBox& b, int element, Maps* maps) {
 // A persistent grid: a block to each multiprocessor, never more than there can be tiles. Then the sum of the segments.
 template <typename Tile>
 cudaError_t launch(const TileLaunch& what, int multiprocessors, cudaStream_t stream) {
-  ConvArgs args = what.args;
+  TileLaunch own = what;
+  ConvArgs& args = own.args;
   Maps maps = {};
-  args.use_tma = args.use_tma && encode(what.box, Tile::kElement, &maps);
+  if (args.use_tma && !encode(own.box, Tile::kElement, &maps)) {
+    // Windows have no other way to come.
+    if (args.window_rows > 0) set_hopper_tile(own, {args.cut.bm, args.cut.bn}, false);
+    args.use_tma = false;
+  }
   const auto kernel = hopper_tile_kernel<Tile>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
   if (error != cudaSuccess) return error;
