@@ -7,7 +7,7 @@
 #   bench/gpu_suite.sh --list                the steps and their limits in seconds, and their sum
 #   bench/gpu_suite.sh --dry-run [folder]    what can be tried without a GPU (default folder: build/gpu-dry-run)
 #
-# Needs python3 with torch for CUDA, triton, pytest (and pytest-xdist, if Triton's part shall end in time) and pybind11; cmake,
+# Needs python3 with torch for CUDA, triton, pytest (and pytest-xdist, if the conformance suite shall end in time) and pybind11; cmake,
 # ninja and nvcc for the CUDA library (without nvcc the Triton backend alone is tested). The library is built for this GPU's
 # architecture alone, or as RNP_CUDA_ARCHS says; GPU_SITE names a folder where the package is built already. A step that fails or runs out of time is recorded, and the next one runs
 # all the same: suite.json holds environment, commit and, written as they come, every step with its status and seconds; *.log
@@ -89,11 +89,11 @@ cp "$out/doctor.log" "$out/doctor.json"
 pytest=("$PYTHON" -m pytest -q -p no:cacheprovider --import-mode=importlib -c "$checkout/pyproject.toml" --rootdir "$checkout")
 list=()
 [ -n "$gpu" ] || list=(--collect-only)  # of a dry run: the tests are found, and skip for lack of a GPU
-# Triton compiles a kernel for nearly every case: eight workers were through six tenths of them after 75 seconds.
-workers=()
-"$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n "$(nproc)")
+# On an H200 four workers took 36 seconds for the one; twelve 103 for Triton, which compiles a kernel for nearly every case.
+few_workers=() workers=()
+"$PYTHON" -c 'import xdist' 2> /dev/null && few_workers=(-n 4) workers=(-n "$(nproc)")
 # The CPU's own backend is tested elsewhere, and would take the time of the others.
-step conformance-cuda env -C "$out" "${pytest[@]}" "${list[@]}" -k "not cpu and not triton" \
+step conformance-cuda env -C "$out" "${pytest[@]}" "${list[@]}" "${few_workers[@]}" -k "not cpu and not triton" \
   --junitxml "$out/conformance-cuda.xml" "$checkout/tests/conformance"
 step conformance-triton env -C "$out" "${pytest[@]}" "${list[@]}" "${workers[@]}" -k triton \
   --junitxml "$out/conformance-triton.xml" "$checkout/tests/conformance"

@@ -1,4 +1,4 @@
-// Runs every registered test, or those whose name contains the argument, or (`--part 2 8`) every eighth from the
+// Runs every registered test, or those whose name contains the argument, or (`--part 2 24`) every 24th from the
 // third on, so that processes share them. Exit status 0 only if all ran and passed.
 #include <algorithm>
 #include <cstdlib>
