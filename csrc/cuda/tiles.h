@@ -122,7 +122,7 @@ struct HopperTile {
 constexpr int kHopperLoaders = 64, kHopperConsumers = 256, kHopperThreads = 384;
 constexpr int kBoxSizes = 8;    // of the boxes that im2col copies bring: 1, 2, 4 … 128 rows of a tile
 constexpr int kMostBoxes = 32;  // of a tile
-// Registers of a thread of either kind: 128 · 88 + 256 · 208 = 384 · 168, what the kernel starts with. A consumer holds
+// Registers of a thread of either kind: 128 · 72 + 256 · 216 = 384 · 168, what the kernel starts with. A consumer holds
 // up to 128 sums, a producer addresses.
 constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 static_assert(128 * kProducerRegisters + kHopperConsumers * kConsumerRegisters == kHopperThreads * 168);
