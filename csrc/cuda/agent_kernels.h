@@ -3,9 +3,6 @@
 
 #include <cmath>
 #include <type_traits>
-#if !defined(__CUDACC__)
-#include <bit>
-#endif
 
 #include "cuda/agent_args.h"
 #include "cuda/device.h"
@@ -79,45 +76,6 @@ RNP_DEVICE void agent_step_block(const AgentStepArgs& p, float* shared) {
     }
     sync_block();
   }
-}
-
-// The larger one; NaN wins, as in torch. Two elements of 2 bytes at once, or the bits of one float.
-#if defined(__CUDACC__)
-#define RNP_LARGER(type)                                              \
-  uint32_t out;                                                       \
-  asm("max.NaN." type " %0, %1, %2;\n" : "=r"(out) : "r"(a), "r"(b)); \
-  return out
-RNP_DEVICE uint32_t larger(BFloat16, uint32_t a, uint32_t b) { RNP_LARGER("bf16x2"); }
-RNP_DEVICE uint32_t larger(Float16, uint32_t a, uint32_t b) { RNP_LARGER("f16x2"); }
-RNP_DEVICE uint32_t larger(float, uint32_t a, uint32_t b) {
-  float out;
-  asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(out) : "f"(__uint_as_float(a)), "f"(__uint_as_float(b)));
-  return __float_as_uint(out);
-}
-#undef RNP_LARGER
-#else
-inline float larger_float(float a, float b) { return a != a || a > b ? a : b; }
-inline uint32_t larger(float, uint32_t a, uint32_t b) {
-  return std::bit_cast<uint32_t>(larger_float(std::bit_cast<float>(a), std::bit_cast<float>(b)));
-}
-template <typename T>
-uint32_t larger(T, uint32_t a, uint32_t b) {
-  const auto part = [](uint32_t v, int shift) { return widen(T{static_cast<uint16_t>(v >> shift)}); };
-  return narrow_two(T{}, larger_float(part(a, 0), part(b, 0)), larger_float(part(a, 16), part(b, 16)));
-}
-#endif
-
-template <typename T>
-RNP_DEVICE Vec16 larger_of(T, const Vec16& a, const Vec16& b) {
-  Vec16 out;
-  RNP_UNROLL
-  for (int i = 0; i < 4; ++i) out.word[i] = larger(T{}, a.word[i], b.word[i]);
-  return out;
-}
-RNP_DEVICE float larger_of(float, float a, float b) { return a != a || a > b ? a : b; }
-template <typename T>
-RNP_DEVICE T larger_of(T, T a, T b) {
-  return narrow<T>(larger_of(0.0f, widen(a), widen(b)));
 }
 
 struct PoolWindow {  // rows and columns inside the map; never empty

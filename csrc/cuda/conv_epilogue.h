@@ -86,23 +86,6 @@ RNP_DEVICE void store_slab(const ConvArgs& p, const Row* rows, const Slab& s, in
   }
 }
 
-// max(v, 0) of 16 bytes of elements.
-RNP_DEVICE Vec16 relu_of(float, Vec16 v) {
-  union {
-    Vec16 whole;
-    float element[4];
-  } out = {v};
-  RNP_UNROLL
-  for (int i = 0; i < 4; ++i) out.element[i] = relu(out.element[i]);
-  return out.whole;
-}
-template <typename T>
-RNP_DEVICE Vec16 relu_of(T, Vec16 v) {
-  RNP_UNROLL
-  for (int i = 0; i < 4; ++i) v.word[i] = no_less(T{}, v.word[i], floor_of(T{}, 0.0f));
-  return v;
-}
-
 // Channels beyond the prefix, zero or what the residual leaves there, 16 bytes at a time (ConvArgs::vectors). A warp
 // takes a slice of one sample's (pixel, piece) pairs, and four pieces a lane at a time: in ResNet's blocks this moves
 // more bytes than the convolution, and with one element a lane it took an H200 three times as long.
@@ -142,7 +125,7 @@ RNP_DEVICE void write_tail_vectors(const ConvArgs& p, int thread, int threads) {
       }
       RNP_UNROLL
       for (int b = 0; b < kBatch; ++b) {
-        if (p.relu) v[b] = relu_of(T{}, v[b]);
+        if (p.relu) v[b] = larger_of(T{}, v[b], Vec16{});
         if (channel[b] >= live) {
           *reinterpret_cast<Vec16*>(to[b]) = v[b];
         } else {

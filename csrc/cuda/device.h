@@ -13,6 +13,8 @@
 #define RNP_UNROLL _Pragma("unroll")
 #define RNP_ROLL _Pragma("unroll 1")
 #else
+#include <bit>
+
 #include "cuda/emulator.h"
 #define RNP_DEVICE inline
 #define RNP_UNROLL
@@ -156,29 +158,21 @@ RNP_DEVICE uint32_t narrow_two(Float16, float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(high), "f"(low));
   return out;
 }
-// The inverse.
-RNP_DEVICE Pair widen_two(float, Pair v) { return v; }
-template <typename T>
-RNP_DEVICE Pair widen_two(T, uint32_t v) {
-  return {widen(T{static_cast<uint16_t>(v)}), widen(T{static_cast<uint16_t>(v >> 16)})};
+// The larger one; NaN wins, as in torch. Two elements of 2 bytes at once, or the bits of one float.
+#define RNP_LARGER(type)                                              \
+  uint32_t out;                                                       \
+  asm("max.NaN." type " %0, %1, %2;\n" : "=r"(out) : "r"(a), "r"(b)); \
+  return out
+RNP_DEVICE uint32_t larger(BFloat16, uint32_t a, uint32_t b) { RNP_LARGER("bf16x2"); }
+RNP_DEVICE uint32_t larger(Float16, uint32_t a, uint32_t b) { RNP_LARGER("f16x2"); }
+#undef RNP_LARGER
+RNP_DEVICE float larger_of(float, float a, float b) {
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(out) : "f"(a), "f"(b));
+  return out;
 }
-// Both elements, or the floor where that is more; NaN passes. A floor of 0 is ReLU, -infinity changes nothing.
-RNP_DEVICE float floor_of(float, float floor) { return floor; }
-template <typename T>
-RNP_DEVICE uint32_t floor_of(T, float floor) {
-  return narrow_two(T{}, floor, floor);
-}
-RNP_DEVICE Pair no_less(float, Pair v, float floor) {
-  asm("max.NaN.f32 %0, %0, %2;\nmax.NaN.f32 %1, %1, %2;\n" : "+f"(v.low), "+f"(v.high) : "f"(floor));
-  return v;
-}
-RNP_DEVICE uint32_t no_less(BFloat16, uint32_t v, uint32_t floor) {
-  asm("max.NaN.bf16x2 %0, %0, %1;\n" : "+r"(v) : "r"(floor));
-  return v;
-}
-RNP_DEVICE uint32_t no_less(Float16, uint32_t v, uint32_t floor) {
-  asm("max.NaN.f16x2 %0, %0, %1;\n" : "+r"(v) : "r"(floor));
-  return v;
+RNP_DEVICE uint32_t larger(float, uint32_t a, uint32_t b) {
+  return __float_as_uint(larger_of(0.0f, __uint_as_float(a), __uint_as_float(b)));
 }
 template <typename T>
 RNP_DEVICE T narrow(float v);
@@ -253,26 +247,49 @@ template <typename T>
 inline uint32_t narrow_two(T, float low, float high) {
   return narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16;
 }
-inline Pair widen_two(float, Pair v) { return v; }
-template <typename T>
-inline Pair widen_two(T, uint32_t v) {
-  return {widen(T{static_cast<uint16_t>(v)}), widen(T{static_cast<uint16_t>(v >> 16)})};
-}
-inline float floor_of(float, float floor) { return floor; }
-template <typename T>
-inline uint32_t floor_of(T, float floor) {
-  return narrow_two(T{}, floor, floor);
-}
-inline Pair no_less(float, Pair v, float floor) {
-  return {v.low < floor ? floor : v.low, v.high < floor ? floor : v.high};
+inline float larger_of(float, float a, float b) { return a != a || a > b ? a : b; }
+inline uint32_t larger(float, uint32_t a, uint32_t b) {
+  return std::bit_cast<uint32_t>(larger_of(0.0f, std::bit_cast<float>(a), std::bit_cast<float>(b)));
 }
 template <typename T>
-inline uint32_t no_less(T, uint32_t v, uint32_t floor) {
-  const Pair two = widen_two(T{}, v), least = widen_two(T{}, floor);
-  const Pair most = no_less(0.0f, two, least.low);
-  return narrow_two(T{}, most.low, most.high);
+inline uint32_t larger(T, uint32_t a, uint32_t b) {
+  const auto part = [](uint32_t v, int shift) { return widen(T{static_cast<uint16_t>(v >> shift)}); };
+  return narrow_two(T{}, larger_of(0.0f, part(a, 0), part(b, 0)), larger_of(0.0f, part(a, 16), part(b, 16)));
 }
 
 #endif
+
+// The inverse of narrow_two.
+RNP_DEVICE Pair widen_two(float, Pair v) { return v; }
+template <typename T>
+RNP_DEVICE Pair widen_two(T, uint32_t v) {
+  return {widen(T{static_cast<uint16_t>(v)}), widen(T{static_cast<uint16_t>(v >> 16)})};
+}
+
+template <typename T>
+RNP_DEVICE T larger_of(T, T a, T b) {
+  return narrow<T>(larger_of(0.0f, widen(a), widen(b)));
+}
+template <typename T>
+RNP_DEVICE Vec16 larger_of(T, const Vec16& a, const Vec16& b) {
+  Vec16 out;
+  RNP_UNROLL
+  for (int i = 0; i < 4; ++i) out.word[i] = larger(T{}, a.word[i], b.word[i]);
+  return out;
+}
+
+// What narrow_two makes of a floor, and both elements or the floor where that is more: 0 is ReLU, -infinity nothing.
+RNP_DEVICE float floor_of(float, float floor) { return floor; }
+template <typename T>
+RNP_DEVICE uint32_t floor_of(T, float floor) {
+  return narrow_two(T{}, floor, floor);
+}
+RNP_DEVICE Pair no_less(float, Pair v, float floor) {
+  return {larger_of(0.0f, v.low, floor), larger_of(0.0f, v.high, floor)};
+}
+template <typename T>
+RNP_DEVICE uint32_t no_less(T, uint32_t v, uint32_t floor) {
+  return larger(T{}, v, floor);
+}
 
 }  // namespace rnp::cuda
