@@ -42,7 +42,7 @@ STEMS = (
 )  # fmt: skip
 # Every case of the common list that Winograd can compute, layouts, epilogues and prefixes included.
 WINOGRAD_CASES = [
-    c for c in CASES if c.kernel == (3, 3) and c.stride == 1 and c.dilation == 1 and c.groups == 1 and c.input[0] > 0
+    c for c in CASES if c.kernel == (3, 3) and c.stride == 1 and c.groups == 1 and c.input[0] > 0
 ] + list(EXTRA)
 WITH_TILES = [(c, tile) for c in WINOGRAD_CASES for tile in (2, 4)] + [
     (c, 4) for c in (*STEMS, *(c for c in CASES if c.kernel == (7, 7) and c.layout == "channels_last"))
@@ -240,7 +240,7 @@ def test_it_is_ignored_where_winograd_does_not_apply() -> None:
     w = torch.randn(64, 64, 3, 3)
     x = torch.randn(2, 64, 14, 14)
     winograd = rnp_kernels.pack_winograd(w, 4)
-    for options in ({"stride": 2}, {"dilation": 2}):
+    for options in ({"stride": 2}, {"stride": (1, 2)}, {"padding": 14, "dilation": (20, 1)}):
         ours = rnp_kernels.prefix_conv2d(x, w, winograd=winograd, **options)
         assert torch.equal(ours, rnp_kernels.prefix_conv2d(x, w, **options))
     with torch.autocast("cpu", torch.bfloat16):

@@ -5,6 +5,8 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "core/winograd.h"
+
 namespace rnp {
 namespace {
 
@@ -41,7 +43,7 @@ Algorithm by_shape(const ConvShape& s) {
   // Products for each pair of channels. Tiles that hang over the edge waste some: long and thin maps gain nothing.
   const int64_t outputs = s.out_h * s.out_w, direct = 9 * outputs;
   const auto products = [&](int64_t m) {
-    return (m + 2) * (m + 2) * ((s.out_h + m - 1) / m) * ((s.out_w + m - 1) / m);
+    return (m + 2) * (m + 2) * winograd_tiles(s.out_h, m, s.dilation_h) * winograd_tiles(s.out_w, m, s.dilation_w);
   };
   if (outputs >= kFewestOutputs4 && products(4) * 10 <= direct * 6) return Algorithm::kWinograd4;
   if (outputs >= kFewestOutputs2 && products(2) * 10 <= direct * 7) return Algorithm::kWinograd2;
@@ -52,12 +54,14 @@ Algorithm by_shape(const ConvShape& s) {
 
 bool winograd_can(const ConvShape& s, DType dtype) {
   if (dtype != DType::kFloat32 || s.kh != s.kw || s.stride_h != s.stride_w) return false;
-  const bool kernel = (s.kh == 3 && s.stride_h == 1) || (s.kh == 7 && s.stride_h == 2 && s.c_in <= 4);
-  return kernel && s.dilation_h == 1 && s.dilation_w == 1 && s.groups == 1;
+  const bool stem = s.kh == 7 && s.stride_h == 2 && s.c_in <= 4 && s.dilation_h == 1 && s.dilation_w == 1;
+  return s.groups == 1 && (stem || (s.kh == 3 && s.stride_h == 1));
 }
 
 Algorithm choose_algorithm(const ConvShape& s, DType dtype, int64_t in_live, int64_t out_live) {
   if (!winograd_can(s, dtype) || in_live == 0 || out_live == 0) return Algorithm::kDirect;
+  // Not one interleaved map of more than an output: there may be more tiles than outputs.
+  if (s.dilation_h > s.out_h || s.dilation_w > s.out_w) return Algorithm::kDirect;
   if (folds(s) && in_live < s.c_in) return Algorithm::kDirect;
   const int now = setting.load(std::memory_order_relaxed);
   if (now != 0) {

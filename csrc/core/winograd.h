@@ -9,6 +9,8 @@
 // normal data: 1.4e-6 against 3.0e-6). The polynomials behind the matrices are x (x^2 - p) (x^2 - q), p = 4/9, q = 9/4,
 // p q = 1.
 //
+// Dilation d: outputs d apart read inputs d apart, so d x d interleaved maps are convolved with dilation 1 each.
+//
 // r = 4, m = 4: the stem of a ResNet, a 7x7 kernel in steps of two over up to 4 channels. *Folded*: each 2x2 pixels of
 // the input are the channels [row][column][channel] of one pixel of half the resolution, and of the kernel's 8x8 taps,
 // the eighth of each axis 0, as many are left: a 4x4 kernel in steps of one. 49 products a folded channel and tile
@@ -26,6 +28,11 @@ template <int kTaps>  // r
 struct WinogradPoints {
   static constexpr double a = kTaps == 4 ? 0.5 : 2.0 / 3, b = 1 / a, p = a * a, q = b * b;
 };
+
+// Tiles along an axis of `outputs`: with a dilation, of so many interleaved maps, all as long as the longest.
+inline int64_t winograd_tiles(int64_t outputs, int64_t tile, int64_t dilation) {
+  return (outputs + tile * dilation - 1) / (tile * dilation) * dilation;
+}
 
 // Floats of a folded pixel in memory: [row][column][channel], and what is left.
 constexpr int64_t kFoldedPixel = 16;

@@ -62,6 +62,7 @@ bool pooling_follows(const SegmentProgram& program, const std::vector<MapShape>&
   if (i + 1 >= program.steps.size()) return false;
   const SegmentStep &s = program.steps[i], &next = program.steps[i + 1];
   if (s.op != SegmentOp::kConv || next.op != SegmentOp::kMaxPool || next.x != s.y || s.winograd < 0) return false;
+  if (s.dilation_h * s.dilation_w > 1) return false;  // the outputs of a tile are no neighbours
   const auto has = [&](const std::vector<int64_t>& slots) {
     return std::find(slots.begin(), slots.end(), s.y) != slots.end();
   };

@@ -40,6 +40,7 @@ void transform_input(const Work& work, const WinogradPiece& piece) {
   const PrefixConv2dParams& p = call.p;
   const ConvShape& s = p.shape;
   const int64_t edge = call.layout.edge(), in_live = piece.of->in_live, channels = call.channels(in_live);
+  const int64_t y_span = (edge - 1) * s.dilation_h, x_span = (edge - 1) * s.dilation_w;
   const auto pixels = reinterpret_cast<const float**>(work.memory + work.item.pixels);
   float* zeros = work.memory + work.item.zeros;
   std::fill(zeros, zeros + channels, 0.0f);
@@ -71,15 +72,15 @@ void transform_input(const Work& work, const WinogradPiece& piece) {
     }
     const float** to = pixels + before * edge * edge;
     for (int64_t t = first; t < end; ++t) {
-      const int64_t top = t / call.tiles_w * call.layout.tile + y0, left = t % call.tiles_w * call.layout.tile + x0;
-      if (top >= 0 && left >= 0 && top + edge <= rows && left + edge <= cols) {  // most: nothing to look at
+      const int64_t top = call.first_row(t) + y0, left = call.first_col(t) + x0;
+      if (top >= 0 && left >= 0 && top + y_span < rows && left + x_span < cols) {  // most: nothing to look at
         const float* row = base + top * row_step + left * col_step;
-        for (int64_t y = 0; y < edge; ++y, row += row_step, to += edge)
-          for (int64_t x = 0; x < edge; ++x) to[x] = row + x * col_step;
+        for (int64_t y = 0; y < edge; ++y, row += s.dilation_h * row_step, to += edge)
+          for (int64_t x = 0; x < edge; ++x) to[x] = row + x * s.dilation_w * col_step;
         continue;
       }
-      for (int64_t y = top; y < top + edge; ++y)
-        for (int64_t x = left; x < left + edge; ++x)
+      for (int64_t y = top; y <= top + y_span; y += s.dilation_h)
+        for (int64_t x = left; x <= left + x_span; x += s.dilation_w)
           *to++ = y < 0 || y >= rows || x < 0 || x >= cols ? zeros : base + y * row_step + x * col_step;
     }
   });
@@ -136,23 +137,32 @@ void list_tiles(const Work& work, const WinogradPiece& piece) {
     const Strides4 o = p.output_at(n), r = p.residual_at(n);
     const int halved = p.max_pool ? 1 : 0;
     const int64_t kept = p.ring ? p.ring->rows : s.out_h;
+    // Outputs of a tile along an axis; none where the last of the interleaved maps are shorter.
+    const auto outputs = [edge](int64_t left, int64_t dilation) {
+      return static_cast<int32_t>(std::clamp<int64_t>((left + dilation - 1) / dilation, 0, edge));
+    };
     for (int64_t t = first; t < end; ++t, ++to) {
-      const int64_t y = t / call.tiles_w * edge, x = t % call.tiles_w * edge;
+      const int64_t y = call.first_row(t), x = call.first_col(t);
       to->out = static_cast<float*>(p.output) + n * o.n + (y % kept >> halved) * o.h + (x >> halved) * o.w;
       to->residual = p.residual ? static_cast<const float*>(p.residual) + n * r.n + y * r.h + x * r.w : nullptr;
       to->scale = table(p.scale, p.scale_row_stride);
       to->bias = table(p.bias, p.bias_row_stride);
       to->sum = call.sums ? call.sums + (n * call.tiles() + t) * s.c_out : nullptr;
-      to->rows = static_cast<int32_t>(std::min(edge, s.out_h - y));
-      to->cols = static_cast<int32_t>(std::min(edge, s.out_w - x));
+      to->rows = outputs(s.out_h - y, s.dilation_h);
+      to->cols = outputs(s.out_w - x, s.dilation_w);
     }
   });
+}
+
+// Distances between the outputs of a tile.
+Strides4 stepped(const ConvShape& s, const Strides4& st) {
+  return {st.n, st.c, st.h * s.dilation_h, st.w * s.dilation_w};
 }
 
 // The epilogue of one tile whose channels are not neighbours in memory, from its bare outputs y[row][col][32].
 void scatter(const PrefixConv2dParams& p, const WinogradTile& tile, int64_t channel0, int64_t live, int64_t edge,
              const float* y) {
-  const Strides4 &o = p.output_stride, &r = p.residual_stride;
+  const Strides4 o = stepped(p.shape, p.output_stride), r = stepped(p.shape, p.residual_stride);
   for (int64_t c = 0; c < live; ++c) {
     const int64_t channel = channel0 + c;
     const float scale = tile.scale ? tile.scale[channel] : 1.0f, bias = tile.bias ? tile.bias[channel] : 0.0f;
@@ -185,7 +195,8 @@ void transform_output(const Work& work, const WinogradPiece& piece, int64_t bloc
     args.tiles = tiles;
     args.tile_count = piece.tiles();
     args.channel0 = block * kLanes;
-    const Strides4 o = p.output_at(piece.of->samples[0]), r = p.residual_at(piece.of->samples[0]);
+    const int64_t n = piece.of->samples[0];
+    const Strides4 o = stepped(p.shape, p.output_at(n)), r = stepped(p.shape, p.residual_at(n));
     args.out_row_step = o.h, args.out_col_step = o.w;
     args.residual_row_step = r.h, args.residual_col_step = r.w;
     args.relu = p.activation == Activation::kRelu;

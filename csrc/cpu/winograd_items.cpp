@@ -55,8 +55,8 @@ WinogradCall::WinogradCall(const PrefixConv2dParams& params, const Kernels& k)
     : p(params),
       kernels(k),
       layout{params.winograd_tile, params.shape.c_in, params.shape.c_out, params.shape.kh},
-      tiles_w(ceil_div(params.shape.out_w, layout.tile)),
-      tiles_h(ceil_div(params.shape.out_h, layout.tile)),
+      tiles_w(winograd_tiles(params.shape.out_w, layout.tile, params.shape.dilation_w)),
+      tiles_h(winograd_tiles(params.shape.out_h, layout.tile, params.shape.dilation_h)),
       direct_input(params.input_stride.c == 1 && !layout.folded()),
       direct_output(params.output_stride.c == 1 && (!params.residual || params.residual_stride.c == 1)) {
   const ConvShape& s = p.shape;
@@ -75,9 +75,12 @@ int64_t winograd_ring_rows(const ConvShape& s, int64_t tile, int64_t before) {
   return (item + 1 + ceil_div(before, tile)) * tile;
 }
 
-WinogradRows::WinogradRows(const WinogradCall& call, int64_t first, int64_t last)
-    : row0(first / call.tiles_w * call.layout.tile),
-      row1(std::min(call.p.shape.out_h, (last / call.tiles_w + 1) * call.layout.tile)) {}
+WinogradRows::WinogradRows(const WinogradCall& call, int64_t first, int64_t last) {
+  // Interleaved rows of tiles have their rows in common.
+  const int64_t dilation = call.p.shape.dilation_h, tiles = call.tiles_w * dilation, rows = call.layout.tile * dilation;
+  row0 = first / tiles * rows;
+  row1 = std::min(call.p.shape.out_h, (last / tiles + 1) * rows);
+}
 
 WinogradItems::WinogradItems(const WinogradCall& call, const std::vector<int64_t>& samples, int threads) {
   // One piece, one distance between its output's pixels, and its residual's.

@@ -28,9 +28,18 @@ struct WinogradCall {
   WinogradCall(const PrefixConv2dParams& params, const Kernels& k);
 
   int64_t tiles() const { return tiles_w * tiles_h; }
+  // Output position of a tile's first output, along one axis. With a dilation d the outputs that share no input with
+  // their neighbours are d interleaved maps of dilation 1: as many tiles in a row begin side by side and step by d.
+  int64_t first_row(int64_t tile) const { return first_output(tile / tiles_w, p.shape.dilation_h); }
+  int64_t first_col(int64_t tile) const { return first_output(tile % tiles_w, p.shape.dilation_w); }
   int index() const { return layout.folded() ? 2 : layout.tile == 4 ? 1 : 0; }
   // What a sample of so many live input channels sums over.
   int64_t channels(int64_t in_live) const { return layout.folded() ? layout.channels() : in_live; }
+
+ private:
+  int64_t first_output(int64_t index, int64_t dilation) const {
+    return index / dilation * dilation * layout.tile + index % dilation;
+  }
 };
 
 struct WinogradClass {

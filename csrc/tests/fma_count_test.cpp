@@ -224,6 +224,20 @@ TEST(winograd_executes_the_products_of_its_tiles) {
   });
 }
 
+// Three by three interleaved maps of five rows: two tiles along each axis of each.
+TEST(winograd_executes_the_products_of_dilated_tiles) {
+  ConvCase c = square("3x3, dilated", 32, 14, 48, 3);
+  c.dilation_h = c.dilation_w = c.top = c.bottom = c.left = c.right = 3;
+  const ConvShape s = c.shape();
+  const std::vector<int32_t> in_prefix = {32, 9, 32, 32}, out_prefix = {48, 48, 17, 0};
+  on_every_isa([&](const std::string& isa) {
+    int64_t wanted = 0;
+    for (size_t n = 0; n < in_prefix.size(); ++n)
+      if (out_prefix[n]) wanted += 36 * (3 * 2) * (3 * 2) * in_prefix[n] * lanes(s.c_out, out_prefix[n]);
+    CHECK_EQUAL(counted(s, in_prefix, out_prefix, 1, 4), wanted) << isa;
+  });
+}
+
 // Lanes are output channels; each executes one multiply-add for each tap and input channel of its group.
 TEST(small_groups_compute_whole_vectors_of_live_channels) {
   on_every_isa([](const std::string& isa) {

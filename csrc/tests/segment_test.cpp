@@ -236,14 +236,16 @@ TEST(segment_maps_of_live_channels_give_the_same_bits) {
 TEST(segment_pooling_within_winograd_gives_the_same_bits) {
   const Data data;
   const std::vector<float> stem = packed(3, 4, 48), inner = packed(48, 5, 48), winograd = transformed(48, 5);
-  for (const char* relu : {"1", "0"})
+  // Dilated, the outputs of a tile are no neighbours, and the steps stay two.
+  const std::string usual = "1 1 1 1 1 1", dilated = "2 2 2 2 2 2";
+  for (const std::string& geometry : {usual + " 1", usual + " 0", dilated + " 1"})
     for (const std::string choice : {"1 0", "-1 0", "1 -1", "-1 -1"}) {
       const std::string prefix = choice.substr(0, choice.find(' ')), mean = choice.substr(choice.find(' ') + 1);
       const std::string program_text = "slots 5 2 " + std::string(mean == "0" ? "1" : "0") +
                                        "\nin map 0\nin index 0 4\nprefix 0 1 48 4\n"
                                        "conv 0 -1 1 -1 -1 -1 -1 1 -1 -1 -1 0 3 48 1 3 3 1 1 1 1 1 1 1 1 1 0\n"
                                        "conv 1 -1 2 -1 " +
-                                       prefix + " -1 " + mean + " 2 3 0 48 0 48 48 1 3 3 1 1 1 1 1 1 1 1 " + relu +
+                                       prefix + " -1 " + mean + " 2 3 0 48 0 48 48 1 3 3 1 1 " + geometry +
                                        " 1\nmax_pool 2 3 " + prefix + " 2 2 2 2 0 0 1\nconv 3 -1 4 " + prefix +
                                        " -1 -1 -1 2 -1 -1 -1 0 48 48 1 3 3 1 1 1 1 1 1 1 1 0 0\nout map 4\n";
       const auto run = [&](const std::string& outputs, int64_t bytes, int threads) {

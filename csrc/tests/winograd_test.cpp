@@ -19,6 +19,7 @@ struct WinogradCase {
   int64_t n, c_in, h, w, c_out;
   int64_t top = 1, bottom = 1, left = 1, right = 1;
   int64_t kernel = 3;
+  int64_t dilation_h = 1, dilation_w = 1;
 
   bool has(int64_t tile) const { return kernel == 3 || tile == 4; }
 };
@@ -33,6 +34,10 @@ const WinogradCase kCases[] = {
     {"one output pixel", 3, 9, 3, 3, 17, 0, 0, 0, 0},
     {"one pixel", 2, 3, 1, 1, 1},
     {"many input channels", 2, 300, 6, 6, 31},
+    {"dilation 2", 2, 32, 16, 12, 40, 2, 2, 2, 2, 3, 2, 2},
+    {"dilations 3 and 2, uneven padding", 3, 19, 17, 14, 33, 0, 4, 3, 1, 3, 3, 2},
+    {"dilation in one axis", 3, 20, 9, 21, 17, 1, 1, 5, 5, 3, 1, 5},
+    {"dilation beyond half of the map", 2, 9, 11, 10, 20, 7, 7, 6, 6, 3, 7, 6},
     {"folded", 2, 3, 32, 24, 64, 3, 3, 3, 3, 7},
     {"folded, odd sizes", 4, 3, 29, 38, 45, 3, 3, 3, 3, 7},
     {"folded, one channel", 3, 1, 23, 18, 20, 3, 3, 3, 3, 7},
@@ -68,7 +73,9 @@ struct Problem {
                          .top = c.top,
                          .bottom = c.bottom,
                          .left = c.left,
-                         .right = c.right};
+                         .right = c.right,
+                         .dilation_h = c.dilation_h,
+                         .dilation_w = c.dilation_w};
     s = shape.shape();
     Random random(static_cast<uint64_t>(s.c_in * 1000 + s.c_out * 10 + m));
     fill(input, s.n * s.c_in * s.h * s.w, random);
@@ -260,6 +267,14 @@ TEST(winograd_is_chosen_by_the_layer_and_the_prefixes) {
                          .right = 1}
                     .shape();
   CHECK(choose_algorithm(s, DType::kFloat32, 64, 64) == Algorithm::kWinograd4);
+  for (const auto& [dilation, chosen] : {std::pair{int64_t{2}, Algorithm::kWinograd4},
+                                         {int64_t{6}, Algorithm::kDirect},
+                                         {int64_t{14}, Algorithm::kWinograd2},
+                                         {int64_t{20}, Algorithm::kDirect}}) {
+    ConvShape other = s;
+    other.dilation_h = other.dilation_w = dilation;
+    CHECK_EQUAL(static_cast<int>(choose_algorithm(other, DType::kFloat32, 64, 64)), static_cast<int>(chosen));
+  }
   CHECK(choose_algorithm(s, DType::kFloat32, 0, 64) == Algorithm::kDirect);
   CHECK(choose_algorithm(s, DType::kFloat32, 64, 0) == Algorithm::kDirect);
   CHECK(choose_algorithm(s, DType::kBFloat16, 64, 64) == Algorithm::kDirect);
@@ -268,11 +283,16 @@ TEST(winograd_is_chosen_by_the_layer_and_the_prefixes) {
   set_algorithm("winograd2");
   CHECK(choose_algorithm(s, DType::kFloat32, 1, 1) == Algorithm::kWinograd2);
   for (int64_t ConvShape::* field :
-       {&ConvShape::stride_h, &ConvShape::dilation_w, &ConvShape::groups, &ConvShape::kh}) {
+       {&ConvShape::stride_h, &ConvShape::groups, &ConvShape::kh}) {
     ConvShape other = s;
     other.*field = 2;
     CHECK(choose_algorithm(other, DType::kFloat32, 64, 64) == Algorithm::kDirect);
   }
+  ConvShape dilated = s;
+  dilated.dilation_h = dilated.dilation_w = 28;
+  CHECK(choose_algorithm(dilated, DType::kFloat32, 64, 64) == Algorithm::kWinograd2);
+  dilated.dilation_w = 29;
+  CHECK(choose_algorithm(dilated, DType::kFloat32, 64, 64) == Algorithm::kDirect) << "each output is a map";
   CHECK(test::message_of([] { set_algorithm("fast"); }).find("got 'fast'") != std::string::npos);
   CHECK_EQUAL(std::string(get_algorithm()), "winograd2");
   set_algorithm("auto");

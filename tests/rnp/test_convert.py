@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rnp
+import rnp_kernels
 
 K = 4
 
@@ -232,6 +233,27 @@ def test_padding_modes_strides_and_dilation():
             torch.testing.assert_close(network.forward_path(x[i : i + 1], path)[0], mixed[i], rtol=1e-5, atol=1e-6)
         network.policy = rnp.policies.FullWidth()
         torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_dilated_layers_by_winograd_and_pooling_behind_them():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=2, dilation=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 48, 3, padding=2, dilation=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 3),
+    ).eval()  # fmt: skip
+    x = torch.randn(4, 3, 24, 24)
+    network = rnp.convert(model, x[:1], 4)
+    network.policy = rnp.policies.Fixed(random_actions(4, 2))
+    found = []
+    for algorithm in ("auto", "direct"):
+        with rnp_kernels.algorithm(algorithm), torch.no_grad():
+            mixed = network(x)
+            for i, path in enumerate(network.policy.actions.tolist()):
+                torch.testing.assert_close(network.forward_path(x[i : i + 1], path)[0], mixed[i], rtol=1e-5, atol=1e-5)
+            found.append(mixed)
+    assert not torch.equal(*found), "no layer went through Winograd"
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 class Functional(nn.Module):
