@@ -146,8 +146,8 @@ bool winograd_can(std::array<int64_t, 4> weight, std::array<int64_t, 2> stride, 
 
 int64_t winograd_tile(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
                       std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups,
-                      const std::string& dtype, bool channels_last) {
-  return rnp::winograd_tile(shape_of(input, weight, stride, padding, dilation, groups), dtype_of(dtype), channels_last);
+                      const std::string& dtype) {
+  return rnp::winograd_tile(shape_of(input, weight, stride, padding, dilation, groups), dtype_of(dtype));
 }
 
 int choose_algorithm(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
@@ -272,7 +272,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("winograd_can", &winograd_can, py::arg("weight"), py::arg("stride"), py::arg("dilation"), py::arg("groups"),
         "Whether Winograd can compute a float32 convolution with these arguments at all, fast or not.");
   m.def("winograd_tile", &winograd_tile, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
-        py::arg("dilation"), py::arg("groups"), py::arg("dtype"), py::arg("channels_last") = true,
+        py::arg("dilation"), py::arg("groups"), py::arg("dtype"),
         "The tile (2 or 4) for which the weights of this layer are worth transforming under the algorithm in force, or "
         "0.\n"
         "Arguments as in stock_path.");

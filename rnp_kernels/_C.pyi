@@ -40,7 +40,6 @@ def winograd_tile(
     dilation: Sequence[int],
     groups: int,
     dtype: str,
-    channels_last: bool = True,
 ) -> int: ...
 def choose_algorithm(
     input: Sequence[int],

@@ -2,10 +2,10 @@
 
 "auto", the default, takes Winograd's F(4x4, 3x3) or F(2x2, 3x3) where a measured rule (csrc/core/algorithm.cpp) says
 that it is the faster one: float32, 3x3, stride 1, dilated or not, no groups; and F(4x4, 4x4) for a 7x7 kernel with
-stride 2 over 2 to 4 channels, whose 2x2 pixels it folds into channels, where the output is channels_last. The rule
-looks at the layer's shape and at a sample's own prefixes, never at the batch or the threads. It takes effect where
-transformed weights are at hand: in a `PrefixConv2d` whose call needs no gradient, in a converted network, and where
-`prefix_conv2d(winograd=...)` is given them. Everything else is computed directly.
+stride 2 over 2 to 4 channels, whose 2x2 pixels it folds into channels. The rule looks at the layer's shape and at a
+sample's own prefixes, never at the batch or the threads. It takes effect where transformed weights are at hand: in a
+`PrefixConv2d` whose call needs no gradient, in a converted network, and where `prefix_conv2d(winograd=...)` is given
+them. Everything else is computed directly.
 
 What "auto" costs and changes:
 

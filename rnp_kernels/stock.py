@@ -57,9 +57,8 @@ def route(conv: nn.Conv2d, input: Tensor, weight: Tensor, padding: int | Sequenc
     if input.dtype is torch.float32 is weight.dtype and _C.winograd_can(
         tuple(weight.shape), stride, dilation, conv.groups
     ):
-        last = output_memory_format(input, weight) is torch.channels_last
         tile = _C.winograd_tile(
-            tuple(input.shape[1:]), tuple(weight.shape), stride, paddings, dilation, conv.groups, "float32", last
+            tuple(input.shape[1:]), tuple(weight.shape), stride, paddings, dilation, conv.groups, "float32"
         )
     if backends.LOG:
         chosen = NAMES[path] or describe_kernel(input, weight, stride, paddings, dilation, conv.groups)

@@ -72,10 +72,8 @@ Algorithm choose_algorithm(const ConvShape& s, DType dtype, int64_t in_live, int
   return by_shape(s);
 }
 
-bool winograd_writes(const ConvShape& s, bool channels_last) { return channels_last || s.kh == 3; }
-
-int64_t winograd_tile(const ConvShape& s, DType dtype, bool channels_last) {
-  return winograd_writes(s, channels_last) ? static_cast<int64_t>(choose_algorithm(s, dtype, s.c_in, s.c_out)) : 0;
+int64_t winograd_tile(const ConvShape& s, DType dtype) {
+  return static_cast<int64_t>(choose_algorithm(s, dtype, s.c_in, s.c_out));
 }
 
 void set_algorithm(const std::string& name) {

@@ -13,17 +13,12 @@ enum class Algorithm : int32_t { kDirect = 0, kWinograd2 = 2, kWinograd4 = 4 }; 
 // with stride 2 over at most 4 channels (winograd.h), of which a sample needs all.
 bool winograd_can(const ConvShape& shape, DType dtype);
 
-// Whether its output may lie so: a stem's in channels_last only (in NCHW, 64 planes far apart, it took twice the time
-// of direct convolution).
-bool winograd_writes(const ConvShape& shape, bool channels_last);
-
 // The one place of the rule; bench/winograd.py measures it. It looks at the layer and at the sample's own prefixes,
 // never at the batch, the threads or the instruction set. The tile is one and the same for all prefixes of a layer.
 Algorithm choose_algorithm(const ConvShape& shape, DType dtype, int64_t in_live, int64_t out_live);
 
-// Edge of the tile for which this layer wants its weights transformed where its output lies so; 0 if no prefix of it
-// uses Winograd.
-int64_t winograd_tile(const ConvShape& shape, DType dtype, bool channels_last);
+// Edge of the tile for which this layer wants its weights transformed; 0 if no prefix of it uses Winograd.
+int64_t winograd_tile(const ConvShape& shape, DType dtype);
 
 // "auto" (the rule), "direct", or, to measure and test, "winograd2" or "winograd4": that tile wherever it can be used.
 // Throws std::invalid_argument for another name.

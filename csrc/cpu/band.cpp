@@ -24,16 +24,18 @@ namespace {
 // One row: `cols` pixels, `count` channels each, written `channels` apart (the rest of each pixel is left alone).
 template <typename T>
 void copy_row(const T* from, int64_t pixel_stride, int64_t channel_stride, int64_t cols, int64_t count,
-              int64_t channels, [[maybe_unused]] CopyPixels copy_pixels, float* to) {
+              int64_t channels, [[maybe_unused]] const Kernels& kernels, float* to) {
   if constexpr (sizeof(T) == sizeof(float)) {
     if (channel_stride == 1) {
       if (pixel_stride == count && channels == count) {
         std::memcpy(to, from, sizeof(float) * static_cast<size_t>(cols * count));
       } else {
-        copy_pixels(from, pixel_stride, cols, count, channels, to);
+        kernels.copy_pixels(from, pixel_stride, cols, count, channels, to);
       }
       return;
     }
+    if (pixel_stride == 1 && kernels.transpose)
+      return kernels.transpose(from, channel_stride, count, cols, to, channels);
   }
   if (channel_stride == 1) {
     for (int64_t x = 0; x < cols; ++x)
@@ -82,7 +84,7 @@ void copy_row_pairs(const uint16_t* from, int64_t pixel_stride, int64_t channel_
 
 template <typename T>
 void copy_typed(const PrefixConv2dParams& p, const BandGeometry& g, int64_t n, int64_t first_channel, int64_t live,
-                int64_t channels, int64_t ic_block, CopyPixels copy_pixels, float* to) {
+                int64_t channels, int64_t ic_block, const Kernels& kernels, float* to) {
   const ConvShape& s = p.shape;
   const Strides4 st = p.input_at(n);
   const T* input = static_cast<const T*>(p.input) + n * st.n + first_channel * st.c;
@@ -100,7 +102,7 @@ void copy_typed(const PrefixConv2dParams& p, const BandGeometry& g, int64_t n, i
         std::memset(to + right * width, 0, sizeof(float) * static_cast<size_t>((g.cols_in - right) * width));
       }
       const T* from = input + c0 * st.c + y * st.h + (g.x0 + left * g.x_step) * st.w;
-      copy_row(from, g.x_step * st.w, st.c, right - left, count, width, copy_pixels, to + left * width);
+      copy_row(from, g.x_step * st.w, st.c, right - left, count, width, kernels, to + left * width);
     }
   }
 }
@@ -160,15 +162,15 @@ void fold_band(const float* band, const BandGeometry& g, int64_t channels, int64
 }
 
 void copy_band(const PrefixConv2dParams& p, const BandGeometry& geometry, int64_t n, int64_t first_channel,
-               int64_t live, int64_t channels, int64_t ic_block, CopyPixels copy_pixels, float* to) {
+               int64_t live, int64_t channels, int64_t ic_block, const Kernels& kernels, float* to) {
   switch (p.dtype) {
     case DType::kBFloat16:
-      return copy_typed<BFloat16>(p, geometry, n, first_channel, live, channels, ic_block, copy_pixels, to);
+      return copy_typed<BFloat16>(p, geometry, n, first_channel, live, channels, ic_block, kernels, to);
     case DType::kFloat16:
-      return copy_typed<Float16>(p, geometry, n, first_channel, live, channels, ic_block, copy_pixels, to);
+      return copy_typed<Float16>(p, geometry, n, first_channel, live, channels, ic_block, kernels, to);
     case DType::kFloat32:
     case DType::kFloat64:  // has its own kernel
-      return copy_typed<float>(p, geometry, n, first_channel, live, channels, ic_block, copy_pixels, to);
+      return copy_typed<float>(p, geometry, n, first_channel, live, channels, ic_block, kernels, to);
   }
 }
 

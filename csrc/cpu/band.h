@@ -22,7 +22,7 @@ struct BandGeometry {
 // Writes [part][rows_in][cols_in][channels of the part], where part i holds the live channels of input block i
 // (`ic_block` channels each). `channels` may exceed `live`: the rest is 0.
 void copy_band(const PrefixConv2dParams& p, const BandGeometry& geometry, int64_t n, int64_t first_channel,
-               int64_t live, int64_t channels, int64_t ic_block, CopyPixels copy_pixels, float* to);
+               int64_t live, int64_t channels, int64_t ic_block, const Kernels& kernels, float* to);
 
 // The same of a bfloat16 input for kernels that multiply pairs: [part][rows_in][cols_in][words of the part], where part
 // i holds the words of the live channels of input block i (`ic_block` words each). The second half of an odd last

@@ -54,7 +54,7 @@ struct Call {
   const PrefixConv2dParams& p;
   PackedLayout layout;
   const Kernels& kernels;
-  bool direct_output;  // tiles store their results; otherwise they leave sums, and finish_block does the rest
+  bool direct_output;  // tiles store their results; otherwise they leave sums, and finish_patch does the rest
   bool flat;           // 1x1: a band is one long row of pixels
   bool direct_input;   // tiles read the input tensor itself
   bool panels;         // 1x1: items whose weights stay in L2 copy their pixels tile by tile

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #if defined(__x86_64__)
 #include <emmintrin.h>
 #endif
@@ -32,34 +33,68 @@ void with_flag(bool flag, F&& f) {
   flag ? f(std::true_type{}) : f(std::false_type{});
 }
 
+// One row of a patch: where it lies, and the distances between its pixels.
 template <typename T>
-void finish_row(const PrefixConv2dParams& p, int64_t n, const float* scale, const float* bias, const T* residual,
-                const float* sums, int64_t col_step, int64_t count, T* out) {
-  const Strides4 to = p.output_at(n), from = p.residual_at(n);
-  const int64_t oc = to.c, ow = to.w, rc = from.c, rw = from.w;
-  const int64_t cols = p.shape.out_w;
-  with_flag(p.activation == Activation::kRelu, [&](auto relu) {
+struct Row {
+  int64_t cols;
+  T* out;
+  int64_t out_step, out_channel;
+  const T* residual;  // null: none
+  int64_t residual_step, residual_channel;
+};
+
+template <bool kRelu>
+float finished(float v) {
+  return kRelu && v < 0 ? 0.0f : v;  // a NaN stays
+}
+
+template <typename T>
+void finish_row(const Row<T>& row, const float* scale, const float* bias, bool activated, const float* sums,
+                int64_t col_step, int64_t count) {
+  const int64_t oc = row.out_channel, ow = row.out_step, rc = row.residual_channel, rw = row.residual_step;
+  const T* const residual = row.residual;
+  T* const out = row.out;
+  with_flag(activated, [&](auto relu) {
     with_flag(residual != nullptr, [&](auto has_residual) {
       const auto one = [&](int64_t x, int64_t c, float factor, float offset) {
         float v = sums[x * col_step + c] * factor + offset;
         if constexpr (has_residual.value) v += to_float(residual[x * rw + c * rc]);
-        if constexpr (relu.value) v = v < 0 ? 0.0f : v;  // a NaN stays
-        out[x * ow + c * oc] = from_float<T, float>(v);
+        out[x * ow + c * oc] = from_float<T, float>(finished<relu.value>(v));
       };
       if (oc != 1) {
         for (int64_t c = 0; c < count; ++c) {
           const float factor = scale ? scale[c] : 1.0f, offset = bias ? bias[c] : 0.0f;
-          for (int64_t x = 0; x < cols; ++x) one(x, c, factor, offset);
+          for (int64_t x = 0; x < row.cols; ++x) one(x, c, factor, offset);
         }
         return;
       }
       with_flag(scale != nullptr, [&](auto has_scale) {
         with_flag(bias != nullptr, [&](auto has_bias) {
-          for (int64_t x = 0; x < cols; ++x)
+          for (int64_t x = 0; x < row.cols; ++x)
             for (int64_t c = 0; c < count; ++c)
               one(x, c, has_scale.value ? scale[c] : 1.0f, has_bias.value ? bias[c] : 0.0f);
         });
       });
+    });
+  });
+}
+
+// The same into planes: sums are transposed to where the outputs belong, and are finished there.
+void finish_planes(const Row<float>& row, const float* scale, const float* bias, bool activated, const float* sums,
+                   int64_t col_step, int64_t count, Transpose transpose) {
+  transpose(sums, col_step, row.cols, count, row.out, row.out_channel);
+  if (!scale && !bias && !row.residual && !activated) return;
+  with_flag(activated, [&](auto relu) {
+    with_flag(row.residual != nullptr, [&](auto has_residual) {
+      for (int64_t c = 0; c < count; ++c) {
+        const float factor = scale ? scale[c] : 1.0f, offset = bias ? bias[c] : 0.0f;
+        float* out = row.out + c * row.out_channel;
+        for (int64_t x = 0; x < row.cols; ++x) {
+          const float sum = out[x] * factor + offset;
+          out[x] = finished<relu.value>(
+              has_residual.value ? sum + row.residual[c * row.residual_channel + x * row.residual_step] : sum);
+        }
+      }
     });
   });
 }
@@ -131,19 +166,40 @@ void sum_row(const PrefixConv2dParams& p, int64_t n, const T* out, int64_t count
 
 }  // namespace
 
-void finish_block(const PrefixConv2dParams& p, int64_t n, int64_t row0, int64_t row1, int64_t channel0, int64_t count,
-                  const SumsView& view) {
-  const int64_t line = p.row ? p.row[n] : 0;
+void finish_patch(const PrefixConv2dParams& p, const Patch& patch, int64_t channel0, int64_t count,
+                  const SumsView& view, Transpose transpose) {
+  const int64_t line = p.row ? p.row[patch.n] : 0;
   const auto table = [&](const void* data, int64_t row_stride) {
     return data ? static_cast<const float*>(data) + line * row_stride + channel0 : nullptr;
   };
   const float* scale = table(p.scale, p.scale_row_stride);
   const float* bias = table(p.bias, p.bias_row_stride);
+  const Strides4 to = p.output_at(patch.n), from = p.residual_at(patch.n);
+  const bool relu = p.activation == Activation::kRelu;
   with_type(p.dtype, [&](auto tag) {
     using T = decltype(tag);
-    for (int64_t r = row0; r < row1; ++r)
-      finish_row<T>(p, n, scale, bias, residual_at<T>(p, n, r, channel0), view.sums + (r - row0) * view.row_step,
-                    view.col_step, count, output_at<T>(p, n, r, channel0));
+    Row<T> row{patch.cols, nullptr, to.w * patch.col_step, to.c, nullptr, from.w * patch.col_step, from.c};
+    const bool planes = std::is_same_v<T, float> && transpose && count > 1 && to.c != 1 && row.out_step == 1;
+    // Rows that follow each other, here and there, are one.
+    const auto follow = [&](const Strides4& st) {
+      return st.h * patch.row_step == st.w * patch.col_step * patch.cols;
+    };
+    int64_t rows = patch.rows;
+    if (planes && view.row_step == view.col_step * patch.cols && follow(to) && (!p.residual || follow(from)))
+      row.cols *= std::exchange(rows, 1);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t y = patch.row0 + r * patch.row_step;
+      row.out = output_at<T>(p, patch.n, y, channel0) + patch.col0 * to.w;
+      row.residual = residual_at<T>(p, patch.n, y, channel0);
+      if (row.residual) row.residual += patch.col0 * from.w;
+      const float* sums = view.sums + r * view.row_step;
+      if constexpr (std::is_same_v<T, float>)
+        if (planes) {
+          finish_planes(row, scale, bias, relu, sums, view.col_step, count, transpose);
+          continue;
+        }
+      finish_row(row, scale, bias, relu, sums, view.col_step, count);
+    }
   });
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/schedule.h"
+#include "cpu/microkernel.h"
 
 namespace rnp::cpu {
 
@@ -12,9 +13,15 @@ struct SumsView {
   int64_t row_step, col_step;
 };
 
-// Output channels [channel0, channel0 + count) of rows [row0, row1) from their sums.
-void finish_block(const PrefixConv2dParams& p, int64_t n, int64_t row0, int64_t row1, int64_t channel0, int64_t count,
-                  const SumsView& view);
+// Output pixels of sample n: `rows` x `cols`, from (row0, col0) on, row_step and col_step apart.
+struct Patch {
+  int64_t n, row0, rows, col0, cols;
+  int64_t row_step = 1, col_step = 1;
+};
+
+// Output channels [channel0, channel0 + count) of the patch from their sums.
+void finish_patch(const PrefixConv2dParams& p, const Patch& patch, int64_t channel0, int64_t count,
+                  const SumsView& view, Transpose transpose);
 
 // Channels [channel0, channel1) lie beyond the prefix: activation(residual), or 0, or nothing where the tail is
 // skipped.

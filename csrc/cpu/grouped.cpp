@@ -313,7 +313,8 @@ class GroupedCall {
           gather_weights(g * layout_.ocg + o, a.outputs, inputs, weights);
           kernels_.planes(a);
           for (int64_t i = 0; i < a.outputs; ++i)
-            finish_block(p_, n, row0, row1, g * layout_.ocg + o + i, 1, {sums + i * a.sums_step, geometry.pitch, 1});
+            finish_patch(p_, {n, row0, row1 - row0, 0, s_.out_w}, g * layout_.ocg + o + i, 1,
+                         {sums + i * a.sums_step, geometry.pitch, 1}, nullptr);
         }
       }
     }

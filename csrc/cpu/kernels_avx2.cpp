@@ -5,6 +5,7 @@
 #include "cpu/microkernel_tile.h"
 #include "cpu/plane_pointwise_tile.h"
 #include "cpu/pointwise_tile.h"
+#include "cpu/transpose_tile.h"
 #include "cpu/winograd_transform.h"
 
 namespace rnp::cpu {
@@ -71,6 +72,7 @@ const Kernels& avx2_kernels() {
     add_tiles<2>(k.width[1]);
     k.depthwise_row = &depthwise_row<V256>;
     k.copy_pixels = &copy_pixels<V256>;
+    k.transpose = &transpose;
     k.winograd = winograd_kernels<V256>();
     add_planes<V256, 6>(k);
     return k;

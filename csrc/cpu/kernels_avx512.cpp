@@ -9,6 +9,7 @@
 #include "cpu/microkernel_tile.h"
 #include "cpu/plane_pointwise_tile.h"
 #include "cpu/pointwise_tile.h"
+#include "cpu/transpose_tile.h"
 #include "cpu/winograd_transform.h"
 
 namespace rnp::cpu {
@@ -154,6 +155,7 @@ const Kernels& avx512_kernels() {
     k.copy_panel = &copy_panel<V512>;
     k.depthwise_row = &depthwise_row<V512>;
     k.copy_pixels = &copy_pixels<V512>;
+    k.transpose = &transpose;
     k.winograd = winograd_kernels<V512>();
     add_planes<V512, 14>(k);
     return k;

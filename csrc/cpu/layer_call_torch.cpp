@@ -30,7 +30,7 @@ LayerCall::Answer LayerCall::operator()(uintptr_t input, uintptr_t output, uintp
                                         uintptr_t transformed) const {
   PrefixConv2dParams p = params_;
   const ConvShape& s = p.shape;
-  if (winograd_tile(s, p.dtype, p.output_stride.c == 1) != p.winograd_tile) return kChanged;
+  if (winograd_tile(s, p.dtype) != p.winograd_tile) return kChanged;
   p.input = reinterpret_cast<const void*>(input);
   p.weight = reinterpret_cast<const void*>(weight);
   p.bias = reinterpret_cast<const void*>(bias);

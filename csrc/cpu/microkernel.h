@@ -121,6 +121,10 @@ struct DepthwiseArgs {
 using CopyPixels = void (*)(const float* from, int64_t pixel_stride, int64_t cols, int64_t count, int64_t channels,
                             float* to);
 
+// to[c * to_step + r] = from[r * from_step + c] for r < rows and c < cols.
+using Transpose = void (*)(const float* from, int64_t from_step, int64_t rows, int64_t cols, float* to,
+                           int64_t to_step);
+
 constexpr int kMaxRows = 4, kMaxCols = 14;
 
 // Tiles of one number of output channels.
@@ -141,6 +145,7 @@ struct Kernels {
   bool streams;  // knows TileArgs::stream, for tiles of 16 channels or more
   void (*depthwise_row)(const DepthwiseArgs&);
   CopyPixels copy_pixels;
+  Transpose transpose;  // null: element by element
   // Fills a panel with `count` channels of kMaxCols pixels. Null: no panels, and `pointwise` alone.
   void (*copy_panel)(const float* const* from, int64_t count, float* to);
   WinogradKernels winograd;

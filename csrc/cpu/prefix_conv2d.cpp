@@ -122,8 +122,8 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
     }
   }
   if (!call.direct_output)
-    finish_block(p, item.n, item.row0, item.row1, channel0, block_live,
-                 {sums, s.out_w * PackedLayout::kLanes, PackedLayout::kLanes});
+    finish_patch(p, {item.n, item.row0, item.row1 - item.row0, 0, s.out_w}, channel0, block_live,
+                 {sums, s.out_w * PackedLayout::kLanes, PackedLayout::kLanes}, call.kernels.transpose);
 }
 
 // A worker's plan of the band it computed last. Groups and samples have their bands in common, and where groups are
@@ -158,7 +158,7 @@ void run_item(const Call& call, const WorkItem& item, const WorkItem* following,
       copy_band_pairs(p, geometry, item.n, item.g * l.icg, live_in_group(p.in_live(item.n), item.g, l.icg), l.ic_block,
                       call.kernels.copy_pixels, scratch);
     } else if (!call.uses_panels(item)) {
-      copy_band(p, geometry, item.n, item.g * l.icg, in_live, in_live, l.ic_block, call.kernels.copy_pixels, scratch);
+      copy_band(p, geometry, item.n, item.g * l.icg, in_live, in_live, l.ic_block, call.kernels, scratch);
     }
     if (call.flat && call.direct_output && !p.pairs) {
       Pointwise(call, item, following, scratch).run();

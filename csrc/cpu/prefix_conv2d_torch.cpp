@@ -242,7 +242,7 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
     p.residual_stride = strides_of(*residual);
   }
   std::optional<Tensor> transformed;
-  if (winograd && winograd_can(s, p.dtype) && winograd_writes(s, last)) {
+  if (winograd && winograd_can(s, p.dtype)) {
     transformed = usable_winograd(weight, PackedLayout(s), *winograd, &p.winograd_tile);
     p.winograd = static_cast<const float*>(transformed->const_data_ptr());
   }

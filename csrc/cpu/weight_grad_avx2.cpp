@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "cpu/transpose_tile.h"
 #include "cpu/weight_grad_tile.h"
 
 namespace rnp::cpu {
@@ -21,7 +22,7 @@ struct V256 {
 }  // namespace
 
 const WeightGradKernels& avx2_weight_grad_kernels() {
-  static const WeightGradKernels kernels = weight_grad_kernels<V256, 4>();
+  static const WeightGradKernels kernels = weight_grad_kernels<V256, 4>(&transpose);
   return kernels;
 }
 

@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "cpu/transpose_tile.h"
 #include "cpu/weight_grad_tile.h"
 
 namespace rnp::cpu {
@@ -22,7 +23,7 @@ struct V512 {
 }  // namespace
 
 const WeightGradKernels& avx512_weight_grad_kernels() {
-  static const WeightGradKernels kernels = weight_grad_kernels<V512, 8>();
+  static const WeightGradKernels kernels = weight_grad_kernels<V512, 8>(&transpose);
   return kernels;
 }
 

@@ -47,12 +47,12 @@ void pack_row(const T* from, int64_t pixel_stride, int64_t channel_stride, int64
 
 // The same where pixels, not channels, are neighbours.
 template <int W>
-void pack_planes(PlaneTranspose transpose, const float* from, int64_t channel_stride, int64_t cols, int64_t live,
+void pack_planes(Transpose transpose, const float* from, int64_t channel_stride, int64_t cols, int64_t live,
                  int64_t panel_step, float* to) {
   for (int64_t c = 0; c < (live + W - 1) / W * W; c += kGradPanel) {
     float* panel = to + c / W * panel_step + c % W;
     if (live - c >= kGradPanel) {
-      transpose(from + c * channel_stride, channel_stride, cols, W, panel);
+      transpose(from + c * channel_stride, channel_stride, kGradPanel, cols, panel, W);
       continue;
     }
     for (int64_t i = 0; i < kGradPanel; ++i)
@@ -156,7 +156,7 @@ class ItemRun {
   void pack(const T* from, int64_t pixel_stride, int64_t channel_stride, int64_t cols, int64_t live, int64_t panel_step,
             float* to) const {
     if constexpr (std::is_same_v<T, float>)
-      if (pixel_stride == 1 && channel_stride != 1 && cols >= kGradPanel && kernels_.transpose)
+      if (pixel_stride == 1 && channel_stride != 1 && kernels_.transpose)
         return pack_planes<W>(kernels_.transpose, from, channel_stride, cols, live, panel_step, to);
     pack_row<W>(from, pixel_stride, channel_stride, cols, live, panel_step, to);
   }

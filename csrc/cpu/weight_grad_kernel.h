@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cpu/microkernel.h"
+
 namespace rnp::cpu {
 
 // Channels of a panel of grad_output (one vector line of the sums) and of the input.
@@ -23,14 +25,11 @@ struct WeightGradArgs {
 
 using WeightGradKernel = void (*)(const WeightGradArgs&);
 
-// to[x * step + c] = from[c * channel_stride + x] for kGradPanel channels c and x < count; count >= kGradPanel.
-using PlaneTranspose = void (*)(const float* from, int64_t channel_stride, int64_t count, int64_t step, float* to);
-
 struct WeightGradKernels {
   int lanes, half_lanes;                 // of the wide and of the narrow variant
   int max_channels;                      // of one call
   WeightGradKernel tile[2][kGradPanel];  // [wide][channels - 1], channels 1…max_channels
-  PlaneTranspose transpose;              // null: they are copied element by element
+  Transpose transpose;                   // null: element by element
 };
 
 const WeightGradKernels& portable_weight_grad_kernels();

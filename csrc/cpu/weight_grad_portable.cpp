@@ -19,7 +19,7 @@ struct V128 {
 }  // namespace
 
 const WeightGradKernels& portable_weight_grad_kernels() {
-  static const WeightGradKernels kernels = weight_grad_kernels<V128, 4>();
+  static const WeightGradKernels kernels = weight_grad_kernels<V128, 4>(nullptr);
   return kernels;
 }
 

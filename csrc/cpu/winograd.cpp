@@ -55,7 +55,7 @@ void transform_input(const Work& work, const WinogradPiece& piece) {
       const WinogradRows r(call, first, end - 1);
       const BandGeometry g(s, r.row0, r.row1);
       float* copied = band + folded_floats(call, r);
-      copy_band(p, g, n, 0, in_live, in_live, in_live, call.kernels.copy_pixels, copied);
+      copy_band(p, g, n, 0, in_live, in_live, in_live, call.kernels, copied);
       y0 = -r.row0, x0 = 0;
       if (call.layout.folded()) {
         rows = r.row1 - r.row0 + call.layout.taps() - 1, cols = s.out_w + call.layout.taps() - 1;
@@ -159,36 +159,57 @@ Strides4 stepped(const ConvShape& s, const Strides4& st) {
   return {st.n, st.c, st.h * s.dilation_h, st.w * s.dilation_w};
 }
 
-// The epilogue of one tile whose channels are not neighbours in memory, from its bare outputs y[row][col][32].
-void scatter(const PrefixConv2dParams& p, const WinogradTile& tile, int64_t channel0, int64_t live, int64_t edge,
-             const float* y) {
-  const Strides4 o = stepped(p.shape, p.output_stride), r = stepped(p.shape, p.residual_stride);
-  for (int64_t c = 0; c < live; ++c) {
-    const int64_t channel = channel0 + c;
-    const float scale = tile.scale ? tile.scale[channel] : 1.0f, bias = tile.bias ? tile.bias[channel] : 0.0f;
+// Of a tile whose outputs lie in planes, in the order in which the transforms add them up.
+void sum_tile(const PrefixConv2dParams& p, const WinogradTile& tile, int64_t channel0, int64_t live) {
+  const Strides4 o = stepped(p.shape, p.output_stride);
+  for (int64_t c = channel0; c < channel0 + live; ++c) {
     float sum = 0;
     for (int64_t i = 0; i < tile.rows; ++i)
-      for (int64_t j = 0; j < tile.cols; ++j) {
-        float v = y[(i * edge + j) * kLanes + c] * scale + bias;
-        if (tile.residual) v += tile.residual[i * r.h + j * r.w + channel * r.c];
-        if (p.activation == Activation::kRelu) v = v < 0 ? 0.0f : v;  // a NaN stays
-        tile.out[i * o.h + j * o.w + channel * o.c] = v;
-        sum += v;
-      }
-    if (tile.sum) tile.sum[channel] = sum;
+      for (int64_t j = 0; j < tile.cols; ++j) sum += tile.out[i * o.h + j * o.w + c * o.c];
+    tile.sum[c] = sum;
   }
+}
+
+// Bare outputs y[row][col][32] of neighbouring tiles, then the epilogue of all of them: where channels are no
+// neighbours in memory. Dilated tiles have gaps, and go one by one.
+void transform_to_planes(const Work& work, const WinogradPiece& piece, int64_t block, WinogradOutputArgs& args) {
+  const WinogradCall& call = work.call;
+  const PrefixConv2dParams& p = call.p;
+  const ConvShape& s = p.shape;
+  const int64_t edge = call.layout.tile;
+  const auto* tiles = reinterpret_cast<const WinogradTile*>(work.memory + work.item.list) + piece.before;
+  const float* m = args.m;
+  float* y = work.memory + work.item.bare;
+  auto* bare = reinterpret_cast<WinogradTile*>(work.memory + work.item.bare_list);
+  args.tiles = bare;
+  args.out_col_step = kLanes;
+  piece.for_samples(call.tiles(), [&](int64_t n, int64_t first, int64_t end, int64_t before) {
+    for (int64_t t = first, next = t; t < end; t = next) {
+      const int64_t row_end = std::min(end, (t / call.tiles_w + 1) * call.tiles_w);
+      next = s.dilation_w > 1 ? t + 1 : row_end;
+      const WinogradTile* of = tiles + before + t - first;
+      args.tile_count = next - t;
+      args.out_row_step = args.tile_count * edge * kLanes;
+      args.m = m + (before + t - first) * kLanes;
+      for (int64_t i = 0; i < args.tile_count; ++i)
+        bare[i] = {y + i * edge * kLanes, nullptr, nullptr, nullptr, nullptr, of[i].rows, of[i].cols};
+      call.kernels.winograd.output[call.index()](args);
+      const int64_t cols = (args.tile_count - 1) * edge + of[args.tile_count - 1].cols;
+      finish_patch(p, {n, call.first_row(t), of->rows, call.first_col(t), cols, s.dilation_h, s.dilation_w},
+                   block * kLanes, args.live, {y, args.out_row_step, kLanes}, call.kernels.transpose);
+      for (int64_t i = 0; i < args.tile_count && of->sum; ++i) sum_tile(p, of[i], block * kLanes, args.live);
+    }
+  });
 }
 
 void transform_output(const Work& work, const WinogradPiece& piece, int64_t block) {
   const WinogradCall& call = work.call;
   const PrefixConv2dParams& p = call.p;
-  const int64_t live = piece.of->live(block), edge = call.layout.tile;
+  const int64_t live = piece.of->live(block);
   if (live <= 0) return;
   const WinogradTile* tiles = reinterpret_cast<const WinogradTile*>(work.memory + work.item.list) + piece.before;
-  const float* m = work.memory + work.item.m + piece.before * kLanes;
-  const auto transform = call.kernels.winograd.output[call.index()];
   WinogradOutputArgs args = {};
-  args.m = m;
+  args.m = work.memory + work.item.m + piece.before * kLanes;
   args.point_step = work.item.m_step;
   args.live = static_cast<int32_t>(live);
   if (call.direct_output) {
@@ -202,18 +223,9 @@ void transform_output(const Work& work, const WinogradPiece& piece, int64_t bloc
     args.relu = p.activation == Activation::kRelu;
     args.pool = p.max_pool;
     args.stream = call.stream && live % 16 == 0;
-    return transform(args);
+    return call.kernels.winograd.output[call.index()](args);
   }
-  float* y = work.memory + work.item.bare;
-  args.tile_count = 1;
-  args.out_row_step = edge * kLanes, args.out_col_step = kLanes;
-  for (int64_t t = 0; t < piece.tiles(); ++t) {
-    const WinogradTile bare{y, nullptr, nullptr, nullptr, nullptr, tiles[t].rows, tiles[t].cols};
-    args.tiles = &bare;
-    args.m = m + t * kLanes;
-    transform(args);
-    scatter(p, tiles[t], block * kLanes, live, edge, y);
-  }
+  transform_to_planes(work, piece, block, args);
 }
 
 void run_item(const Work& work) {

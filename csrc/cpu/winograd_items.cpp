@@ -146,9 +146,14 @@ void WinogradItems::place(const WinogradCall& call, WinogradItem& item) {
   item.m_step = odd_lines(item.tiles * kLanes);
   item.m = take(points * item.m_step);
   item.pixels = take(item.tiles * points * static_cast<int64_t>(sizeof(const float*) / sizeof(float)));
-  item.list = take(item.tiles * static_cast<int64_t>(sizeof(WinogradTile) / sizeof(float)));
+  const auto list = [&](int64_t tiles) {
+    return take(tiles * static_cast<int64_t>(sizeof(WinogradTile) / sizeof(float)));
+  };
+  item.list = list(item.tiles);
   item.zeros = take(widest);
-  item.bare = take(kLanes * 16);
+  const int64_t row = call.direct_output ? 0 : std::min(item.tiles, call.tiles_w);
+  item.bare = take(row * kLanes * call.layout.tile * call.layout.tile);
+  item.bare_list = list(row);
   for (size_t i = item.piece0; i < item.piece1; ++i) pieces[i].band = take(band_floats(call, pieces[i]));
   item.floats = at;
 }

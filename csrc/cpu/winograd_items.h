@@ -79,9 +79,9 @@ struct WinogradItem {
   int64_t tiles;           // of its pieces
   int64_t block0, block1;  // blocks of 32 output channels
   int64_t n, row0, row1;
-  // Floats from the scratch's begin: M[point][tile][32], the addresses of input pixels, the tiles, a line of zeros, one
-  // tile of outputs that are not contiguous; and how many floats the item needs.
-  int64_t m, m_step, pixels, list, zeros, bare, floats;
+  // Floats from the scratch's begin: M[point][tile][32], the addresses of input pixels, the tiles, a line of zeros, a
+  // row of tiles of outputs that are not contiguous, and those tiles; and how many floats the item needs.
+  int64_t m, m_step, pixels, list, zeros, bare, bare_list, floats;
   double cost;
 
   bool tail() const { return piece0 == piece1; }

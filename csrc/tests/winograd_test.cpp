@@ -244,7 +244,7 @@ TEST(winograd_and_direct_samples_share_a_batch) {
   problem.in_prefix = {64, 1, 64, 48}, problem.out_prefix = {64, 64, 1, 48};
   problem.p.in_prefix = problem.in_prefix.data(), problem.p.out_prefix = problem.out_prefix.data();
   for (float& v : problem.input) v = std::isnan(v) ? 0.5f : v;
-  CHECK_EQUAL(winograd_tile(problem.s, DType::kFloat32, true), 4);
+  CHECK_EQUAL(winograd_tile(problem.s, DType::kFloat32), 4);
   const cpu::WinogradSamples split(problem.p);
   CHECK_EQUAL(split.samples.size(), 2u) << "the narrow ones are computed directly";
   cpu::prefix_conv2d(problem.p, std_threads(2));
