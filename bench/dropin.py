@@ -5,17 +5,21 @@
 One line per layer, layout and batch: the median of nn.Conv2d in microseconds, the median ratio ours / theirs of runs
 taken in turn (rnp.bench.timing), its p20 and p80, the same of nn.Conv2d against itself (differences below that say
 nothing), and the path (Winograd, ours, or a stock one by the rule in csrc/core/stock.cpp). Before them the command, the
-machine and the commit. The swap must never cost more than 3 %. Freed memory is kept by malloc, as in `rnp bench`: by
-default a call's output may be given back and faulted in again at the next, on one side or on both, by what else lies on
-the heap (one and the same row read 0.94 and, after others, 2.33). Where it lies still matters to what the caches hold
-(5x5 depthwise at 28x28, batch 8: 1.50 in the whole list, 0.85 with --filter 5x5). --clock cpu counts the time of this
-thread alone, for a machine that others use too (one thread only).
+machine and the commit. The swap must never cost more than 3 %: a row above that is measured again in five times as many
+rounds, on a line of its own, which counts (torch's convolution beside itself reads up to 1.15 in 15 rounds).
+
+Freed memory is kept by malloc, as in `rnp bench`: by default a call's output may be given back and faulted in again at
+the next, on one side or on both, by what else lies on the heap (one and the same row read 0.94 and, after others,
+2.33). Where it lies still matters to what the caches hold (5x5 depthwise at 28x28, batch 8: 1.50 in the whole list,
+0.85 with --filter 5x5). --clock cpu counts the time of this thread alone, for a machine that others use too (one thread
+only).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +40,7 @@ LAYERS = {
     "ResNet-18 layer1": (64, 64, 3, 56, 1, 1),
     "ResNet-18 layer2 down": (64, 128, 3, 56, 2, 1),
     "ResNet-18 layer2 shortcut": (64, 128, 1, 56, 2, 1),
+    "ResNet-18 layer3 down": (128, 256, 3, 28, 2, 1),
     "ResNet-18 layer3": (256, 256, 3, 14, 1, 1),
     "ResNet-18 layer4": (512, 512, 3, 7, 1, 1),
     "ResNet-50 layer1 expand": (64, 256, 1, 56, 1, 1),
@@ -54,6 +59,10 @@ LAYERS = {
     "EfficientNet 5x5 14": (480, 480, 5, 14, 1, 480),
     "EfficientNet 5x5 7": (1152, 1152, 5, 7, 1, 1152),
     "ConvNeXt 7x7 28": (192, 192, 7, 28, 1, 192),
+    "ConvNeXt patches": (3, 96, 4, 224, 4, 1),
+    "ConvNeXt 56 down": (96, 192, 2, 56, 2, 1),
+    "ViT patches": (3, 768, 16, 224, 16, 1),
+    "AlexNet 5x5": (64, 192, 5, 27, 1, 1),
     "depthwise, multiplier 2": (64, 128, 3, 28, 1, 64),
     "ResNeXt grouped 56": (128, 128, 3, 56, 1, 32),
     "ResNeXt grouped 56 down": (256, 256, 3, 56, 2, 32),
@@ -61,6 +70,7 @@ LAYERS = {
     "ResNeXt grouped 14": (512, 512, 3, 14, 1, 32),
     "ResNeXt grouped 7": (1024, 1024, 3, 7, 1, 32),
     "ResNeXt grouped 28 down": (512, 512, 3, 28, 2, 32),
+    "ResNeXt 32x8d 56 down": (512, 512, 3, 56, 2, 32),
     "RegNet groups of 24": (384, 384, 3, 14, 1, 16),
     "RegNet groups of 16": (672, 672, 3, 7, 1, 42),
     "ShuffleNet grouped 1x1": (240, 240, 1, 28, 1, 3),
@@ -81,6 +91,7 @@ LAYERS = {
     "DeepLab dilated": (256, 256, 3, 28, 1, 1, 2),
     "MobileNet depthwise 112 down": (64, 64, 3, 112, 2, 64),
 }
+LIMIT = 1.03
 PATHS = {stock.OURS: "ours", stock.ONEDNN: "oneDNN", stock.CONV2D: "oneDNN", stock.GEMM: "gemm"}
 
 
@@ -93,6 +104,20 @@ def gate(name: str, ours: Tensor, conv: nn.Conv2d, x: Tensor) -> None:
     products = weight[0].numel() + 1
     if not ((ours.double() - truth).abs() <= products * torch.finfo(ours.dtype).eps * size).all():
         raise SystemExit(f"{name}: wrong by up to {(ours.double() - truth).abs().max().item():.3g}")
+
+
+def row(label: str, path: str, sides: dict[str, Callable[[], object]], rounds: int, clock: str) -> float:
+    """Measures and prints one; its ratio."""
+    times = measure(sides, "theirs", seconds=0.0, rounds=rounds, clock=clock)
+    ours_by_theirs, noise = ratio(times, "ours", "theirs"), ratio(times, AGAIN, "theirs")
+    print(
+        f"{label} {1e6 * spread(times['theirs'])['median']:10.1f} us  ratio {ours_by_theirs['median']:5.3f}"
+        f"  [{ours_by_theirs['p20']:5.3f} {ours_by_theirs['p80']:5.3f}]"
+        f"  noise [{noise['p20']:5.3f} {noise['p80']:5.3f}]  {path}"
+        f"{f'  OVER {LIMIT}' if ours_by_theirs['median'] > LIMIT else ''}",
+        flush=True,
+    )
+    return ours_by_theirs["median"]
 
 
 def main() -> None:
@@ -111,7 +136,7 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     print("python bench/dropin.py", *sys.argv[1:])
     print(*(f"{key}={value}" for key, value in environment().items()), f"clock={options.clock}")
-    worst = (0.0, "")
+    worst, rows, over = (0.0, ""), 0, 0
     for layout in (torch.channels_last, torch.contiguous_format):
         for batch in options.batch:
             for name, (c_in, c_out, kernel, side, stride, groups, *more) in LAYERS.items():
@@ -131,18 +156,16 @@ def main() -> None:
                     path = f"Winograd, tiles of {route.tile}" if route.tile else PATHS[route.path]
                     del result
                     sides = {"theirs": lambda: theirs(x), "ours": lambda: ours(x)}  # noqa: B023 (called in this iteration only)
-                    times = measure(sides, "theirs", seconds=0.0, rounds=options.rounds, clock=options.clock)
-                ours_by_theirs, noise = ratio(times, "ours", "theirs"), ratio(times, AGAIN, "theirs")
-                label = f"{str(layout).removeprefix('torch.'):17} batch {batch}  {name:28}"
-                worst = max(worst, (ours_by_theirs["median"], label))
-                print(
-                    f"{label} {1e6 * spread(times['theirs'])['median']:10.1f} us  ratio {ours_by_theirs['median']:5.3f}"
-                    f"  [{ours_by_theirs['p20']:5.3f} {ours_by_theirs['p80']:5.3f}]"
-                    f"  noise [{noise['p20']:5.3f} {noise['p80']:5.3f}]  {path}"
-                    f"{'  OVER 1.03' if ours_by_theirs['median'] > 1.03 else ''}",
-                    flush=True,
-                )
-    print(f"worst ratio {worst[0]:.3f}: {' '.join(worst[1].split())}")
+                    label = f"{str(layout).removeprefix('torch.'):17} batch {batch}  {name:28}"
+                    median = row(label, path, sides, options.rounds, options.clock)
+                    if median > LIMIT:
+                        median = row(
+                            f"{'again, more rounds':>27}  {name:28}", path, sides, 5 * options.rounds, options.clock
+                        )
+                rows += 1
+                over += median > LIMIT
+                worst = max(worst, (median, label))
+    print(f"{over} of {rows} rows over {LIMIT}; worst ratio {worst[0]:.3f}: {' '.join(worst[1].split())}")
 
 
 if __name__ == "__main__":

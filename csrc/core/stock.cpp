@@ -29,17 +29,23 @@ bool plane_products_win(const ConvShape& s) {
   return positions >= 20 * 20 || s.group_in() < 512;
 }
 
-// Groups of more than 8 channels, channels_last: ours 0.6 to 1.0 of oneDNN's time (bench/NOTES.md, "Groups of more than
+// Groups of more than 8 channels, channels_last: ours 0.4 to 1.0 of oneDNN's time (bench/NOTES.md, "Groups of more than
 // 8 channels") but where vectors are half empty (9 to 11 channels: 1.0 to 1.3), or full and a group's map is soon done
 // (12 to 16 channels on 7x7 maps: 0.7 to 1.2, in steps of two to 7x7 1.0 to 1.3). In bfloat16 an item takes half of the
-// time, and 1x1 kernels and narrow groups are level or slower.
+// time, and 1x1 kernels and narrow groups are level or slower. NCHW: narrow groups on large maps alone repay the
+// transposing (10 to 24 channels at 28x28 and more, or in steps of two at 14x14 and more: 0.57 to 1.0; 16 channels at
+// 14x14 0.9 to 1.3, 32 channels 0.94 to 1.16).
 Stock large_groups_path(const ConvShape& s, DType dtype, bool channels_last) {
   if (!channels_last && dtype == DType::kFloat32 && plane_products_win(s)) return Stock::kNone;
   constexpr int64_t kFewest = 12;
   const int64_t fewest = std::min(s.group_in(), s.group_out()), area = s.kh * s.kw;
+  const int64_t positions = s.out_h * s.out_w;
+  if (!channels_last && dtype == DType::kFloat32 && area > 1) {
+    const bool large = positions >= (s.stride_h * s.stride_w == 1 ? 28 * 28 : 14 * 14);
+    return large && std::max(s.group_in(), s.group_out()) <= 24 ? Stock::kNone : Stock::kOneDnn;
+  }
   bool wins = channels_last && fewest >= kFewest;
-  if (s.group_out() <= PackedLayout::kHalfLanes && area > 1)
-    wins = wins && s.stride_h * s.stride_w == 1 && s.out_h * s.out_w >= 14 * 14;
+  if (s.group_out() <= PackedLayout::kHalfLanes && area > 1) wins = wins && positions >= 14 * 14;
   if (dtype != DType::kFloat32) wins = wins && fewest > PackedLayout::kHalfLanes && area > 1;
   return wins ? Stock::kNone : Stock::kOneDnn;
 }
@@ -68,9 +74,21 @@ Stock grouped_path(const ConvShape& s, DType dtype, bool channels_last) {
 }
 
 // Contiguous NCHW of few input channels: 0.4 to 0.9 of oneDNN's time (8 -> 8 at 56x56, 3 -> 64 at 224x224 and 32x32, 3
-// -> 16 at 32x32, 1 -> 6 with 5x5 at 28x28), level for large maps in steps of two (3 -> 32 from 224x224: 0.9 to 1.0).
+// -> 16 at 32x32, 1 -> 6 with 5x5 at 28x28), level for large maps in steps of two (3 -> 32 from 224x224: 0.9 to 1.0),
+// slower where no input serves two outputs (2x2 in steps of two, 4 -> 96 at 64x64: 0.8 alone and 1.23 in a batch).
 bool planes_win(const ConvShape& s) {
-  return few_channels(s) && (s.stride_h * s.stride_w == 1 || s.out_h * s.out_w <= 56 * 56);
+  if (!few_channels(s)) return false;
+  return s.stride_h * s.stride_w == 1 || (s.out_h * s.out_w <= 56 * 56 && s.kh * s.kw >= 9);
+}
+
+// Contiguous NCHW that is gathered into pixels and scattered again, with more input channels than planes_win. In steps
+// of two, 3x3 to 7x7, 16 to 64 channels: 0.57 to 1.0 of oneDNN's time alone, 0.73 to 1.0 in a batch of 8 (128 -> 256
+// from 28x28 0.9 and 1.01, 96 -> 192 from 35x35 0.94 and 1.06). 1x1 over a few planes: 0.73 to 0.83 alone, 0.2 to 0.92
+// in a batch (4 -> 8 at 64x64, 3 -> 64, 8 -> 32 and 4 -> 512 at 28x28 and 56x56, 8 -> 128 at 112x112).
+bool pixels_win(const ConvShape& s) {
+  if (s.kh * s.kw == 1) return s.c_in <= PackedLayout::kSmallGroup && s.c_out >= PackedLayout::kSmallGroup;
+  const int64_t stride = std::max(s.stride_h, s.stride_w);
+  return stride == 2 && s.kh * s.kw >= 9 && s.c_in > PackedLayout::kSmallGroup && s.c_in <= 64;
 }
 
 }  // namespace
@@ -114,8 +132,10 @@ Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, bool pairs
   const bool map_of_one = s.h * s.w * s.kh * s.kw * s.stride_h * s.stride_w == 1 && s.pad_top + s.pad_left == 0;
   if (dtype != DType::kFloat32 && map_of_one) return gemm;
   // Large maps of few channels: the traffic decides, and oneDNN's is the smaller by some percent, but for vectors half
-  // empty (8 out at 56x56 to 224x224: ours 0.5 to 0.9 of its time).
-  const bool wide_maps = s.c_in <= 128 && s.out_h * s.out_w >= 56 * 56;
+  // empty (8 out at 56x56 to 224x224: ours 0.5 to 0.9 of its time), and patches that do not overlap (4x4 in steps of
+  // four, 3 -> 96 from 224x224: 0.83 to 0.89).
+  const bool patches = dtype == DType::kFloat32 && s.stride_h >= s.kh && s.stride_w >= s.kw;
+  const bool wide_maps = s.c_in <= 128 && s.out_h * s.out_w >= 56 * 56 && !patches;
   if (channels_last && s.kh * s.kw > 1 && wide_maps && (s.c_out > 8 || dtype != DType::kFloat32)) return Stock::kOneDnn;
   // 1x1 in bfloat16: the products take half of the time, so on large maps the same holds where one side is narrow (64
   // -> 256 at 56x56: 0.91, 512 -> 128 at 28x28: 0.95). In float32 ours is the faster one (one thread: 0.5 to 0.86 of
@@ -134,7 +154,7 @@ Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, bool pairs
   // repacks at every call, outweigh that.
   const bool small = s.out_h * s.out_w <= 64 && !(pairs && s.kh * s.kw == 1);
   if (channels_last || small) return Stock::kNone;
-  if (dtype == DType::kFloat32 && plane_products_win(s)) return Stock::kNone;
+  if (dtype == DType::kFloat32 && (plane_products_win(s) || pixels_win(s))) return Stock::kNone;
   if (dtype == DType::kFloat32 && (planes_win(s) || (s.kh * s.kw == 1 && !product && small_sample)))
     return Stock::kNone;
   // For a small sample alone torch takes a slow path of its own and oneDNN's call is most of its time: ours 0.2 to 0.8
