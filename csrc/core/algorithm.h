@@ -9,8 +9,8 @@ namespace rnp {
 
 enum class Algorithm : int32_t { kDirect = 0, kWinograd2 = 2, kWinograd4 = 4 };  // the value is the tile's edge
 
-// Winograd needs float32, no groups, and a 3x3 kernel with stride 1 (dilated or not) or, with tiles of 4x4, a 7x7 kernel
-// with stride 2 over at most 4 channels (winograd.h), of which a sample needs all.
+// Winograd needs float32, no groups, and a 3x3 kernel with stride 1 (dilated or not) or, with tiles of 4x4, a 7x7
+// kernel with stride 2 over at most 4 channels (winograd.h), of which a sample needs all.
 bool winograd_can(const ConvShape& shape, DType dtype);
 
 // The one place of the rule; bench/winograd.py measures it. It looks at the layer and at the sample's own prefixes,

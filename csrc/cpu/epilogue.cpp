@@ -181,9 +181,7 @@ void finish_patch(const PrefixConv2dParams& p, const Patch& patch, int64_t chann
     Row<T> row{patch.cols, nullptr, to.w * patch.col_step, to.c, nullptr, from.w * patch.col_step, from.c};
     const bool planes = std::is_same_v<T, float> && transpose && count > 1 && to.c != 1 && row.out_step == 1;
     // Rows that follow each other, here and there, are one.
-    const auto follow = [&](const Strides4& st) {
-      return st.h * patch.row_step == st.w * patch.col_step * patch.cols;
-    };
+    const auto follow = [&](const Strides4& st) { return st.h * patch.row_step == st.w * patch.col_step * patch.cols; };
     int64_t rows = patch.rows;
     if (planes && view.row_step == view.col_step * patch.cols && follow(to) && (!p.residual || follow(from)))
       row.cols *= std::exchange(rows, 1);

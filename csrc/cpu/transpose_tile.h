@@ -50,8 +50,7 @@ inline void transpose_block(const float* from, int64_t from_step, int64_t rows, 
   }
   const __m256i row = first_lanes(cols), col = first_lanes(rows);
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i)
-    r[i] = i < rows ? _mm256_maskload_ps(from + i * from_step, row) : _mm256_setzero_ps();
+  for (int i = 0; i < 8; ++i) r[i] = i < rows ? _mm256_maskload_ps(from + i * from_step, row) : _mm256_setzero_ps();
   transpose_registers(r);
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i)

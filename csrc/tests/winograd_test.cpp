@@ -282,8 +282,7 @@ TEST(winograd_is_chosen_by_the_layer_and_the_prefixes) {
   CHECK(choose_algorithm(s, DType::kFloat32, 64, 64) == Algorithm::kDirect);
   set_algorithm("winograd2");
   CHECK(choose_algorithm(s, DType::kFloat32, 1, 1) == Algorithm::kWinograd2);
-  for (int64_t ConvShape::* field :
-       {&ConvShape::stride_h, &ConvShape::groups, &ConvShape::kh}) {
+  for (int64_t ConvShape::* field : {&ConvShape::stride_h, &ConvShape::groups, &ConvShape::kh}) {
     ConvShape other = s;
     other.*field = 2;
     CHECK(choose_algorithm(other, DType::kFloat32, 64, 64) == Algorithm::kDirect);
