@@ -42,8 +42,9 @@ STEMS = (
 )  # fmt: skip
 # Every case of the common list that Winograd can compute, layouts, epilogues and prefixes included.
 WINOGRAD_CASES = [
-    c for c in CASES if c.kernel == (3, 3) and c.stride == 1 and c.groups == 1 and c.input[0] > 0
-] + list(EXTRA)
+    *(c for c in CASES if c.kernel == (3, 3) and c.stride == 1 and c.groups == 1 and c.input[0] > 0),
+    *EXTRA,
+]
 WITH_TILES = [(c, tile) for c in WINOGRAD_CASES for tile in (2, 4)] + [
     (c, 4) for c in (*STEMS, *(c for c in CASES if c.kernel == (7, 7) and c.layout == "channels_last"))
 ]
