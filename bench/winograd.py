@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -175,7 +176,8 @@ def main() -> None:
         print(f"{total['stack']}, thr {total['threads']}, batch {total['batch']}: {speeds}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"environment": env, "rows": rows, "stacks": totals}, indent=1) + "\n")
+        found = {"command": sys.argv, "environment": env, "rows": rows, "stacks": totals}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

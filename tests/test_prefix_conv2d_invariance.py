@@ -85,6 +85,8 @@ STOCK_LAYERS = {
     "contiguous 1x1 with stride": (320, 24, 64, 1, 2, 1, False),
     "groups of 16 in steps of two": (32, 14, 32, 3, 2, 2, True),
     "contiguous groups of 40 in steps of two": (80, 28, 80, 3, 2, 2, False),
+    "contiguous multiplier 16": (4, 32, 64, 3, 1, 4, False),
+    "contiguous 1x1 of few planes in steps of two": (8, 96, 32, 1, 2, 1, False),
     "contiguous patches": (3, 32, 24, 4, 4, 1, False),
     "contiguous, many channels in steps of two": (72, 60, 24, 3, 2, 1, False),
     "groups of 10": (40, 14, 40, 3, 1, 4, True),

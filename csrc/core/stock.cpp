@@ -42,7 +42,8 @@ Stock large_groups_path(const ConvShape& s, DType dtype, bool channels_last) {
   const int64_t positions = s.out_h * s.out_w;
   if (!channels_last && dtype == DType::kFloat32 && area > 1) {
     const bool large = positions >= (s.stride_h * s.stride_w == 1 ? 28 * 28 : 14 * 14);
-    return large && std::max(s.group_in(), s.group_out()) <= 24 ? Stock::kNone : Stock::kOneDnn;
+    const bool narrow = fewest > PackedLayout::kSmallGroup && std::max(s.group_in(), s.group_out()) <= 24;
+    return large && narrow ? Stock::kNone : Stock::kOneDnn;
   }
   bool wins = channels_last && fewest >= kFewest;
   if (s.group_out() <= PackedLayout::kHalfLanes && area > 1) wins = wins && positions >= 14 * 14;
@@ -86,8 +87,9 @@ bool planes_win(const ConvShape& s) {
 // from 28x28 0.9 and 1.01, 96 -> 192 from 35x35 0.94 and 1.06). 1x1 over a few planes: 0.73 to 0.83 alone, 0.2 to 0.92
 // in a batch (4 -> 8 at 64x64, 3 -> 64, 8 -> 32 and 4 -> 512 at 28x28 and 56x56, 8 -> 128 at 112x112).
 bool pixels_win(const ConvShape& s) {
-  if (s.kh * s.kw == 1) return s.c_in <= PackedLayout::kSmallGroup && s.c_out >= PackedLayout::kSmallGroup;
   const int64_t stride = std::max(s.stride_h, s.stride_w);
+  if (s.kh * s.kw == 1)
+    return stride == 1 && s.c_in <= PackedLayout::kSmallGroup && s.c_out >= PackedLayout::kSmallGroup;
   return stride == 2 && s.kh * s.kw >= 9 && s.c_in > PackedLayout::kSmallGroup && s.c_in <= 64;
 }
 

@@ -79,7 +79,8 @@ void finish_row(const Row<T>& row, const float* scale, const float* bias, bool a
   });
 }
 
-// The same into planes: sums are transposed to where the outputs belong, and are finished there.
+// The same into planes: sums are transposed to where the outputs belong, and are finished there, in place: finish_row's
+// loop, which may not assume that it reads what it writes, would not be vectorized.
 void finish_planes(const Row<float>& row, const float* scale, const float* bias, bool activated, const float* sums,
                    int64_t col_step, int64_t count, Transpose transpose) {
   transpose(sums, col_step, row.cols, count, row.out, row.out_channel);

@@ -29,7 +29,7 @@ COMMANDS = {
         "rnp_kernels.doctor", "what was built, what this machine offers, which backend runs; a self-test"
     ),
     "bench": Command(
-        "rnp.bench.command", "the operator, layers, networks and training steps beside their rivals (about 25 minutes)"
+        "rnp.bench.command", "the operator, layers, networks and training steps beside their rivals (about 27 minutes)"
     ),
     "demo": Command(
         "rnp.demo",
