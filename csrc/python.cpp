@@ -62,6 +62,14 @@ py::dict cpu_features() {
   return features;
 }
 
+bool is_intel() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (rnp::cpu::Isa isa : rnp::cpu::available_isas()) names.emplace_back(rnp::cpu::isa_name(isa));
@@ -198,6 +206,7 @@ PYBIND11_MODULE(_C, m) {
         "cuda_reason (why the CUDA library was not built). The last three are None where they do not apply.");
   m.def("cpu_features", &cpu_features,
         "Instruction sets that this processor and its operating system offer: name to bool.");
+  m.def("is_intel", &is_intel, "Whether this processor is one of Intel's.");
   m.def("available_isas", &available_isas,
         "The instruction sets the CPU kernels can run with here, in ascending order: 'portable', 'avx2', "
         "'avx512',\n"
@@ -236,6 +245,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("float32"), py::arg("bfloat16"), py::arg("float16"),
       "Say in which dtypes oneDNN runs here. Until then the CPU operator never falls back to it. bfloat16: 0 not at "
       "all,\n1 by converting to float32, 2 with AVX512-BF16, 3 with AMX. ValueError for another number.");
+  m.def("set_stock_product", &rnp::set_stock_product, py::arg("whole_vectors"),
+        "Say whether torch's matrix product uses the whole vectors of this processor. Until then: no.");
   m.def("stock_path", &stock_path, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
         py::arg("dilation"), py::arg("groups"), py::arg("dtype"), py::arg("channels_last"),
         "What the CPU operator does with samples of full width in this layer: 0 its own kernel, 1 oneDNN's, 2 one "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -74,8 +74,17 @@ ROUTES = {  # input, output channels, kernel, groups, channels_last, dtype: one 
 }
 
 
+@pytest.fixture(params=[False, True], ids=["product of halves", "product of whole vectors"])
+def whole_vectors(request: pytest.FixtureRequest) -> Iterator[bool]:
+    _C.set_stock_product(request.param)
+    yield request.param
+    stock.tell_the_operator()
+
+
 @pytest.mark.parametrize("name", ROUTES)
-def test_full_width_has_the_same_bits_on_every_way(name: str, isa: str, threads: None, direct: None) -> None:
+def test_full_width_has_the_same_bits_on_every_way(
+    name: str, isa: str, threads: None, direct: None, whole_vectors: bool
+) -> None:
     shape, out, kernel, groups, last, dtype = ROUTES[name]
     conv = PrefixConv2d(shape[1], out, kernel, padding=kernel // 2, groups=groups, dtype=dtype)
     x = torch.randn(shape, dtype=dtype)
@@ -83,7 +92,10 @@ def test_full_width_has_the_same_bits_on_every_way(name: str, isa: str, threads:
     full, part = int32(shape[1], shape[1], shape[1]), int32(out, out // 2, out)
     if dtype == torch.float32 and torch.backends.mkldnn.is_available():
         path = _C.stock_path(shape[1:], conv.weight.shape, (1, 1), (kernel // 2,) * 4, (1, 1), groups, "float32", last)
-        assert (path == stock.OURS) == name.startswith("ours")
+        if whole_vectors and name == "ours, 1x1, NCHW":
+            assert path == stock.GEMM
+        else:
+            assert (path == stock.OURS) == name.startswith("ours")
     results = []
     for count in (1, 2):
         torch.set_num_threads(count)

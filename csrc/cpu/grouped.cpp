@@ -170,7 +170,7 @@ class GroupedCall {
         a.out = static_cast<float*>(p_.output) + n * p_.output_stride.n + r * p_.output_stride.h + c;
         if (p_.residual)
           a.residual = static_cast<const float*>(p_.residual) + n * p_.residual_stride.n + r * p_.residual_stride.h + c;
-        if (large && in_turn) {
+        if (large && in_turn && !processor().follows_rows) {
           const int64_t next = std::max<int64_t>(0, y + (s_.kh - 1) * s_.dilation_h + 1);
           a.ahead = input + next * p_.input_stride.h + first;
           a.ahead_rows = std::clamp<int64_t>(s_.h - next, 0, s_.stride_h);

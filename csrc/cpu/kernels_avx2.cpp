@@ -65,7 +65,7 @@ const Kernels& avx2_kernels() {
   static const Kernels kernels = [] {
     Kernels k = {};
     k.widths = 2;
-    k.pointwise = 1;
+    k.pointwise = k.paired_pointwise = 1;
     k.max_cols = 6;
     k.streams = true;
     add_tiles<1>(k.width[0]);

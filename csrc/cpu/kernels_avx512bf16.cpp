@@ -123,7 +123,7 @@ const Kernels& avx512bf16_kernels() {
   static const Kernels kernels = [] {
     Kernels k = {};  // no depthwise, no Winograd: those convert to float32
     k.widths = 3;
-    k.pointwise = 1;
+    k.pointwise = k.paired_pointwise = 1;
     k.max_cols = 14;
     add_tiles<Pairs256, 1>(k.width[0]);
     add_tiles<Pairs512, 1>(k.width[1]);

@@ -49,7 +49,7 @@ const Kernels& portable_kernels() {
   static const Kernels kernels = [] {
     Kernels k = {};
     k.widths = 2;
-    k.pointwise = 1;
+    k.pointwise = k.paired_pointwise = 1;
     k.max_cols = 5;
     k.sum_kernel_rows = true;
     add_columns<V128, 1, 5>(k.width[0]);

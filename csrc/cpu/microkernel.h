@@ -139,7 +139,9 @@ struct Kernels {
   int widths;          // 1…3, narrowest first
   TileWidth width[3];  // each a multiple of the first
   int max_cols;        // of a one-row tile
-  int pointwise;       // which of them is the widest to use where a tile ends after one tap
+  // Which of them is the widest to use where a tile ends after one tap: in general, and where multiply-adds start in
+  // pairs (cpu/isa.h).
+  int pointwise, paired_pointwise;
   // Without fused multiply-add every product rounds too: each kernel row is then summed by itself, for shorter chains.
   bool sum_kernel_rows;
   bool streams;  // knows TileArgs::stream, for tiles of 16 channels or more
@@ -159,7 +161,9 @@ struct Kernels {
   // The width to take next where `left` output channels are left: the one that covers them, or the largest below it
   // where narrower ones together leave fewer lanes empty (20 channels: 16 and then 8, not 32).
   const TileWidth& width_for(int64_t left) const { return width_for(left, widths - 1); }
-  const TileWidth& pointwise_width_for(int64_t left) const { return width_for(left, pointwise); }
+  const TileWidth& pointwise_width_for(int64_t left, bool paired) const {
+    return width_for(left, paired ? paired_pointwise : pointwise);
+  }
   const TileWidth& width_for(int64_t left, int i) const {
     const int64_t needed = (left + width[0].lanes - 1) / width[0].lanes * width[0].lanes;
     while (i > 0 && width[i].lanes > needed) --i;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/isa.h"
 #include "cpu/prefetch.h"
 
 namespace rnp::cpu {
@@ -108,7 +109,8 @@ void Pointwise::list_passes(float* sums) {
     const int64_t block = channel / PackedLayout::kLanes, sub = channel % PackedLayout::kLanes;
     const int64_t left = std::min(end, (block + 1) * PackedLayout::kLanes) - channel;
     // Weights that come from afar are read once, in whole.
-    const TileWidth& width = weights_stay ? call_.kernels.pointwise_width_for(left) : call_.kernels.width_for(left);
+    const TileWidth& width = weights_stay ? call_.kernels.pointwise_width_for(left, processor().paired_multiply_adds)
+                                          : call_.kernels.width_for(left);
     const int64_t live = std::min<int64_t>(width.lanes, end - channel);
     a.live = static_cast<int32_t>(live);
     a.w_step = l.lanes(block);
@@ -232,7 +234,7 @@ void Pointwise::run_panels() {
       ahead = PixelWalk(call_, *following_);
       following_ = nullptr;
     }
-    const bool fetch = ahead.left() > 0;
+    const bool fetch = ahead.left() > 0 && !processor().follows_rows;
     if (fetch) ahead.take(std::min(ahead.left(), cols), later);
     for (Pass& pass : passes_) {
       PointwiseArgs& a = pass.args;

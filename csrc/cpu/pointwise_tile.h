@@ -91,24 +91,31 @@ void copy_panel(const float* const* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += kChunk, to += kChunk * kMaxCols) copy_chunk<V, kMaxCols>(from, i, count - i, to);
 }
 
-// V: the vector of output channels. VC: that of the copies.
-template <class V, class VC, int C>
+// V, NV: the vectors of output channels. VC: that of the copies.
+template <class V, int NV, class VC, int C>
 struct PanelTile {
   using T = typename V::T;
 
   template <int c>
-  static RNP_INLINE void columns(T (&row)[1][C][1], const char* x, const T w) {
+  static RNP_INLINE void columns(T (&row)[1][C][NV], const char* x, const T (&w)[NV]) {
     if constexpr (c < C) {
-      RNP_COUNT_FMA(V::kWidth);
-      row[0][c][0] = V::template fma_broadcast_at<c * kChunk * sizeof(float)>(x, w, row[0][c][0]);
+      RNP_COUNT_FMA(NV * V::kWidth);
+      constexpr int kPixel = c * kChunk * static_cast<int>(sizeof(float));
+      if constexpr (NV == 1) {
+        row[0][c][0] = V::template fma_broadcast_at<kPixel>(x, w[0], row[0][c][0]);
+      } else {
+        const T b = V::broadcast(x + kPixel);
+        RNP_UNROLL
+        for (int v = 0; v < NV; ++v) row[0][c][v] = V::fma(b, w[v], row[0][c][v]);
+      }
       columns<c + 1>(row, x, w);
     }
   }
 
   static void compute(const PointwiseArgs& p) {
     const TileArgs& a = p.tile;
-    T acc[1][C][1];
-    PointwiseTile<V, C, 1>::clear(acc, a);
+    T acc[1][C][NV];
+    PointwiseTile<V, C, NV>::clear(acc, a);
     const float* w = a.w;
     for (int64_t chunk = 0;; ++chunk) {
       asm volatile("" ::: "memory");  // see above
@@ -123,19 +130,22 @@ struct PanelTile {
       }
       const char* x = reinterpret_cast<const char*>(a.x + chunk * kChunk * kMaxCols);
       for (left = left < kChunk ? left : kChunk; left > 0; --left) {
-        columns<0>(acc, x, V::load(w));
+        T weights[NV];
+        RNP_UNROLL
+        for (int v = 0; v < NV; ++v) weights[v] = V::load(w + v * V::kWidth);
+        columns<0>(acc, x, weights);
         x += sizeof(float);
         w += a.w_step;
       }
     }
-    Tile<V, 1, C, 1>::finish(acc, a);
+    Tile<V, 1, C, NV>::finish(acc, a);
   }
 };
 
-template <class V, class VC, int C>
+template <class V, int NV, class VC, int C>
 RNP_INLINE void add_panels(TileWidth& width) {
-  width.panel[C - 1] = &PanelTile<V, VC, C>::compute;
-  if constexpr (C > 1) add_panels<V, VC, C - 1>(width);
+  width.panel[C - 1] = &PanelTile<V, NV, VC, C>::compute;
+  if constexpr (C > 1) add_panels<V, NV, VC, C - 1>(width);
 }
 
 }  // namespace

@@ -1,9 +1,11 @@
-// Fetching the next work item's input into L2 a few lines at a time, while the tiles of the current item compute.
+// Fetching the next work item's input into L2 a few lines at a time, while the tiles of the current item compute. Where
+// the processor does so by itself (cpu/isa.h), nothing.
 #pragma once
 
 #include <algorithm>
 
 #include "cpu/band.h"
+#include "cpu/isa.h"
 
 namespace rnp::cpu {
 
@@ -15,7 +17,7 @@ class Prefetcher {
   Prefetcher(const char* from, int64_t rows, int64_t row_bytes, int64_t cols, int64_t col_bytes, int64_t pixel_bytes,
              int64_t calls)
       : row_(from), rows_(rows), cols_(cols), row_bytes_(row_bytes), col_bytes_(col_bytes), pixel_bytes_(pixel_bytes) {
-    if (rows <= 0 || cols <= 0 || pixel_bytes <= 0 || calls <= 0) return;
+    if (rows <= 0 || cols <= 0 || pixel_bytes <= 0 || calls <= 0 || processor().follows_rows) return;
     if (pixel_bytes_ == col_bytes_) {  // pixels touch: one run per row
       pixel_bytes_ *= cols_;
       cols_ = 1;

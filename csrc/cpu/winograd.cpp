@@ -15,6 +15,7 @@
 #include "core/algorithm.h"
 #include "cpu/band.h"
 #include "cpu/epilogue.h"
+#include "cpu/isa.h"
 #include "cpu/sum_pixels.h"
 #include "cpu/winograd_items.h"
 
@@ -96,6 +97,7 @@ void multiply(const Work& work, int64_t block) {
   args.first = true;
   args.w_step = call.layout.lanes(block);
   args.partial_col_step = kLanes;
+  const bool paired = processor().paired_multiply_adds;
   for (int64_t point = 0; point < call.layout.points(); ++point) {
     const float* u = call.p.winograd + call.layout.panel_at(block, point);
     float* m = work.memory + work.item.m + point * work.item.m_step;
@@ -107,8 +109,8 @@ void multiply(const Work& work, int64_t block) {
       args.runs = &run;
       args.x_col_step = piece.tile_step;
       for (int64_t sub = 0, lanes = 0; sub < live; sub += lanes) {
-        const TileWidth& width =
-            call.layout.folded() ? call.kernels.pointwise_width_for(live - sub) : call.kernels.width_for(live - sub);
+        const TileWidth& width = call.layout.folded() ? call.kernels.pointwise_width_for(live - sub, paired)
+                                                      : call.kernels.width_for(live - sub);
         lanes = std::min<int64_t>(width.lanes, live - sub);
         args.w = u + sub;
         args.live = static_cast<int32_t>(lanes);

@@ -211,6 +211,28 @@ TEST(a_sample_has_the_same_bits_alone_in_a_batch_and_with_any_threads) {
   check_invariance<BFloat16>(DType::kBFloat16);
 }
 
+// Tiles of other widths, and lines that are asked for or not: the machine at hand has one of these, CI another.
+TEST(no_bit_depends_on_the_processor) {
+  const cpu::Processor before = cpu::processor();
+  for (const ConvCase& c : conv_cases())
+    for (Mode mode : {kFull, kTables, kResidual})
+      for (bool channels_last : {true, false}) {
+        const auto run = [&](cpu::Processor processor) {
+          cpu::set_processor(processor);
+          Problem<float> problem(c, mode, DType::kFloat32, channels_last, 0);
+          cpu::prefix_conv2d(problem.p, {});
+          problem.check(std::string(c.name) + ", " + kModeNames[mode]);
+          return problem.output;
+        };
+        const std::vector<float> one = run({false, false});
+        for (cpu::Processor other : {cpu::Processor{true, false}, cpu::Processor{true, true}})
+          CHECK(std::memcmp(run(other).data(), one.data(), sizeof(float) * one.size()) == 0)
+              << c.name << ", " << kModeNames[mode] << ", pairs " << other.paired_multiply_adds << ", follows "
+              << other.follows_rows;
+      }
+  cpu::set_processor(before);
+}
+
 // The batch spans enough for its output to be stored past the caches, a sample alone does not.
 TEST(stores_past_the_caches_change_no_bit) {
   const ConvShape shape =
