@@ -14,6 +14,7 @@
 #include "cpu/fma_peak.h"
 #include "cpu/isa.h"
 #include "cpu/layer_call.h"
+#include "cpu/output_pool.h"
 #include "cpu/pack_weight.h"
 #include "cpu/prefix_conv2d.h"
 #include "cuda/plan.h"
@@ -185,6 +186,16 @@ rnp::cpu::LayerCall layer_call(std::array<int64_t, 4> input, std::array<int64_t,
   return {s, strides_of(input_stride), strides_of(weight_stride), strides_of(output_stride), tile};
 }
 
+// Whoever takes a DLPack capsule over renames it.
+py::object new_output(const rnp::cpu::LayerCall& call) {
+  void* tensor = call.new_output();
+  if (!tensor) return py::none();
+  constexpr const char* kName = "dltensor";
+  return py::reinterpret_steal<py::object>(PyCapsule_New(tensor, kName, [](PyObject* capsule) {
+    if (PyCapsule_IsValid(capsule, kName)) rnp::cpu::free_output(PyCapsule_GetPointer(capsule, kName));
+  }));
+}
+
 std::string describe_cuda_kernel(std::array<int64_t, 4> input, std::array<int64_t, 4> weight,
                                  std::array<int64_t, 2> stride, std::array<int64_t, 4> padding,
                                  std::array<int64_t, 2> dilation, int64_t groups, const std::string& dtype,
@@ -260,6 +271,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&layer_call), py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
            py::arg("dilation"), py::arg("groups"), py::arg("input_stride"), py::arg("weight_stride"),
            py::arg("output_stride"), py::arg("tile"))
+      .def("new_output", &new_output,
+           "Memory for the output from a pool, as a DLPack capsule; None where the pool does not serve its size.")
       .def(
           "__call__",
           [](const rnp::cpu::LayerCall& call, uintptr_t input, uintptr_t output, uintptr_t in_prefix,
@@ -269,6 +282,9 @@ PYBIND11_MODULE(_C, m) {
           py::call_guard<py::gil_scoped_release>(),
           "Addresses, 0 for what is absent; returns 0 done, 1 the weights or the algorithm changed, 2 a prefix out of "
           "range.\nOnly after 0 the output is written.");
+  m.def(
+      "output_pool_bytes", [] { return rnp::cpu::OutputPool::instance().kept(); },
+      "Bytes kept for outputs to come (csrc/cpu/output_pool.h).");
   m.def("describe_cuda_kernel", &describe_cuda_kernel, py::arg("input"), py::arg("weight"), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("dtype"), py::arg("channels_last"),
         py::arg("tf32"), py::arg("multiprocessors"), py::arg("hopper") = false,

@@ -1,6 +1,7 @@
 """What rnp_kernels needs from C++ that involves no tensor (csrc/python.cpp)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 def build_info() -> dict[str, str | None]: ...
 def cpu_features() -> dict[str, bool]: ...
@@ -69,6 +70,7 @@ class LayerCall:
         output_stride: Sequence[int],
         tile: int,
     ) -> None: ...
+    def new_output(self) -> Any | None: ...  # a DLPack capsule
     def __call__(
         self,
         input: int,
@@ -81,6 +83,7 @@ class LayerCall:
         transformed: int,
     ) -> int: ...
 
+def output_pool_bytes() -> int: ...
 def describe_cuda_kernel(
     input: Sequence[int],
     weight: Sequence[int],

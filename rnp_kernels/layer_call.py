@@ -5,8 +5,10 @@ with what it is given, and answers None where anything differs: then the module 
 everything and prepares the next call.
 
 A `LayerCall` runs our kernel on the tensors' addresses, without a dispatcher, whose boxing costs more than a small
-layer; so nothing may be in force that must see operators (tracing, transforms, autocast, a profiler, gradients). A
-`StockCall` calls torch's own convolution, where the rule names that: all of them see it, and little is left to compare.
+layer; so nothing may be in force that must see operators (tracing, transforms, autocast, a profiler, gradients). An
+output of 256 KB to 32 MB lies on memory kept from call to call (csrc/cpu/output_pool.h), and `resize_` cannot enlarge
+it. A `StockCall` calls torch's own convolution, where the rule names that: all of them see it, and little is left to
+compare.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ _profiling = torch.autograd._profiler_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
 _is_grad_enabled = torch.is_grad_enabled
 _float32 = torch.float32
+_from_dlpack = torch.utils.dlpack.from_dlpack
 
 
 _algorithm = _C.algorithm
@@ -115,7 +118,7 @@ class LayerCall:
 
     __slots__ = (
         "_addresses", "_bias", "_bias_metadata", "_held", "_identity", "_input_strides", "_kernel", "_output_size",
-        "_output_strides", "_stock", "_weight",
+        "_output_strides", "_pooled", "_stock", "_weight",
     )  # fmt: skip
 
     def __init__(
@@ -134,6 +137,7 @@ class LayerCall:
             tuple(input.shape), tuple(weight.shape), route.stride, route.padding, route.dilation, module.groups,
             input.stride(), weight.stride(), output.stride(), route.tile,
         )  # fmt: skip
+        self._pooled = self._kernel.new_output() is not None
         # With gradients nothing is transformed, whatever the algorithm.
         self._stock = StockCall(module, input, weight, bias, route, None) if route.path == stock.CONV2D else None
 
@@ -173,7 +177,10 @@ class LayerCall:
             narrow_out = self._address_of_prefix(out_prefix, input)
             if not narrow_out:
                 return None
-        output = input.new_empty_strided(self._output_size, self._output_strides)
+        memory = self._kernel.new_output() if self._pooled else None
+        output = (
+            input.new_empty_strided(self._output_size, self._output_strides) if memory is None else _from_dlpack(memory)
+        )
         done = self._kernel(input.data_ptr(), output.data_ptr(), narrow_in, narrow_out, *self._addresses)
         return output if done == _DONE else None
 

@@ -82,5 +82,5 @@ def _run_segment_fake(
 
 
 def release_memory() -> None:
-    """Free the buffers that `run_segment` keeps from call to call for its activations."""
+    """Free what the CPU keeps from call to call: activations of `run_segment`, outputs of modules (at most 64 MB)."""
     torch.ops.rnp.release_segment_memory()

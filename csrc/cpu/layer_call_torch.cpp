@@ -2,6 +2,7 @@
 
 #include "core/algorithm.h"
 #include "cpu/layer_call.h"
+#include "cpu/output_pool.h"
 #include "cpu/pack_weight.h"
 #include "cpu/prefix_conv2d.h"
 #include "cpu/torch_common.h"
@@ -23,6 +24,13 @@ LayerCall::LayerCall(const ConvShape& shape, const Strides4& input, const Stride
   params_.weight_stride = weight;
   params_.output_stride = output;
   params_.winograd_tile = tile;
+}
+
+void* LayerCall::new_output() const {
+  const ConvShape& s = params_.shape;
+  const Strides4& st = params_.output_stride;
+  if (!OutputPool::serves(static_cast<size_t>(s.n * s.c_out * s.out_h * s.out_w) * sizeof(float))) return nullptr;
+  return rnp::cpu::new_output({s.n, s.c_out, s.out_h, s.out_w}, {st.n, st.c, st.h, st.w});
 }
 
 LayerCall::Answer LayerCall::operator()(uintptr_t input, uintptr_t output, uintptr_t in_prefix, uintptr_t out_prefix,

@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "cpu/output_pool.h"
 #include "cpu/segment.h"
 #include "cpu/torch_common.h"
 
@@ -105,7 +106,10 @@ std::vector<Tensor> run_segment_cpu(const std::string& program, const std::vecto
   }
 }
 
-void release_memory() { release_segment_memory(); }
+void release_memory() {
+  release_segment_memory();
+  OutputPool::instance().release();
+}
 
 }  // namespace
 }  // namespace rnp::cpu
