@@ -10,6 +10,7 @@
 #include "build_info.h"
 #include "core/algorithm.h"
 #include "core/macs.h"
+#include "core/processor.h"
 #include "core/stock.h"
 #include "cpu/fma_peak.h"
 #include "cpu/isa.h"
@@ -61,14 +62,6 @@ py::dict cpu_features() {
 #undef RNP_FEATURE
 #endif
   return features;
-}
-
-bool is_intel() {
-#if defined(__x86_64__)
-  return __builtin_cpu_is("intel");
-#else
-  return false;
-#endif
 }
 
 std::vector<std::string> available_isas() {
@@ -217,10 +210,6 @@ PYBIND11_MODULE(_C, m) {
         "cuda_reason (why the CUDA library was not built). The last three are None where they do not apply.");
   m.def("cpu_features", &cpu_features,
         "Instruction sets that this processor and its operating system offer: name to bool.");
-  m.def("is_intel", &is_intel, "Whether this processor is one of Intel's.");
-  m.def(
-      "pairs_multiply_adds", [] { return rnp::cpu::processor().paired_multiply_adds; },
-      "Whether 512-bit multiply-adds start two in a cycle (csrc/cpu/isa.h).");
   m.def("available_isas", &available_isas,
         "The instruction sets the CPU kernels can run with here, in ascending order: 'portable', 'avx2', "
         "'avx512',\n"
@@ -259,9 +248,16 @@ PYBIND11_MODULE(_C, m) {
       py::arg("float32"), py::arg("bfloat16"), py::arg("float16"),
       "Say in which dtypes oneDNN runs here. Until then the CPU operator never falls back to it. bfloat16: 0 not at "
       "all,\n1 by converting to float32, 2 with AVX512-BF16, 3 with AMX. ValueError for another number.");
-  m.def("set_stock_processor", &rnp::set_stock_processor, py::arg("wide_product"), py::arg("paired_multiply_adds"),
-        "Say whether torch's matrix product uses the whole vectors of this processor, and whether its multiply-adds "
-        "start in\npairs. Until then: neither.");
+  m.def(
+      "processor",
+      [] {
+        const rnp::Processor& p = rnp::processor();
+        return std::array<bool, 4>{p.paired_multiply_adds, p.follows_rows, p.slow_past_l2, p.wide_product};
+      },
+      "What csrc/core/processor.h says of this one, in its order.");
+  m.def(
+      "set_processor", [](std::array<bool, 4> p) { rnp::set_processor({p[0], p[1], p[2], p[3]}); },
+      py::arg("processor"), "For tests: another from now on. Not to be called while an operator runs.");
   m.def("stock_path", &stock_path, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
         py::arg("dilation"), py::arg("groups"), py::arg("dtype"), py::arg("channels_last"),
         "What the CPU operator does with samples of full width in this layer: 0 its own kernel, 1 oneDNN's, 2 one "

@@ -34,9 +34,7 @@ class Route(NamedTuple):
 
 
 def tell_the_operator() -> None:
-    """Say in which dtypes this torch has oneDNN on this processor, and how good its matrix product is there."""
-    wide_product = torch.backends.mkl.is_available() and _C.is_intel()
-    _C.set_stock_processor(wide_product, _C.pairs_multiply_adds())
+    """Say in which dtypes this torch has oneDNN on this processor."""
     if not torch.backends.mkldnn.is_available():
         _C.set_stock_dtypes(False, 0, False)
         return

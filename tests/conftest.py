@@ -40,6 +40,15 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=[False, True], ids=["as on Zen 4", "as on a Xeon"])
+def xeon(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Rules that differ by processor (csrc/core/processor.h), on whatever machine the tests run."""
+    before = _C.processor()
+    _C.set_processor([request.param] * 4)
+    yield request.param
+    _C.set_processor(before)
+
+
 @pytest.fixture
 def direct() -> Iterator[None]:
     """No Winograd: for rules that hold for direct convolution alone, as equal bits with and without gradients."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -72,13 +72,6 @@ ROUTES = {  # input, output channels, kernel, groups, channels_last, dtype: one 
     "bfloat16": ((3, 24, 9, 9), 12, 3, 1, True, torch.bfloat16),
     "ours, 1x1 map": ((3, 64, 1, 1), 40, 1, 1, True, torch.float32),
 }
-
-
-@pytest.fixture(params=[False, True], ids=["as on Zen 4", "as on a Xeon"])
-def xeon(request: pytest.FixtureRequest) -> Iterator[bool]:
-    _C.set_stock_processor(request.param, request.param)
-    yield request.param
-    stock.tell_the_operator()
 
 
 @pytest.mark.parametrize("name", ROUTES)

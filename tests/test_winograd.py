@@ -327,13 +327,14 @@ def test_two_threads_give_the_same_bits() -> None:
     assert len(results) == 20 and all(torch.equal(r, results[0]) for r in results)
 
 
-def test_the_rule_looks_at_the_layer_and_the_prefixes() -> None:
+def test_the_rule_looks_at_the_layer_and_the_prefixes(xeon: bool) -> None:
     def chosen(c: int, size: int, out: int, i: int, o: int, **other: int) -> int:
         kernel, stride, groups = other.get("kernel", 3), other.get("stride", 1), other.get("groups", 1)
         shape = ((c, size, size), (out, c // groups, kernel, kernel), (stride,) * 2, (kernel // 2,) * 4, (1, 1), groups)
         return _C.choose_algorithm(*shape, "float32", i, o)
 
-    assert chosen(64, 56, 64, 64, 64) == 4
+    assert chosen(64, 56, 64, 64, 64) == chosen(512, 14, 512, 512, 512) == chosen(64, 7, 64, 64, 64) == 4
+    assert chosen(512, 7, 512, 512, 512) == chosen(512, 7, 512, 8, 8) == (2 if xeon else 4)
     assert chosen(3, 224, 64, 3, 64, kernel=7, stride=2) == chosen(3, 224, 64, 3, 8, kernel=7, stride=2) == 4
     assert chosen(3, 224, 64, 2, 64, kernel=7, stride=2) == chosen(5, 224, 64, 5, 64, kernel=7, stride=2) == 0
     assert chosen(1, 224, 64, 1, 64, kernel=7, stride=2) == chosen(3, 224, 64, 3, 64, kernel=7) == 0

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "core/processor.h"
 #include "core/winograd.h"
 
 namespace rnp {
@@ -25,6 +26,10 @@ constexpr int64_t kFewestChannels = 16;  // of the layer: below, the transforms 
 constexpr int64_t kFewestLive = 8;       // of a sample: below, likewise (8 -> 8 of 64 at 56x56: as fast as direct)
 constexpr int64_t kFewestOutputs4 = 49;  // 7x7, 512 channels, F(4x4) over F(2x2): 0.95 for a sample alone, 1.4 for two,
                                          // 1.6 for eight; over direct 1.3, 1.9 and 2.2. Smaller ones were not measured
+// Where weights of 36 values a pair of channels, not 16, come past L2 slowly. Emerald Rapids, 7x7, 512 channels, of
+// prepacked oneDNN's speed alone and in a batch of 8: F(4x4) 0.8 and 1.6, F(2x2) 1.1 and 1.2; 14x14, 256 channels: 1.5
+// and 1.9, 1.6 and 1.7.
+constexpr int64_t kFewestOutputsAfar = 100, kWeightsNear = int64_t{1} << 19;
 // Stems, one thread, direct over Winograd: 3 -> 64 at 112x112 1.6 alone and 2.2 in a batch of 8, at 8x8 to 56x56 1.5 to
 // 1.7; 3 -> 16 1.5, 2 -> 64 1.4, 1 -> 16 0.6 (few products to save).
 constexpr int64_t kFewestFolded = 2;     // channels of the image
@@ -45,7 +50,9 @@ Algorithm by_shape(const ConvShape& s) {
   const auto products = [&](int64_t m) {
     return (m + 2) * (m + 2) * winograd_tiles(s.out_h, m, s.dilation_h) * winograd_tiles(s.out_w, m, s.dilation_w);
   };
-  if (outputs >= kFewestOutputs4 && products(4) * 10 <= direct * 6) return Algorithm::kWinograd4;
+  const bool afar = processor().slow_past_l2 && 36 * s.c_in * s.c_out > kWeightsNear;
+  if (outputs >= (afar ? kFewestOutputsAfar : kFewestOutputs4) && products(4) * 10 <= direct * 6)
+    return Algorithm::kWinograd4;
   if (outputs >= kFewestOutputs2 && products(2) * 10 <= direct * 7) return Algorithm::kWinograd2;
   return Algorithm::kDirect;
 }

@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "core/packing.h"
+#include "core/processor.h"
 
 namespace rnp {
 namespace {
@@ -14,7 +15,7 @@ constexpr int64_t kMaxSample = int64_t{1} << 26;
 // aten::convolution avoids oneDNN for a single sample that has no more values than this and a kernel of up to 3x3.
 constexpr int64_t kFewElements = 20480;
 
-std::atomic<bool> has_float32{false}, has_float16{false}, its_product_is_wide{false}, pairs_multiply_adds{false};
+std::atomic<bool> has_float32{false}, has_float16{false};
 std::atomic<StockBFloat16> its_bfloat16{StockBFloat16::kNone};
 
 // Contiguous NCHW, 1x1: what plane_pointwise (cpu/plane_pointwise.h) does in less time than torch's path: 0.64 to 0.97
@@ -49,7 +50,7 @@ Stock large_groups_path(const ConvShape& s, DType dtype, bool channels_last) {
   if (s.group_out() <= PackedLayout::kHalfLanes && area > 1) wins = wins && positions >= 14 * 14;
   // A tile of 16 channels has two reads for a pair of multiply-adds and its weights: 16 to 24 channels on 56x56 to
   // 14x14 maps of a Xeon 0.86 to 1.4 of oneDNN's time, 32 channels 0.7 to 1.0.
-  if (pairs_multiply_adds && area > 1) wins = wins && fewest >= PackedLayout::kLanes;
+  if (processor().paired_multiply_adds && area > 1) wins = wins && fewest >= PackedLayout::kLanes;
   if (dtype != DType::kFloat32) wins = wins && fewest > PackedLayout::kHalfLanes && area > 1;
   return wins ? Stock::kNone : Stock::kOneDnn;
 }
@@ -102,11 +103,6 @@ void set_stock_dtypes(bool float32, StockBFloat16 bfloat16, bool float16) {
   has_float32 = float32;
   its_bfloat16 = bfloat16;
   has_float16 = float16;
-}
-
-void set_stock_processor(bool wide_product, bool paired_multiply_adds) {
-  its_product_is_wide = wide_product;
-  pairs_multiply_adds = paired_multiply_adds;
 }
 
 Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, bool pairs) {
@@ -166,7 +162,7 @@ Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, bool pairs
   if (channels_last || small) return Stock::kNone;
   // Whole vectors make it the fastest of all, small maps included: 19 layers of 16 to 1024 channels on 112x112 to 14x14
   // maps of a Xeon, of its time, ours 0.45 to 2.0 (less than 1 only where an output is 25 MB), oneDNN 1.1 to 3.7.
-  if (dtype == DType::kFloat32 && is_product && its_product_is_wide) return gemm;
+  if (dtype == DType::kFloat32 && is_product && processor().wide_product) return gemm;
   if (dtype == DType::kFloat32 && (plane_products_win(s) || pixels_win(s))) return Stock::kNone;
   if (dtype == DType::kFloat32 && (planes_win(s) || (s.kh * s.kw == 1 && !product && small_sample)))
     return Stock::kNone;

@@ -18,10 +18,6 @@ enum class StockBFloat16 : int32_t { kNone, kConverted, kPairs, kTiles };
 // What oneDNN can run in this process; nothing until rnp_kernels has asked torch.
 void set_stock_dtypes(bool float32, StockBFloat16 bfloat16, bool float16);
 
-// Whether torch's matrix product uses this processor's whole vectors (MKL does on Intel's, and elsewhere half of them),
-// and whether multiply-adds start in pairs (cpu::Processor). Until then: neither.
-void set_stock_processor(bool wide_product, bool paired_multiply_adds);
-
 // The one place of the rule; bench/dropin.py measures it. It never looks at the batch size: a sample of full width
 // takes the same path in every batch, and both stock functions give it the same bits there, whatever the number of
 // threads (tests/test_prefix_conv2d_invariance.py). aten::convolution would not: it chooses by the batch size.

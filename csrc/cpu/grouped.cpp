@@ -7,6 +7,7 @@
 
 #include "core/half.h"
 #include "core/packing.h"
+#include "core/processor.h"
 #include "cpu/call.h"
 #include "cpu/epilogue.h"
 #include "cpu/grouped_kernels.h"

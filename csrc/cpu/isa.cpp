@@ -33,20 +33,6 @@ Isa choose(const std::string& name) {
 
 std::atomic<int> chosen{-1};
 
-Processor detect() {
-#if defined(__x86_64__)
-  const bool intel = __builtin_cpu_is("intel");
-  return {intel || !__builtin_cpu_is("amdfam19h"), intel};  // family 19h with AVX-512: Zen 4
-#else
-  return {true, false};
-#endif
-}
-
-Processor& the_processor() {
-  static Processor processor = detect();
-  return processor;
-}
-
 }  // namespace
 
 const char* isa_name(Isa isa) {
@@ -78,10 +64,6 @@ Isa current_isa() {
   chosen.store(static_cast<int>(isa), std::memory_order_relaxed);
   return isa;
 }
-
-const Processor& processor() { return the_processor(); }
-
-void set_processor(const Processor& processor) { the_processor() = processor; }
 
 void set_isa(const std::string& name) { chosen.store(static_cast<int>(choose(name)), std::memory_order_relaxed); }
 

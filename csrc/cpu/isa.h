@@ -20,18 +20,4 @@ Isa current_isa();
 // "auto" or one of the names. Throws std::runtime_error (and changes nothing) if this machine cannot run it.
 void set_isa(const std::string& name);
 
-// How processors differ that run the same instructions. No result depends on it.
-struct Processor {
-  // 512-bit multiply-adds start two in a cycle, which leaves two reads of memory for each pair of them: they share what
-  // is read. Otherwise each may as well read an operand of its own.
-  bool paired_multiply_adds;
-  // Its prefetchers follow the rows of pixels that a kernel walks. Asking for their lines as well fills the miss
-  // buffers that the kernel's own reads wait for.
-  bool follows_rows;
-};
-// This machine's, by its vendor and family (measured: Zen 4, Emerald Rapids; bench/NOTES.md, "Two processors").
-const Processor& processor();
-// For tests: another from now on. Not to be called while an operator runs.
-void set_processor(const Processor& processor);
-
 }  // namespace rnp::cpu

@@ -140,7 +140,7 @@ struct Kernels {
   TileWidth width[3];  // each a multiple of the first
   int max_cols;        // of a one-row tile
   // Which of them is the widest to use where a tile ends after one tap: in general, and where multiply-adds start in
-  // pairs (cpu/isa.h).
+  // pairs (core/processor.h).
   int pointwise, paired_pointwise;
   // Without fused multiply-add every product rounds too: each kernel row is then summed by itself, for shorter chains.
   bool sum_kernel_rows;

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cpu/isa.h"
+#include "core/processor.h"
 #include "cpu/prefetch.h"
 
 namespace rnp::cpu {

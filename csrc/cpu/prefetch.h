@@ -1,11 +1,11 @@
 // Fetching the next work item's input into L2 a few lines at a time, while the tiles of the current item compute. Where
-// the processor does so by itself (cpu/isa.h), nothing.
+// the processor does so by itself (core/processor.h), nothing.
 #pragma once
 
 #include <algorithm>
 
+#include "core/processor.h"
 #include "cpu/band.h"
-#include "cpu/isa.h"
 
 namespace rnp::cpu {
 

@@ -13,9 +13,9 @@
 #include <atomic>
 
 #include "core/algorithm.h"
+#include "core/processor.h"
 #include "cpu/band.h"
 #include "cpu/epilogue.h"
-#include "cpu/isa.h"
 #include "cpu/sum_pixels.h"
 #include "cpu/winograd_items.h"
 

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <string>
 
+#include "core/processor.h"
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
 #include "tests/check.h"
@@ -213,24 +214,25 @@ TEST(a_sample_has_the_same_bits_alone_in_a_batch_and_with_any_threads) {
 
 // Tiles of other widths, and lines that are asked for or not: the machine at hand has one of these, CI another.
 TEST(no_bit_depends_on_the_processor) {
-  const cpu::Processor before = cpu::processor();
+  const Processor before = processor();
   for (const ConvCase& c : conv_cases())
     for (Mode mode : {kFull, kTables, kResidual})
       for (bool channels_last : {true, false}) {
-        const auto run = [&](cpu::Processor processor) {
-          cpu::set_processor(processor);
+        const auto run = [&](Processor one_of_them) {
+          set_processor(one_of_them);
           Problem<float> problem(c, mode, DType::kFloat32, channels_last, 0);
           cpu::prefix_conv2d(problem.p, {});
           problem.check(std::string(c.name) + ", " + kModeNames[mode]);
           return problem.output;
         };
-        const std::vector<float> one = run({false, false});
-        for (cpu::Processor other : {cpu::Processor{true, false}, cpu::Processor{true, true}})
+        const std::vector<float> one = run({});
+        for (Processor other :
+             {Processor{.paired_multiply_adds = true}, Processor{.paired_multiply_adds = true, .follows_rows = true}})
           CHECK(std::memcmp(run(other).data(), one.data(), sizeof(float) * one.size()) == 0)
               << c.name << ", " << kModeNames[mode] << ", pairs " << other.paired_multiply_adds << ", follows "
               << other.follows_rows;
       }
-  cpu::set_processor(before);
+  set_processor(before);
 }
 
 // The batch spans enough for its output to be stored past the caches, a sample alone does not.
