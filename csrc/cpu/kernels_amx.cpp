@@ -28,58 +28,74 @@ constexpr int64_t kSumStep = 2 * kMatrix * sizeof(float);  // bytes between the 
 
 const char* bytes(const float* p) { return reinterpret_cast<const char*>(p); }
 
-// Scale, bias, residual, activation and rounding of up to `count` pending pixels.
+// Scale, bias, residual, activation and rounding of C neighbouring pixels.
+template <int C, int NB>
+RNP_INLINE void finish_pixels(const TileArgs& f, const MatrixPixels& at, const float* sums) {
+  const auto place = [&](int64_t row_step, int64_t col_step) { return 2 * (at.row * row_step + at.col * col_step); };
+  TileArgs a = f;
+  a.first = a.last = true;
+  a.stream = false;
+  a.out = reinterpret_cast<float*>(reinterpret_cast<char*>(f.out) + place(f.out_row_step, f.out_col_step));
+  if (f.residual)
+    a.residual = reinterpret_cast<const float*>(bytes(f.residual) + place(f.residual_row_step, f.residual_col_step));
+  __m512 acc[1][C][NB];
+  RNP_UNROLL
+  for (int c = 0; c < C; ++c)
+    RNP_UNROLL for (int v = 0; v < NB; ++v) acc[0][c][v] =
+        Pairs512::load(sums + at.sums + c * 2 * kMatrix + v * kMatrix);
+  Tile<Pairs512, 1, C, NB>::finish(acc, a);
+}
+
+// The same of the next `count` pending groups.
 template <int NB>
 RNP_INLINE void finish(const TileArgs& f, MatrixPending& pending, int64_t count) {
   const float* sums = pending.sums[pending.filled];
-  const MatrixPixel* at = pending.next;
-  count = count < pending.left ? count : pending.left;
-  pending.left -= count;
-  pending.next = at + count;
-  for (; count > 0; --count, ++at) {
-    const auto place = [&](int64_t row_step, int64_t col_step) { return 2 * (at->row * row_step + at->col * col_step); };
-    TileArgs a = f;
-    a.first = a.last = true;
-    a.stream = false;
-    a.out = reinterpret_cast<float*>(reinterpret_cast<char*>(f.out) + place(f.out_row_step, f.out_col_step));
-    if (f.residual)
-      a.residual =
-          reinterpret_cast<const float*>(bytes(f.residual) + place(f.residual_row_step, f.residual_col_step));
-    __m512 acc[1][1][NB];
-    RNP_UNROLL
-    for (int v = 0; v < NB; ++v) acc[0][0][v] = Pairs512::load(sums + at->sums + v * kMatrix);
-    Tile<Pairs512, 1, 1, NB>::finish(acc, a);
+  const MatrixPixels* at = pending.next;
+  const MatrixPixels* end = pending.end - at > count ? at + count : pending.end;
+  pending.next = end;
+  for (; at < end; ++at) {
+    if (at->count == 4) {
+      finish_pixels<4, NB>(f, *at, sums);
+    } else if (at->count == 2) {
+      finish_pixels<2, NB>(f, *at, sums);
+    } else {
+      finish_pixels<1, NB>(f, *at, sums);
+    }
   }
 }
 
 template <int NB>
 void flush(const TileArgs& f, MatrixPending& pending) {
-  finish<NB>(f, pending, pending.left);
+  finish<NB>(f, pending, pending.end - pending.next);
 }
 
 template <int NA, int NB>
-void multiply(const MatrixArgs& a, MatrixPending& pending) {
+void multiply(const MatrixPass& pass, int64_t tile, MatrixPending& pending) {
+  const MatrixTile* tiles = pass.tiles + tile;
+  float* partial = pass.partial + tile * kMatrixSums;
   RNP_MATRIX_FENCE();
-  if (a.first) {
+  if (pass.first) {
     RNP_MATRIX_ZERO(0);
     if constexpr (NB > 1) RNP_MATRIX_ZERO(1);
     if constexpr (NA > 1) RNP_MATRIX_ZERO(2);
     if constexpr (NA > 1 && NB > 1) RNP_MATRIX_ZERO(3);
   } else {
-    RNP_MATRIX_LOAD(0, a.partial[0], kSumStep);
-    if constexpr (NB > 1) RNP_MATRIX_LOAD(1, a.partial[0] + kMatrix, kSumStep);
-    if constexpr (NA > 1) RNP_MATRIX_LOAD(2, a.partial[1], kSumStep);
-    if constexpr (NA > 1 && NB > 1) RNP_MATRIX_LOAD(3, a.partial[1] + kMatrix, kSumStep);
+    RNP_MATRIX_LOAD(0, partial, kSumStep);
+    if constexpr (NB > 1) RNP_MATRIX_LOAD(1, partial + kMatrix, kSumStep);
+    if constexpr (NA > 1) RNP_MATRIX_LOAD(2, partial + kMatrixSums, kSumStep);
+    if constexpr (NA > 1 && NB > 1) RNP_MATRIX_LOAD(3, partial + kMatrixSums + kMatrix, kSumStep);
   }
-  const int64_t x_step = a.x_step, w_step = a.w_step;
-  // What is pending is spread over the chunks.
-  const int64_t share = pending.left > 0 && a.chunks > 0 ? (pending.left + a.chunks - 1) / a.chunks : 0;
-  for (int64_t i = 0; i < a.run_count; ++i) {
-    const MatrixRun& run = a.runs[i];
-    const char* x0 = bytes(a.x[0] + run.x);
-    const char* x1 = NA > 1 ? bytes(a.x[1] + run.x) : nullptr;
-    const char* w = bytes(a.w) + run.w * w_step;
-    for (int64_t c = run.chunks; c > 0; --c) {
+  const int64_t x_step = pass.x_step, chunk_step = pass.chunk_step, w_step = pass.w_step, share = pass.ahead_share;
+  const int64_t run0 = NA > 1 && tiles[1].run0 < tiles[0].run0 ? tiles[1].run0 : tiles[0].run0;
+  const int64_t run1 = NA > 1 && tiles[1].run1 > tiles[0].run1 ? tiles[1].run1 : tiles[0].run1;
+  const char* first = bytes(pass.x) + tiles[0].record * pass.record;
+  const char* second = NA > 1 ? bytes(pass.x) + tiles[1].record * pass.record : nullptr;
+  for (int64_t i = run0; i < run1; ++i) {
+    const MatrixRun& run = pass.runs[i];
+    const char* x0 = first + run.x * pass.record;
+    const char* x1 = second + run.x * pass.record;
+    const char* w = bytes(pass.w) + run.w * w_step;
+    for (int64_t c = pass.chunks; c > 0; --c) {
       RNP_COUNT_FMA(NA * NB * kMatrix * kMatrix * 2 * kMatrix);
       RNP_MATRIX_LOAD(4, w, w_step);
       RNP_MATRIX_LOAD(6, x0, x_step);
@@ -92,22 +108,27 @@ void multiply(const MatrixArgs& a, MatrixPending& pending) {
         RNP_MATRIX_LOAD(7, x1, x_step);
         RNP_MATRIX_MULTIPLY(2, 7, 4);
         if constexpr (NB > 1) RNP_MATRIX_MULTIPLY(3, 7, 5);
-        x1 += kMatrix * sizeof(float);
+        x1 += chunk_step;
       }
-      x0 += kMatrix * sizeof(float);
+      x0 += chunk_step;
       w += kMatrix * w_step;
-      if (share > 0) finish<NB>(*a.finish, pending, share);
+      if (pending.next < pending.end) finish<NB>(*pass.finish, pending, 1);
+      if (pending.ahead_left > 0) {
+        for (int64_t l = 0; l < share; ++l) __builtin_prefetch(pending.ahead + l * 64, 0, 2);
+        pending.ahead += share * 64;
+        pending.ahead_left -= share;
+      }
     }
   }
-  if (!a.finish) {
-    RNP_MATRIX_STORE(0, a.partial[0], kSumStep);
-    if constexpr (NB > 1) RNP_MATRIX_STORE(1, a.partial[0] + kMatrix, kSumStep);
-    if constexpr (NA > 1) RNP_MATRIX_STORE(2, a.partial[1], kSumStep);
-    if constexpr (NA > 1 && NB > 1) RNP_MATRIX_STORE(3, a.partial[1] + kMatrix, kSumStep);
+  if (!pass.finish) {
+    RNP_MATRIX_STORE(0, partial, kSumStep);
+    if constexpr (NB > 1) RNP_MATRIX_STORE(1, partial + kMatrix, kSumStep);
+    if constexpr (NA > 1) RNP_MATRIX_STORE(2, partial + kMatrixSums, kSumStep);
+    if constexpr (NA > 1 && NB > 1) RNP_MATRIX_STORE(3, partial + kMatrixSums + kMatrix, kSumStep);
     RNP_MATRIX_FENCE();
     return;
   }
-  finish<NB>(*a.finish, pending, pending.left);
+  finish<NB>(*pass.finish, pending, pending.end - pending.next);
   pending.filled ^= 1;
   float* sums = pending.sums[pending.filled];
   RNP_MATRIX_STORE(0, sums, kSumStep);
@@ -115,8 +136,8 @@ void multiply(const MatrixArgs& a, MatrixPending& pending) {
   if constexpr (NA > 1) RNP_MATRIX_STORE(2, sums + kMatrixSums, kSumStep);
   if constexpr (NA > 1 && NB > 1) RNP_MATRIX_STORE(3, sums + kMatrixSums + kMatrix, kSumStep);
   RNP_MATRIX_FENCE();
-  pending.next = a.pixels;
-  pending.left = a.pixel_count;
+  pending.next = pass.pixels + tiles[0].first;
+  pending.end = pass.pixels + tiles[NA - 1].end;
 }
 
 // All eight registers hold 16 rows of 64 bytes. Fewer rows would save nothing where columns or words are 16, and a change

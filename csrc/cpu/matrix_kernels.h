@@ -9,55 +9,71 @@ namespace rnp::cpu {
 
 struct TileArgs;
 
-constexpr int64_t kMatrix = 16;                       // pixels, words or output channels of a matrix
-constexpr int64_t kMatrixSums = kMatrix * 2 * kMatrix;  // floats of a matrix of pixels, for two of channels
+constexpr int64_t kMatrix = 16;                         // pixels, words or output channels of a matrix
+constexpr int64_t kMatrixSums = kMatrix * 2 * kMatrix;  // floats of a tile: 16 pixels, two matrices of channels
 
-// Whole matrices along the words: chunks of 16 that lie side by side in every pixel, and under each other in the
-// weights.
+// A part of the sums: some chunks of 16 words of one record for each pixel, and of as many words of the weights.
 struct MatrixRun {
-  int64_t x;  // words from the first pixel's first
+  int64_t x;  // records from the pixel's own
   int64_t w;  // words from the first of the weights
-  int64_t chunks;
 };
 
-// An output pixel of a pass, and where its sums are: floats from those of the first pixel of its pair of matrices.
-struct MatrixPixel {
-  int32_t sums, row, col;
+// Some neighbouring output pixels of a row, 1, 2 or 4, and where their sums are: floats from those of the first pixel of
+// their pair of matrices.
+struct MatrixPixels {
+  int32_t sums, count, row, col;
 };
 
-// Pixels whose sums are complete but not yet stored: that is done between the products of the next matrices, for which
-// it is no work of the units that multiply.
-struct MatrixPending {
-  alignas(64) float sums[2][2 * kMatrixSums];
-  int filled = 0;  // which of the two was written last
-  const MatrixPixel* next = nullptr;
-  int64_t left = 0;
+// Some pixels of 16 whose records are a step apart.
+struct MatrixTile {
+  int64_t record;      // of the first
+  int64_t first, end;  // of the pass's pixels: those that are outputs; others are records between two rows, or none
+  int64_t row0, row1;  // output rows that they lie in
+  int64_t run0, run1;  // the runs that do not lie in the padding for all of them
 };
 
-// One or two matrices of pixels by one or two of output channels.
-struct MatrixArgs {
-  const float* x[2];
-  int64_t x_step;  // bytes between pixels
+// What the calls of one pass over an item's pixels have in common: a block of input channels, a block of output
+// channels.
+struct MatrixPass {
+  const float* x;
+  // Bytes between neighbouring records, between those of neighbouring pixels, and between chunks of a record.
+  int64_t record, x_step, chunk_step;
   const float* w;
   int64_t w_step;  // bytes between words
   const MatrixRun* runs;
-  int64_t run_count;
-  int64_t chunks;  // of all runs
+  int64_t chunks;  // of each run
 
-  // Sums of earlier input-channel blocks, [pixel][32]: read unless `first`, written unless `finish`.
+  // Sums of earlier input-channel blocks, [tile][pixel][32]: read unless `first`, written unless `finish`.
   bool first;
-  float* partial[2];
+  float* partial;
 
   // What follows the sums of the last block; null where the driver does it. Output and residual are those of pixel
-  // (0, 0). The same in all calls from one flush to the next.
+  // (0, 0).
   const TileArgs* finish;
-  const MatrixPixel* pixels;
-  int64_t pixel_count;
+
+  const MatrixTile* tiles;
+  const MatrixPixels* pixels;
+
+  // Meanwhile lines that a later pass will read come into L2: this many for each chunk.
+  int64_t ahead_share;
+};
+
+// Between calls: pixels whose sums are complete but not yet stored. That is done between the products of the next
+// matrices, for which it is no work of the unit that multiplies.
+struct MatrixPending {
+  // Apart by more than a page: loads of the one would wait for stores at the same offset of the other.
+  alignas(64) float sums[2][2 * kMatrixSums + 64];
+  int filled = 0;  // which of the two was written last
+  const MatrixPixels* next = nullptr;
+  const MatrixPixels* end = nullptr;
+  const char* ahead = nullptr;  // lines to fetch
+  int64_t ahead_left = 0;
 };
 
 struct MatrixKernels {
-  void (*multiply[2][2])(const MatrixArgs&, MatrixPending&);  // [matrices of pixels - 1][of channels - 1]
-  void (*flush[2])(const TileArgs& finish, MatrixPending&);   // [matrices of channels - 1]
+  // [tiles - 1][matrices of channels - 1]: tiles `tile` and, of two, the next.
+  void (*multiply[2][2])(const MatrixPass&, int64_t tile, MatrixPending&);
+  void (*flush[2])(const TileArgs& finish, MatrixPending&);  // [matrices of channels - 1]
   // The thread's matrix registers are configured between these two only: whoever runs after us pays nothing for them.
   void (*start)();
   void (*stop)();

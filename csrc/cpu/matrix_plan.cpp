@@ -24,17 +24,24 @@ MatrixPlan::MatrixPlan(const MatrixGrid& g, bool apart) : grid(g), tail_apart(ap
 
 void MatrixPlan::add_tile(int64_t record, int64_t row, int64_t col, int64_t count, int64_t cols) {
   const int64_t i = static_cast<int64_t>(tiles.size());
-  MatrixTile tile = {record, static_cast<int64_t>(pixels.size()), 0, row, row + 1};
+  MatrixTile tile = {record, static_cast<int64_t>(pixels.size()), 0, row, row + 1, 0, 0};
   const bool second = i % 2 != 0 && !(tail_apart && count < kMatrix);  // of its pair
-  for (int64_t p = 0; p < count; ++p, ++col) {
+  for (int64_t p = 0; p < count;) {
     if (col == cols) {
       col = 0;
       ++row;
     }
-    if (col >= grid.cols) continue;
-    tile.row1 = row + 1;
-    pixels.push_back({static_cast<int32_t>((second ? kMatrixSums : 0) + p * 2 * kMatrix), static_cast<int32_t>(row),
-                      static_cast<int32_t>(col)});
+    const int64_t left = std::min(count - p, (col < grid.cols ? grid.cols : cols) - col);
+    if (col < grid.cols) {
+      tile.row1 = row + 1;
+      for (int64_t done = 0, size = 0; done < left; done += size) {
+        size = left - done >= 4 ? 4 : left - done >= 2 ? 2 : 1;
+        pixels.push_back({static_cast<int32_t>((second ? kMatrixSums : 0) + (p + done) * 2 * kMatrix),
+                          static_cast<int32_t>(size), static_cast<int32_t>(row), static_cast<int32_t>(col + done)});
+      }
+    }
+    p += left;
+    col += left;
   }
   tile.end = static_cast<int64_t>(pixels.size());
   tiles.push_back(tile);

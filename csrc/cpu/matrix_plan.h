@@ -17,26 +17,18 @@ struct MatrixGrid {
   bool operator==(const MatrixGrid&) const = default;
 };
 
-// Some pixels of 16 whose records are a step apart.
-struct MatrixTile {
-  int64_t record;       // of the first
-  int64_t first, end;   // of MatrixPlan::pixels: those that are outputs; others are records between two rows, or none
-  int64_t row0, row1;   // output rows that they lie in
-};
-
 struct MatrixPlan {
   MatrixGrid grid;
   bool tail_apart;
   std::vector<MatrixTile> tiles;
-  std::vector<MatrixPixel> pixels;
+  std::vector<MatrixPixels> pixels;
   int64_t row_sums;  // floats between the sums of rows, where [tile][pixel][32] holds them
   int64_t paired;    // tiles before the one that is computed by itself
 
   // `tail_apart`: the last tile, where it is not whole, is computed by itself.
   MatrixPlan(const MatrixGrid& grid, bool tail_apart);
   bool same(const MatrixGrid& g, bool apart) const { return grid == g && tail_apart == apart; }
-  // Tiles to multiply together from tile i on.
-  int64_t together(int64_t i) const { return i + 1 < paired ? 2 : 1; }
+
 
  private:
   void add_tile(int64_t record, int64_t row, int64_t col, int64_t count, int64_t cols);
