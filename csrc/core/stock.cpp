@@ -93,6 +93,13 @@ bool pixels_win(const ConvShape& s) {
   return stride == 2 && s.kh * s.kw >= 9 && s.c_in > PackedLayout::kSmallGroup && s.c_in <= 64;
 }
 
+// bfloat16 by matrix tiles on both sides, channels_last: placeholder.
+bool tiles_win(const ConvShape& s, bool channels_last) {
+  if (s.groups > 1 || !channels_last || std::min(s.c_in, s.c_out) < 256) return false;
+  const int64_t positions = s.out_h * s.out_w;
+  return positions <= 64 || (s.kh * s.kw > 1 && positions <= (std::min(s.c_in, s.c_out) < 512 ? 14 * 14 : 28 * 28));
+}
+
 }  // namespace
 
 void set_stock_dtypes(bool float32, StockBFloat16 bfloat16, bool float16) {
@@ -101,7 +108,8 @@ void set_stock_dtypes(bool float32, StockBFloat16 bfloat16, bool float16) {
   has_float16 = float16;
 }
 
-Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, bool pairs) {
+Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, StockBFloat16 ours) {
+  const bool pairs = ours >= StockBFloat16::kPairs;
   // aten has one padding per axis.
   if (s.pad_top != s.pad_bottom || s.pad_left != s.pad_right) return Stock::kNone;
   if (std::max(s.c_in * s.h * s.w, s.c_out * s.out_h * s.out_w) > kMaxSample) return Stock::kNone;
@@ -115,7 +123,7 @@ Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, bool pairs
         case StockBFloat16::kConverted:
           return s.groups > 1 && s.group_in() == 1 ? Stock::kOneDnn : Stock::kNone;
         case StockBFloat16::kTiles:
-          return Stock::kOneDnn;
+          return ours == StockBFloat16::kTiles && tiles_win(s, channels_last) ? Stock::kNone : Stock::kOneDnn;
         case StockBFloat16::kPairs:
           if (!pairs) return Stock::kOneDnn;  // ours would convert
           break;

@@ -12,9 +12,6 @@ namespace {
 
 int64_t whole(int64_t count) { return (count + kMatrix - 1) / kMatrix * kMatrix; }
 
-// From so many blocks of output channels on, chunks that lie side by side repay their copy: each is read once a block.
-constexpr int64_t kBlocksOfCopy = 4;
-
 // How an item's words are laid out, and the places of its memory in floats.
 struct Item {
   const Call& call;
@@ -40,7 +37,7 @@ struct Item {
         geometry(s, i.row0, i.row1),
         in_live(c.in_words(i)),
         ic_blocks(std::max<int64_t>(1, (in_live + l.ic_block - 1) / l.ic_block)),
-        direct(c.direct_input && in_live % kMatrix == 0 && i.block1 - i.block0 < kBlocksOfCopy),
+        direct(c.direct_input && in_live % kMatrix == 0),
         ragged(in_live % kMatrix != 0),
         taps_w(s.kw) {
     const int64_t rows = i.row1 - i.row0;

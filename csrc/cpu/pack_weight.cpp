@@ -156,6 +156,11 @@ PackedLayout layout_in_use(const ConvShape& s, DType dtype) {
   return pairs ? words : PackedLayout(s);
 }
 
+StockBFloat16 bfloat16_in_use(const ConvShape& s, DType dtype) {
+  if (!layout_in_use(s, dtype).pairs) return StockBFloat16::kConverted;
+  return current_isa() == Isa::kAvx512Amx ? StockBFloat16::kTiles : StockBFloat16::kPairs;
+}
+
 void pack_weight(const WeightView& weight, const PackedLayout& layout, float* packed, const Threads& threads,
                  int64_t in_live, int64_t out_live) {
   const Header header(layout);

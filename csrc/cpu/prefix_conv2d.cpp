@@ -244,6 +244,7 @@ std::string describe_kernel(const ConvShape& s, DType dtype) {
   if (PackedLayout(s).small_groups()) return name + (s.group_in() * s.group_out() == 1 ? "depthwise" : "small groups");
   const bool pairs = layout_in_use(s, dtype).pairs;
   const Kernels& kernels = kernels_of(current_isa(), pairs);
+  if (kernels.matrix) return name + "matrices of 32 pixels x 32 channels";
   const int64_t rows = std::min(s.out_h, band_rows(s, pairs ? (s.group_in() + 1) / 2 : s.group_in()));
   const TilePlan plan(s, BandGeometry(s, 0, rows), kernels, 0, rows, s.kh == 1 && s.kw == 1);
   const int64_t lanes = kernels.width_for(s.group_out()).lanes;
