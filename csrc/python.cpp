@@ -198,10 +198,11 @@ PYBIND11_MODULE(_C, m) {
         "cuda_reason (why the CUDA library was not built). The last three are None where they do not apply.");
   m.def("cpu_features", &cpu_features,
         "Instruction sets that this processor and its operating system offer: name to bool.");
-  m.def("available_isas", &available_isas,
-        "The instruction sets the CPU kernels can run with here, in ascending order: 'portable', 'avx2', "
-        "'avx512',\n"
-        "'avx512bf16' (which multiplies bfloat16 without converting it to float32), 'avx512amx' (the same by matrices).");
+  m.def(
+      "available_isas", &available_isas,
+      "The instruction sets the CPU kernels can run with here, in ascending order: 'portable', 'avx2', "
+      "'avx512',\n"
+      "'avx512bf16' (which multiplies bfloat16 without converting it to float32), 'avx512amx' (the same by matrices).");
   m.def(
       "isa", [] { return rnp::cpu::isa_name(rnp::cpu::current_isa()); },
       "The instruction set in use. RuntimeError where the environment's RNP_ISA names one that cannot run.");

@@ -55,7 +55,9 @@ def test_full_width_goes_where_it_is_fastest(isa: str, stock_rule: None) -> None
 
 
 def test_the_log_names_the_kernel(isa: str) -> None:
-    assert describe(256, 14, 256, 3).startswith(f"{isa} kernels, " + ({TILES: "matrices", PAIRS[0]: "tile"}.get(isa, "converted")))
+    assert describe(256, 14, 256, 3).startswith(
+        f"{isa} kernels, " + ({TILES: "matrices", PAIRS[0]: "tile"}.get(isa, "converted"))
+    )
     assert describe(256, 14, 256, 3, "float16").startswith(f"{isa} kernels, converted to float32, tile")
     assert describe(256, 14, 256, 3, "float32").startswith(f"{isa} kernels, tile")
 

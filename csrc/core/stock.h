@@ -11,9 +11,9 @@ enum class Stock : int32_t {
   kGemm,    // aten::_slow_conv2d_forward: one matrix product for each sample
 };
 
-// How bfloat16 is multiplied, by oneDNN in this process or by ours in a layer: not at all, by converting (oneDNN then 1.8
-// to 2.9 times slower than ours, which converts too; depthwise 1.2 times faster), in pairs (AVX512-BF16), or by matrix
-// tiles (AMX).
+// How bfloat16 is multiplied, by oneDNN in this process or by ours in a layer: not at all, by converting (oneDNN
+// then 1.8 to 2.9 times slower than ours, which converts too; depthwise 1.2 times faster), in pairs (AVX512-BF16), or
+// by matrix tiles (AMX).
 enum class StockBFloat16 : int32_t { kNone, kConverted, kPairs, kTiles };
 
 // What oneDNN can run in this process; nothing until rnp_kernels has asked torch.

@@ -135,8 +135,8 @@ void copy_band_pairs(const PrefixConv2dParams& p, const BandGeometry& g, int64_t
   }
 }
 
-void copy_band_chunks(const PrefixConv2dParams& p, const BandGeometry& g, int64_t n, int64_t first_channel, int64_t live,
-                      const ChunkedBand& band, CopyPixels copy_pixels, float* row, float* to) {
+void copy_band_chunks(const PrefixConv2dParams& p, const BandGeometry& g, int64_t n, int64_t first_channel,
+                      int64_t live, const ChunkedBand& band, CopyPixels copy_pixels, float* row, float* to) {
   constexpr int64_t kChunk = 16;
   const ConvShape& s = p.shape;
   const Strides4 st = p.input_at(n);

@@ -1,5 +1,6 @@
-// Kernels for processors that multiply matrices of bfloat16 (AMX): 16 pixels x 16 words by 16 words x 16 output channels
-// at once. Both lie ready in memory: the words of neighbouring pixels, and the packed weights' words with their lanes.
+// Kernels for processors that multiply matrices of bfloat16 (AMX): 16 pixels x 16 words by 16 words x 16 output
+// channels at once. Both lie ready in memory: the words of neighbouring pixels, and the packed weights' words with
+// their lanes.
 //
 // tdpbf16ps adds the products of a matrix's 16 words by themselves, first and second channels apart, and then both to
 // the sum; it treats subnormals as vdpbf16ps does (kernels_avx512bf16.cpp).
@@ -140,8 +141,9 @@ void multiply(const MatrixPass& pass, int64_t tile, MatrixPending& pending) {
   pending.end = pass.pixels + tiles[NA - 1].end;
 }
 
-// All eight registers hold 16 rows of 64 bytes. Fewer rows would save nothing where columns or words are 16, and a change
-// costs as much as ten products and clears the sums: so what is left over is zeros in memory, or rows that nobody stores.
+// All eight registers hold 16 rows of 64 bytes. Fewer rows would save nothing where columns or words are 16, and a
+// change costs as much as ten products and clears the sums: so what is left over is zeros in memory, or rows that
+// nobody stores.
 void start() {
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -157,10 +159,8 @@ void stop() { asm volatile("tilerelease" ::); }
 }  // namespace
 
 const Kernels& amx_kernels() {
-  static const MatrixKernels matrix = {{{&multiply<1, 1>, &multiply<1, 2>}, {&multiply<2, 1>, &multiply<2, 2>}},
-                                       {&flush<1>, &flush<2>},
-                                       &start,
-                                       &stop};
+  static const MatrixKernels matrix = {
+      {{&multiply<1, 1>, &multiply<1, 2>}, {&multiply<2, 1>, &multiply<2, 2>}}, {&flush<1>, &flush<2>}, &start, &stop};
   static const Kernels kernels = [] {
     Kernels k = avx512bf16_kernels();
     k.matrix = &matrix;

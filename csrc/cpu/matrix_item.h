@@ -2,8 +2,8 @@
 //
 // They want whole chunks of 16 words. Where a pixel's live words are not that many, they are copied into *records*,
 // filled up with zeros, and so are the weights beside them; where they are few, a record holds those of a whole kernel
-// row. Which chunks a sample's sums consist of, and in which order, follows from the layer and the sample's input prefix
-// alone.
+// row. Which chunks a sample's sums consist of, and in which order, follows from the layer and the sample's input
+// prefix alone.
 #pragma once
 
 #include <optional>

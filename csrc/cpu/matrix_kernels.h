@@ -18,8 +18,8 @@ struct MatrixRun {
   int64_t w;  // words from the first of the weights
 };
 
-// Some neighbouring output pixels of a row, 1, 2 or 4, and where their sums are: floats from those of the first pixel of
-// their pair of matrices.
+// Some neighbouring output pixels of a row, 1, 2 or 4, and where their sums are: floats from those of the first pixel
+// of their pair of matrices.
 struct MatrixPixels {
   int32_t sums, count, row, col;
 };

@@ -29,7 +29,6 @@ struct MatrixPlan {
   MatrixPlan(const MatrixGrid& grid, bool tail_apart);
   bool same(const MatrixGrid& g, bool apart) const { return grid == g && tail_apart == apart; }
 
-
  private:
   void add_tile(int64_t record, int64_t row, int64_t col, int64_t count, int64_t cols);
 };

@@ -131,7 +131,7 @@ TEST(every_prefix_of_pairs_is_right_and_reads_nothing_beyond) {
 // dilations, words of two blocks, lanes of half a block, a tail that is computed by itself.
 TEST(every_cut_into_matrices_gives_the_same_sums) {
   on_pairs([] {
-    std::vector<ConvCase> cases = {square(64, 14, 40, 3), square(40, 7, 16, 3), square(16, 19, 33, 3),
+    std::vector<ConvCase> cases = {square(64, 14, 40, 3), square(40, 7, 16, 3),  square(16, 19, 33, 3),
                                    square(3, 21, 20, 7),  square(150, 5, 24, 3), square(64, 5, 48, 1),
                                    square(640, 7, 40, 1), square(33, 9, 64, 5)};
     for (const auto& [stride, dilation] : {std::pair{2, 1}, std::pair{1, 2}, std::pair{3, 2}})
@@ -162,7 +162,8 @@ TEST(every_cut_into_matrices_gives_the_same_sums) {
 // In place, copied word by word, copied half by half: which of them depends on strides and on company.
 TEST(pairs_have_the_same_bits_whatever_way_they_are_read) {
   on_pairs([] {
-    for (const ConvCase& c : {square(10, 6, 24, 1), square(11, 6, 24, 3), square(64, 9, 24, 1), square(300, 5, 24, 1)}) {
+    for (const ConvCase& c :
+         {square(10, 6, 24, 1), square(11, 6, 24, 3), square(64, 9, 24, 1), square(300, 5, 24, 1)}) {
       const ConvShape s = c.shape();
       for (int32_t in = 0; in <= s.c_in; in += 1 + in / 16) {
         const auto expected = convolve(s, s.c_in, in, 24, false);
