@@ -137,7 +137,7 @@ int stock_path(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std:
                const std::string& dtype, bool channels_last) {
   const rnp::ConvShape s = shape_of(input, weight, stride, padding, dilation, groups);
   const rnp::DType type = dtype_of(dtype);
-  return static_cast<int>(rnp::stock_path(s, type, channels_last, rnp::cpu::layout_in_use(s, type).pairs));
+  return static_cast<int>(rnp::stock_path(s, type, channels_last, rnp::cpu::bfloat16_in_use(s, type)));
 }
 
 bool winograd_can(std::array<int64_t, 4> weight, std::array<int64_t, 2> stride, std::array<int64_t, 2> dilation,
@@ -210,15 +210,17 @@ PYBIND11_MODULE(_C, m) {
         "cuda_reason (why the CUDA library was not built). The last three are None where they do not apply.");
   m.def("cpu_features", &cpu_features,
         "Instruction sets that this processor and its operating system offer: name to bool.");
-  m.def("available_isas", &available_isas,
-        "The instruction sets the CPU kernels can run with here, in ascending order: 'portable', 'avx2', "
-        "'avx512',\n"
-        "'avx512bf16' (which multiplies bfloat16 without converting it to float32).");
+  m.def(
+      "available_isas", &available_isas,
+      "The instruction sets the CPU kernels can run with here, in ascending order: 'portable', 'avx2', "
+      "'avx512',\n"
+      "'avx512bf16' (which multiplies bfloat16 without converting it to float32), 'avx512amx' (the same by matrices).");
   m.def(
       "isa", [] { return rnp::cpu::isa_name(rnp::cpu::current_isa()); },
       "The instruction set in use. RuntimeError where the environment's RNP_ISA names one that cannot run.");
   m.def("set_isa", &rnp::cpu::set_isa, py::arg("name"),
-        "Use 'auto' (the best), 'portable', 'avx2', 'avx512' or 'avx512bf16' from now on, in the whole process.\n"
+        "Use 'auto' (the best), 'portable', 'avx2', 'avx512', 'avx512bf16' or 'avx512amx' from now on, in the whole\n"
+        "process. "
         "RuntimeError, and no change, where this machine or build lacks it. Not to be called while an operator runs.");
   m.def(
       "fma_peak",

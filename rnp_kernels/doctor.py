@@ -87,6 +87,9 @@ def _auto(device: str) -> str | None:
     return None
 
 
+_BFLOAT16 = ("avx512bf16", "avx512amx")
+
+
 @contextlib.contextmanager
 def _isa(name: str) -> Iterator[None]:
     before = _C.isa()
@@ -121,8 +124,8 @@ def _self_test(reasons: dict[str, str | None]) -> list[dict[str, Any]]:
         device = backends.device_of(name) or "cpu"
         for isa in _C.available_isas() if name == "cpu" else [None]:
             with backends.backend(name), _isa(isa) if isa else contextlib.nullcontext():
-                # What sets this one apart are its kernels for bfloat16; those for float32 are avx512's.
-                failures = _failures(device, torch.bfloat16 if isa == "avx512bf16" else torch.float32)
+                # What sets these apart are their kernels for bfloat16; those for float32 are avx512's.
+                failures = _failures(device, torch.bfloat16 if isa in _BFLOAT16 else torch.float32)
             rows.append({"backend": name, "isa": isa, "cases": len(_SELF_TEST), "failures": failures})
     return rows
 

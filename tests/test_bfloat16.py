@@ -12,8 +12,9 @@ import rnp
 import rnp_kernels
 from rnp_kernels import _C, PrefixConv2d, stock
 
-PAIRS = "avx512bf16"
-needs_pairs = pytest.mark.skipif(PAIRS not in _C.available_isas(), reason="needs a processor with AVX512-BF16")
+TILES = "avx512amx"
+PAIRS = ("avx512bf16", TILES)
+needs_pairs = pytest.mark.skipif(PAIRS[0] not in _C.available_isas(), reason="needs a processor with AVX512-BF16")
 NONE, CONVERTED, WITH_PAIRS, WITH_TILES = range(4)  # StockBFloat16 of csrc/core/stock.h
 
 
@@ -41,8 +42,8 @@ def test_full_width_goes_where_it_is_fastest(isa: str, stock_rule: None) -> None
     for level, dense, depthwise in (
         (NONE, stock.OURS, stock.OURS),
         (CONVERTED, stock.OURS, stock.ONEDNN),
-        (WITH_PAIRS, stock.OURS if isa == PAIRS else stock.ONEDNN, stock.ONEDNN),
-        (WITH_TILES, stock.ONEDNN, stock.ONEDNN),
+        (WITH_PAIRS, stock.OURS if isa in PAIRS else stock.ONEDNN, stock.ONEDNN),
+        (WITH_TILES, stock.OURS if isa == TILES else stock.ONEDNN, stock.ONEDNN),
     ):
         _C.set_stock_dtypes(True, level, False)
         assert path(256, 14, 256, 3) == dense, level
@@ -54,7 +55,9 @@ def test_full_width_goes_where_it_is_fastest(isa: str, stock_rule: None) -> None
 
 
 def test_the_log_names_the_kernel(isa: str) -> None:
-    assert describe(256, 14, 256, 3).startswith(f"{isa} kernels, " + ("tile" if isa == PAIRS else "converted"))
+    assert describe(256, 14, 256, 3).startswith(
+        f"{isa} kernels, " + ({TILES: "matrices", PAIRS[0]: "tile"}.get(isa, "converted"))
+    )
     assert describe(256, 14, 256, 3, "float16").startswith(f"{isa} kernels, converted to float32, tile")
     assert describe(256, 14, 256, 3, "float32").startswith(f"{isa} kernels, tile")
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 import rnp_kernels
+from rnp_kernels import _C
 
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
 INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\s+([a-z]\S*)\s*(.*)$")
@@ -112,6 +113,29 @@ def test_no_microkernel_loop_spills(library: list[Loop], width: str, pairs: bool
     assert all(sizes[vectors * pixels] >= 1 for pixels in range(-(-3 // vectors), largest // vectors + 1)), sizes
     spilling = [f"{s.function}: {s.multiply_adds} multiply-adds, {s.spills[:3]}…" for s in ours if s.spills]
     assert not spilling, "\n".join(spilling)
+
+
+@pytest.mark.skipif("avx512amx" not in _C.available_isas(), reason="needs a build and a processor with AMX")
+def test_matrices_are_multiplied_two_by_two_and_touch_no_stack() -> None:
+    """A chunk of 32 pixels x 32 channels: four products, four loads of matrices; nothing of it goes by the stack."""
+    text = disassembled(Path(rnp_kernels.__file__).parent / "librnp_ops.so")
+    products = re.compile(r"^tdpbf16ps$")
+    largest = 0
+    for _, body in functions(text):
+        run: list[tuple[str, str]] = []  # from the first of a chunk's instructions to its last product
+        for _, mnemonic, operands in body:
+            if mnemonic.startswith(("j", "call", "ret")):
+                run = []
+                continue
+            run.append((mnemonic, operands))
+            count = sum(bool(products.match(m)) for m, _ in run)
+            if products.match(mnemonic) and count == 4 and any(m == "tileloadd" for m, _ in run):
+                start = next(i for i, (m, _) in enumerate(run) if m == "tileloadd")
+                chunk = run[start:]
+                assert sum(m == "tileloadd" for m, _ in chunk) == 4
+                assert not [o for m, o in chunk if "(%rsp" in o or "(%rbp" in o], chunk
+                largest = 4
+    assert largest == 4
 
 
 KERNEL = """

@@ -97,6 +97,20 @@ bool pixels_win(const ConvShape& s) {
   return stride == 2 && s.kh * s.kw >= 9 && s.c_in > PackedLayout::kSmallGroup && s.c_in <= 64;
 }
 
+// bfloat16 where both sides multiply matrix tiles (bench/NOTES.md, "AMX"). Torch's call packs its weights anew, which
+// small maps do not repay: 3x3, ours over conv2d's time alone and in a batch of 8: 128 to 512 channels on 7x7 and 14x14
+// maps 0.40 to 0.83 and 0.70 to 0.99, 256 and 512 on 28x28 0.77 to 0.83 and 0.90 to 1.00, but 128 on 28x28 0.90
+// and 1.12, 256 on 56x56 1.04 and 1.09. 1x1 on 7x7: 0.36 to 0.49 and 0.72 to 0.84; on larger maps up to 1.7. Other
+// layers were not measured.
+bool tiles_win(const ConvShape& s, bool channels_last) {
+  const int64_t fewest = std::min(s.c_in, s.c_out), positions = s.out_h * s.out_w;
+  if (s.groups > 1 || !channels_last || fewest < 128 || positions < 7 * 7 || s.dilation_h * s.dilation_w > 1)
+    return false;
+  if (s.kh == 1 && s.kw == 1) return positions <= 7 * 7 && s.stride_h * s.stride_w == 1;
+  if (s.kh != 3 || s.kw != 3 || s.stride_h > 2 || s.stride_w > 2) return false;
+  return positions <= 14 * 14 || (positions <= 28 * 28 && fewest >= 256);
+}
+
 }  // namespace
 
 void set_stock_dtypes(bool float32, StockBFloat16 bfloat16, bool float16) {
@@ -105,7 +119,8 @@ void set_stock_dtypes(bool float32, StockBFloat16 bfloat16, bool float16) {
   has_float16 = float16;
 }
 
-Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, bool pairs) {
+Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, StockBFloat16 ours) {
+  const bool pairs = ours >= StockBFloat16::kPairs;
   // aten has one padding per axis.
   if (s.pad_top != s.pad_bottom || s.pad_left != s.pad_right) return Stock::kNone;
   if (std::max(s.c_in * s.h * s.w, s.c_out * s.out_h * s.out_w) > kMaxSample) return Stock::kNone;
@@ -119,7 +134,7 @@ Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, bool pairs
         case StockBFloat16::kConverted:
           return s.groups > 1 && s.group_in() == 1 ? Stock::kOneDnn : Stock::kNone;
         case StockBFloat16::kTiles:
-          return Stock::kOneDnn;
+          return ours == StockBFloat16::kTiles && tiles_win(s, channels_last) ? Stock::kNone : Stock::kOneDnn;
         case StockBFloat16::kPairs:
           if (!pairs) return Stock::kOneDnn;  // ours would convert
           break;

@@ -11,8 +11,9 @@ enum class Stock : int32_t {
   kGemm,    // aten::_slow_conv2d_forward: one matrix product for each sample
 };
 
-// How oneDNN multiplies bfloat16 in this process: not at all, by converting (1.8 to 2.9 times slower than ours, which
-// converts too; depthwise 1.2 times faster), with the instruction that ours have too, or with matrix tiles (AMX).
+// How bfloat16 is multiplied, by oneDNN in this process or by ours in a layer: not at all, by converting (oneDNN
+// then 1.8 to 2.9 times slower than ours, which converts too; depthwise 1.2 times faster), in pairs (AVX512-BF16), or
+// by matrix tiles (AMX).
 enum class StockBFloat16 : int32_t { kNone, kConverted, kPairs, kTiles };
 
 // What oneDNN can run in this process; nothing until rnp_kernels has asked torch.
@@ -22,7 +23,7 @@ void set_stock_dtypes(bool float32, StockBFloat16 bfloat16, bool float16);
 // takes the same path in every batch, and both stock functions give it the same bits there, whatever the number of
 // threads (tests/test_prefix_conv2d_invariance.py). aten::convolution would not: it chooses by the batch size.
 //
-// `pairs`: our kernels multiply bfloat16 as it stands in this layer (cpu::layout_in_use).
-Stock stock_path(const ConvShape& shape, DType dtype, bool channels_last, bool pairs);
+// `ours`: how our kernels multiply bfloat16 in this layer (cpu::bfloat16_in_use).
+Stock stock_path(const ConvShape& shape, DType dtype, bool channels_last, StockBFloat16 ours);
 
 }  // namespace rnp

@@ -297,6 +297,7 @@ void agent_step(const AgentStepParams& p, int64_t begin, int64_t end, float* scr
   std::fill(scratch, scratch + std::min(kTogether, end - begin) * at.size, 0.0f);
 #if defined(__x86_64__)
   switch (current_isa()) {
+    case Isa::kAvx512Amx:
     case Isa::kAvx512Bf16:
     case Isa::kAvx512:
       return avx512(p, begin, end, at, scratch);

@@ -135,6 +135,47 @@ void copy_band_pairs(const PrefixConv2dParams& p, const BandGeometry& g, int64_t
   }
 }
 
+void copy_band_chunks(const PrefixConv2dParams& p, const BandGeometry& g, int64_t n, int64_t first_channel,
+                      int64_t live, const ChunkedBand& band, CopyPixels copy_pixels, float* row, float* to) {
+  constexpr int64_t kChunk = 16;
+  const ConvShape& s = p.shape;
+  const Strides4 st = p.input_at(n);
+  const uint16_t* input = static_cast<const uint16_t*>(p.input) + n * st.n + first_channel * st.c;
+  const int64_t words = (live + 1) / 2;
+  const auto [left, right] = inside(s, g);
+  const auto clear = [](float* first, int64_t pixels, int64_t size) {
+    std::memset(first, 0, sizeof(float) * static_cast<size_t>(std::max<int64_t>(0, pixels) * size));
+  };
+  // Whole words of a pixel go straight to their chunks; else a row is made of words first.
+  const bool straight = band.taps == 1 && st.c == 1 && g.x_step * st.w % 2 == 0 && live % 2 == 0;
+  for (int64_t r = 0; r < g.rows_in; ++r, to += band.cols * kChunk) {
+    const int64_t y = g.y0 + r * g.y_step;
+    const bool outside = y < 0 || y >= s.h;
+    const uint16_t* from = input + y * st.h + (g.x0 + left * g.x_step) * st.w;
+    if (!straight && !outside) {
+      clear(row, left, words);
+      clear(row + right * words, g.cols_in - right, words);
+      copy_row_pairs(from, g.x_step * st.w, st.c, right - left, live, s.c_in - first_channel, copy_pixels,
+                     row + left * words);
+    }
+    for (int64_t c = 0; c < band.chunks(); ++c) {
+      float* target = to + c * band.chunk;
+      const int64_t count = std::min(kChunk, band.words - c * kChunk);
+      if (outside || count < kChunk) clear(target, band.cols, kChunk);
+      if (outside) continue;
+      if (straight) {
+        clear(target, left, kChunk);
+        clear(target + right * kChunk, band.cols - right, kChunk);
+        copy_pixels(reinterpret_cast<const float*>(from) + c * kChunk, g.x_step * st.w / 2, right - left, count, kChunk,
+                    target + left * kChunk);
+      } else {
+        const int64_t step = band.taps > 1 ? g.col_step : 1;
+        copy_pixels(row + c * kChunk, step * words, band.cols, count, kChunk, target);
+      }
+    }
+  }
+}
+
 void fold_band(const float* band, const BandGeometry& g, int64_t channels, int64_t rows, int64_t cols, float* to) {
   constexpr int64_t kHalf = kFoldedPixel / 2;
   static_assert(kHalf >= 2 * 4);

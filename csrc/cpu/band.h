@@ -30,6 +30,20 @@ void copy_band(const PrefixConv2dParams& p, const BandGeometry& geometry, int64_
 void copy_band_pairs(const PrefixConv2dParams& p, const BandGeometry& geometry, int64_t n, int64_t first_channel,
                      int64_t live, int64_t ic_block, CopyPixels copy_pixels, float* to);
 
+// For kernels that multiply chunks of 16 words, each chunk by itself: [chunk][rows_in][cols][16], `cols` records of a
+// row. A record is a band pixel, or (`taps` > 1, where one chunk holds all live words of a pixel) that pixel and its
+// right neighbours, `taps` in all, every col_step-th of them. The words beyond a record's last are 0. `row`: memory for
+// one row of the band's words.
+struct ChunkedBand {
+  int64_t taps, cols;
+  int64_t words;  // of a record that are not padding
+  int64_t chunk;  // floats between chunks
+
+  int64_t chunks() const { return (words + 15) / 16; }
+};
+void copy_band_chunks(const PrefixConv2dParams& p, const BandGeometry& geometry, int64_t n, int64_t first_channel,
+                      int64_t live, const ChunkedBand& band, CopyPixels copy_pixels, float* row, float* to);
+
 // Folds a band of `channels` (at most 4) a pixel, as copy_band writes it: [rows][cols][kFoldedPixel], where each pixel
 // holds 2x2 of the band's (core/winograd.h), 0 where the band ends between them. What is left of a pixel is not
 // defined. Up to kFoldedPixel floats behind the band may be read.

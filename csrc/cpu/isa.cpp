@@ -4,12 +4,36 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(RNP_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace rnp::cpu {
 namespace {
+
+// Whether there are matrix registers that multiply bfloat16, and this process may use them. Linux makes room for their
+// 8 KB in a thread's saved state only once the process has asked for it; asking again changes nothing.
+bool may_use_matrices() {
+#if defined(RNP_AMX)
+  static const bool allowed = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0) return false;
+    constexpr long kArchReqXcompPerm = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kArchReqXcompPerm, kTileData) == 0;
+  }();
+  return allowed;
+#else
+  return false;
+#endif
+}
 
 bool supported(Isa isa) {
 #if defined(__x86_64__) || defined(_M_X64)
   // These builtins also ask the operating system whether it saves the wide registers.
+  if (isa == Isa::kAvx512Amx) return supported(Isa::kAvx512Bf16) && may_use_matrices();
   if (isa == Isa::kAvx512Bf16) return supported(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
   if (isa == Isa::kAvx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -37,6 +61,8 @@ std::atomic<int> chosen{-1};
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::kAvx512Amx:
+      return "avx512amx";
     case Isa::kAvx512Bf16:
       return "avx512bf16";
     case Isa::kAvx512:
@@ -51,7 +77,7 @@ const char* isa_name(Isa isa) {
 
 std::vector<Isa> available_isas() {
   std::vector<Isa> out;
-  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16})
+  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAvx512Amx})
     if (supported(isa)) out.push_back(isa);
   return out;
 }

@@ -7,10 +7,11 @@
 
 namespace rnp::cpu {
 
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAvx512Amx = 4 };
 
-// Names are "portable", "avx2", "avx512", and "avx512bf16": as "avx512", but bfloat16 is multiplied as it stands
-// (kernels_avx512bf16.cpp) and not converted to float32 first.
+// Names are "portable", "avx2", "avx512"; "avx512bf16": as "avx512", but bfloat16 is multiplied as it stands
+// (kernels_avx512bf16.cpp) and not converted to float32 first; and "avx512amx": the same by whole matrices
+// (kernels_amx.cpp), which the operating system has to allow.
 const char* isa_name(Isa isa);
 // What this machine can run and this build holds, slowest first; never empty.
 std::vector<Isa> available_isas();

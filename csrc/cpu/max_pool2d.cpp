@@ -72,6 +72,7 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void avx512(co
 void max_pool2d(const MaxPoolParams& p, int64_t begin, int64_t end) {
 #if defined(__x86_64__)
   switch (current_isa()) {
+    case Isa::kAvx512Amx:
     case Isa::kAvx512Bf16:
     case Isa::kAvx512:
       return avx512(p, begin, end);

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cpu/matrix_kernels.h"
 #include "cpu/winograd_kernels.h"
 
 namespace rnp::cpu {
@@ -151,6 +152,7 @@ struct Kernels {
   // Fills a panel with `count` channels of kMaxCols pixels. Null: no panels, and `pointwise` alone.
   void (*copy_panel)(const float* const* from, int64_t count, float* to);
   WinogradKernels winograd;
+  const MatrixKernels* matrix;  // not null: these multiply the pairs of every layer (cpu/matrix_item.h)
   // 1x1 on contiguous NCHW: [vectors - 1][output channels - 1], up to max_cols of them; null in kernels of pairs.
   int plane_lanes;  // of a vector
   PlaneTileKernel plane[2][kMaxCols];
@@ -177,6 +179,8 @@ const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 // Tiles that multiply bfloat16: their "floats" of x and w are words of two channels, and they store bfloat16.
 const Kernels& avx512bf16_kernels();
+// The same with matrices; only where CMake found an assembler that knows them (RNP_AMX).
+const Kernels& amx_kernels();
 #endif
 
 }  // namespace rnp::cpu

@@ -152,8 +152,13 @@ auto with_type(const WeightView& weight, F&& f) {
 PackedLayout layout_in_use(const ConvShape& s, DType dtype) {
   const PackedLayout words(s, true);
   const bool whole = s.groups == 1 || words.icg % 2 == 0;
-  const bool pairs = dtype == DType::kBFloat16 && current_isa() == Isa::kAvx512Bf16 && whole && !words.small_groups();
+  const bool pairs = dtype == DType::kBFloat16 && current_isa() >= Isa::kAvx512Bf16 && whole && !words.small_groups();
   return pairs ? words : PackedLayout(s);
+}
+
+StockBFloat16 bfloat16_in_use(const ConvShape& s, DType dtype) {
+  if (!layout_in_use(s, dtype).pairs) return StockBFloat16::kConverted;
+  return current_isa() == Isa::kAvx512Amx ? StockBFloat16::kTiles : StockBFloat16::kPairs;
 }
 
 void pack_weight(const WeightView& weight, const PackedLayout& layout, float* packed, const Threads& threads,

@@ -3,6 +3,7 @@
 
 #include "core/packing.h"
 #include "core/parallel.h"
+#include "core/stock.h"
 
 namespace rnp::cpu {
 
@@ -15,6 +16,9 @@ struct WeightView {  // (c_out, c_in / groups, kh, kw)
 // The layout that the kernels in use want of a weight of this shape and dtype: pairs of bfloat16 channels where the
 // processor multiplies those, except where a pair would join two groups, and depthwise.
 PackedLayout layout_in_use(const ConvShape& shape, DType dtype);
+
+// How those kernels multiply bfloat16.
+StockBFloat16 bfloat16_in_use(const ConvShape& shape, DType dtype);
 
 // No more than the first `in_live` input and `out_live` output channels are needed; what stands beyond is undefined.
 void pack_weight(const WeightView& weight, const PackedLayout& layout, float* packed, const Threads& threads,

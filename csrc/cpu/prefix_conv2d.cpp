@@ -10,10 +10,12 @@
 #include <vector>
 
 #include "cpu/band.h"
+#include "cpu/block_output.h"
 #include "cpu/call.h"
 #include "cpu/epilogue.h"
 #include "cpu/grouped.h"
 #include "cpu/isa.h"
+#include "cpu/matrix_item.h"
 #include "cpu/microkernel.h"
 #include "cpu/pack_weight.h"
 #include "cpu/plane_pointwise.h"
@@ -29,6 +31,9 @@ namespace {
 
 const Kernels& kernels_of(Isa isa, bool pairs = false) {
 #if defined(__x86_64__)
+#if defined(RNP_AMX)
+  if (pairs && isa == Isa::kAvx512Amx) return amx_kernels();
+#endif
   if (pairs) return avx512bf16_kernels();
   if (isa >= Isa::kAvx512) return avx512_kernels();
   if (isa == Isa::kAvx2) return avx2_kernels();
@@ -59,48 +64,27 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
   const PrefixConv2dParams& p = call.p;
   const ConvShape& s = p.shape;
   const PackedLayout& l = call.layout;
-  const int64_t w_step = l.lanes(block), channel0 = item.g * l.ocg + block * PackedLayout::kLanes;
-  const int64_t block_live = std::min(PackedLayout::kLanes, out_live - block * PackedLayout::kLanes);
+  const int64_t w_step = l.lanes(block);
   const int64_t ic_blocks = std::max<int64_t>(1, (in_live + l.ic_block - 1) / l.ic_block);
-
-  alignas(64) float scale[PackedLayout::kLanes] = {}, bias[PackedLayout::kLanes] = {};
-  const int64_t line = p.row ? p.row[item.n] : 0;
-  const auto lanes_of = [&](const void* table, int64_t row_stride, float* to) {
-    if (table) std::copy_n(static_cast<const float*>(table) + line * row_stride + channel0, block_live, to);
-    return table && call.direct_output;
-  };
-  const bool has_scale = lanes_of(p.scale, p.scale_row_stride, scale);
-  const bool has_bias = lanes_of(p.bias, p.bias_row_stride, bias);
-
-  const Strides4 in_step = p.input_at(item.n), out_step = p.output_at(item.n), residual_step = p.residual_at(item.n);
-  float* out = nullptr;
-  const float* residual = nullptr;
-  if (call.direct_output) {
-    out = call.advance(static_cast<float*>(p.output), item.n * out_step.n + item.row0 * out_step.h + channel0);
-    if (p.residual)
-      residual = call.advance(static_cast<const float*>(p.residual),
-                              item.n * residual_step.n + item.row0 * residual_step.h + channel0);
-  }
-  for (int64_t sub = 0, live = 0; sub < block_live; sub += live) {
-    const TileWidth& width = call.kernels.width_for(block_live - sub);
-    live = std::min<int64_t>(width.lanes, block_live - sub);
+  const BlockOutput output(call, item, block, out_live);
+  const Strides4 in_step = p.input_at(item.n);
+  float* out = output.args.out;
+  const float* residual = output.args.residual;
+  for (int64_t sub = 0, live = 0; sub < output.live; sub += live) {
+    const TileWidth& width = call.kernels.width_for(output.live - sub);
+    live = std::min<int64_t>(width.lanes, output.live - sub);
     for (int64_t ib = 0; ib < ic_blocks; ++ib) {
       const int64_t count = std::clamp<int64_t>(in_live - ib * l.ic_block, 0, l.ic_block);
       const int64_t pixel = call.direct_input ? call.input_step(in_step.w) : count;
       const float* x = call.direct_input ? band + ib * l.ic_block : band + ib * l.ic_block * geometry.pixels();
-      TileArgs args = {};
+      TileArgs args = output.args;
       args.w = p.packed + l.panel_at(item.g, block, ib) + sub;
       args.w_step = w_step;
       args.live = static_cast<int32_t>(live);
       args.partial_col_step = PackedLayout::kLanes;
       args.partial_row_step = plan.cols * PackedLayout::kLanes;
-      args.out_row_step = out_step.h;
-      args.out_col_step = out_step.w;
-      args.scale = has_scale ? scale + sub : nullptr;
-      args.bias = has_bias ? bias + sub : nullptr;
-      args.residual_row_step = residual_step.h;
-      args.residual_col_step = residual_step.w;
-      args.relu = p.activation == Activation::kRelu;
+      if (args.scale) args.scale += sub;
+      if (args.bias) args.bias += sub;
       args.x_row_step = geometry.row_step * plan.cols_in * pixel;
       args.x_col_step = geometry.col_step * pixel;
       plan.list_runs(pixel, count, l.ic_count(ib), w_step);
@@ -122,7 +106,7 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
     }
   }
   if (!call.direct_output)
-    finish_patch(p, {item.n, item.row0, item.row1 - item.row0, 0, s.out_w}, channel0, block_live,
+    finish_patch(p, {item.n, item.row0, item.row1 - item.row0, 0, s.out_w}, output.channel0, output.live,
                  {sums, s.out_w * PackedLayout::kLanes, PackedLayout::kLanes}, call.kernels.transpose);
 }
 
@@ -130,6 +114,8 @@ void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int
 // small a plan costs a tenth of an item.
 class LastPlan {
  public:
+  MatrixWorker matrices;
+
   TilePlan& of(const Call& call, const BandGeometry& geometry, int64_t row0, int64_t row1) {
     if (!plan_ || row0 != row0_ || row1 != row1_)
       plan_.emplace(call.p.shape, geometry, call.kernels, row0_ = row0, row1_ = row1, call.flat);
@@ -148,7 +134,9 @@ void run_item(const Call& call, const WorkItem& item, const WorkItem* following,
   const int64_t in_live = call.in_words(item);
   const int64_t out_live = live_in_group(p.out_live(item.n), item.g, l.ocg);
   const int64_t group0 = item.g * l.ocg;
-  if (item.block0 < item.block1) {
+  if (item.block0 < item.block1 && call.kernels.matrix) {
+    last.matrices.run(call, item, following, scratch);
+  } else if (item.block0 < item.block1) {
     const BandGeometry geometry(p.shape, item.row0, item.row1);
     const float* band = scratch;
     if (call.direct_input) {
@@ -231,7 +219,8 @@ void prefix_conv2d(const PrefixConv2dParams& p, const Threads& threads) {
     int64_t need = 0;
     double cost = 0;
     for (const WorkItem& item : items) {
-      need = std::max(need, call.band_floats(item) + call.sum_floats(item));
+      need = std::max(need, call.kernels.matrix ? MatrixWorker::floats(call, item)
+                                                : call.band_floats(item) + call.sum_floats(item));
       cost += item.cost;
     }
     const int workers = useful_workers(cost, items.size(), threads);
@@ -255,6 +244,7 @@ std::string describe_kernel(const ConvShape& s, DType dtype) {
   if (PackedLayout(s).small_groups()) return name + (s.group_in() * s.group_out() == 1 ? "depthwise" : "small groups");
   const bool pairs = layout_in_use(s, dtype).pairs;
   const Kernels& kernels = kernels_of(current_isa(), pairs);
+  if (kernels.matrix) return name + "matrices of 32 pixels x 32 channels";
   const int64_t rows = std::min(s.out_h, band_rows(s, pairs ? (s.group_in() + 1) / 2 : s.group_in()));
   const TilePlan plan(s, BandGeometry(s, 0, rows), kernels, 0, rows, s.kh == 1 && s.kw == 1);
   const int64_t lanes = kernels.width_for(s.group_out()).lanes;

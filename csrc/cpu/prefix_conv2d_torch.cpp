@@ -252,9 +252,8 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
   std::vector<int64_t> stock;
   const bool wide_by_winograd =
       p.winograd && static_cast<int64_t>(choose_algorithm(s, p.dtype, s.c_in, s.c_out)) == p.winograd_tile;
-  const Stock path = plain && s.n > 0 && !wide_by_winograd
-                         ? stock_path(s, p.dtype, last, layout_in_use(s, p.dtype).pairs)
-                         : Stock::kNone;
+  const Stock path =
+      plain && s.n > 0 && !wide_by_winograd ? stock_path(s, p.dtype, last, bfloat16_in_use(s, p.dtype)) : Stock::kNone;
   if (path != Stock::kNone) {
     for (int64_t i = 0; i < s.n; ++i) {
       const size_t at = static_cast<size_t>(i);

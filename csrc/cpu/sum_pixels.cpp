@@ -59,6 +59,7 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void avx512(co
 void sum_pixels(const float* x, int64_t step, int64_t pixels, int64_t channels, float* sums) {
 #if defined(__x86_64__)
   switch (current_isa()) {
+    case Isa::kAvx512Amx:
     case Isa::kAvx512Bf16:
     case Isa::kAvx512:
       return avx512(x, step, pixels, channels, sums);

@@ -54,13 +54,15 @@ bool same(const std::vector<BFloat16>& a, const std::vector<BFloat16>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(BFloat16)) == 0;
 }
 
-// Runs `body` with the instruction set, where this machine has it.
+// Runs `body` with each instruction set that multiplies pairs and that this machine has.
 template <typename F>
 void on_pairs(F&& body) {
   const cpu::Isa before = cpu::current_isa();
-  if (cpu::available_isas().back() != cpu::Isa::kAvx512Bf16) return;
-  cpu::set_isa("avx512bf16");
-  body();
+  for (cpu::Isa isa : cpu::available_isas()) {
+    if (isa < cpu::Isa::kAvx512Bf16) continue;
+    cpu::set_isa(cpu::isa_name(isa));
+    body();
+  }
   cpu::set_isa(cpu::isa_name(before));
 }
 
@@ -72,7 +74,7 @@ TEST(pairs_are_what_the_instruction_set_and_the_layer_allow) {
   const cpu::Isa before = cpu::current_isa();
   for (cpu::Isa isa : cpu::available_isas()) {
     cpu::set_isa(cpu::isa_name(isa));
-    const bool has = isa == cpu::Isa::kAvx512Bf16;
+    const bool has = isa >= cpu::Isa::kAvx512Bf16;
     CHECK_EQUAL(cpu::layout_in_use(dense, DType::kBFloat16).pairs, has);
     CHECK_EQUAL(cpu::layout_in_use(even, DType::kBFloat16).pairs, has);
     CHECK(!cpu::layout_in_use(odd, DType::kBFloat16).pairs) << "a pair would join two groups";
@@ -125,10 +127,43 @@ TEST(every_prefix_of_pairs_is_right_and_reads_nothing_beyond) {
   });
 }
 
+// Matrices of 16 pixels x 16 words: rows that are not whole, records of a pixel and of a kernel row, strides and
+// dilations, words of two blocks, lanes of half a block, a tail that is computed by itself.
+TEST(every_cut_into_matrices_gives_the_same_sums) {
+  on_pairs([] {
+    std::vector<ConvCase> cases = {square(64, 14, 40, 3), square(40, 7, 16, 3),  square(16, 19, 33, 3),
+                                   square(3, 21, 20, 7),  square(150, 5, 24, 3), square(64, 5, 48, 1),
+                                   square(640, 7, 40, 1), square(33, 9, 64, 5)};
+    for (const auto& [stride, dilation] : {std::pair{2, 1}, std::pair{1, 2}, std::pair{3, 2}})
+      for (const int64_t channels : {12, 32, 72}) {
+        ConvCase c = square(channels, 18, 24, 3);
+        c.stride_h = c.stride_w = stride;
+        c.dilation_h = c.dilation_w = c.top = c.bottom = c.left = c.right = dilation;
+        cases.push_back(c);
+      }
+    ConvCase wide = square(32, 3, 32, 3);
+    wide.w = 50, wide.stride_h = 2, wide.top = 3, wide.bottom = 0;  // rows of which no tap meets the input
+    cases.push_back(wide);
+    for (const ConvCase& c : cases) {
+      const ConvShape s = c.shape();
+      for (const int64_t in : {s.c_in, s.c_in - s.c_in / 3, s.c_in / 2, int64_t{1}}) {
+        const int32_t live = static_cast<int32_t>(in), out = static_cast<int32_t>(s.c_out - 1);
+        const auto got = convolve(s, s.c_in, live, out, false), expected = convolve(s, s.c_in, live, out, true);
+        for (size_t i = 0; i < got.size(); ++i) {
+          const float a = to_float(got[i]), b = to_float(expected[i]);
+          CHECK(std::abs(a - b) <= 0x1p-7f * std::abs(b) + 1e-4f * std::sqrt(static_cast<float>(in)))
+              << s.c_in << " channels, kernel " << s.kh << ", " << in << " live: " << a << " instead of " << b;
+        }
+      }
+    }
+  });
+}
+
 // In place, copied word by word, copied half by half: which of them depends on strides and on company.
 TEST(pairs_have_the_same_bits_whatever_way_they_are_read) {
   on_pairs([] {
-    for (const ConvCase& c : {square(10, 6, 24, 1), square(11, 6, 24, 3), square(300, 5, 24, 1)}) {
+    for (const ConvCase& c :
+         {square(10, 6, 24, 1), square(11, 6, 24, 3), square(64, 9, 24, 1), square(300, 5, 24, 1)}) {
       const ConvShape s = c.shape();
       for (int32_t in = 0; in <= s.c_in; in += 1 + in / 16) {
         const auto expected = convolve(s, s.c_in, in, 24, false);
