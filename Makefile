@@ -107,9 +107,10 @@ ctest: cpp-build
 	@echo "== C++ tests"
 	$(VENV)/bin/ctest --test-dir $(BUILD)/cpp-tests --parallel 2 --output-on-failure --no-tests=error
 
+# Two processes: most tests keep one core busy. A file's tests stay together, for what they compile once.
 pytest: $(STAMPS)/test $(STAMPS)/cmake
 	@echo "== pytest $(ARGS)"
-	$(VENV)/bin/pytest $(ARGS)
+	$(VENV)/bin/pytest -n 2 --dist loadfile $(ARGS)
 
 sanitize: $(STAMPS)/cmake
 	@echo "== C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
