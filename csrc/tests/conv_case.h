@@ -10,6 +10,7 @@
 
 #include "core/half.h"
 #include "core/parallel.h"
+#include "cpu/isa.h"
 #include "cpu/pack_weight.h"
 #include "cpu/prefix_conv2d.h"
 
@@ -62,6 +63,13 @@ inline Threads std_threads(int count) {
 
 inline Strides4 strides_of(int64_t c, int64_t h, int64_t w, bool channels_last) {
   return channels_last ? Strides4{c * h * w, 1, w * c, c} : Strides4{c * h * w, h * w, w, 1};
+}
+
+// The instruction sets that differ in their kernels for this type: beyond AVX-512 only bfloat16's do.
+inline std::vector<cpu::Isa> isas_of(DType dtype) {
+  std::vector<cpu::Isa> all = cpu::available_isas();
+  while (dtype != DType::kBFloat16 && all.back() > cpu::Isa::kAvx512) all.pop_back();
+  return all;
 }
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();

@@ -141,7 +141,7 @@ struct Problem {
 template <typename T>
 void check_dtype(DType dtype, double unit, const char* name) {
   const cpu::Isa before = cpu::current_isa();
-  for (cpu::Isa isa : cpu::available_isas()) {
+  for (cpu::Isa isa : isas_of(dtype)) {
     cpu::set_isa(cpu::isa_name(isa));
     for (const ConvCase& c : conv_cases())
       for (int mode = 0; mode < kModes; ++mode)
@@ -173,7 +173,7 @@ TEST(the_plain_kernel_equals_the_reference) {
 template <typename T>
 void check_invariance(DType dtype) {
   const cpu::Isa before = cpu::current_isa();
-  for (cpu::Isa isa : cpu::available_isas()) {
+  for (cpu::Isa isa : isas_of(dtype)) {
     cpu::set_isa(cpu::isa_name(isa));
     for (const ConvCase& c : conv_cases())
       for (Mode mode : {kTables, kResidual}) {
@@ -266,7 +266,7 @@ TEST(stores_past_the_caches_change_no_bit) {
 
 TEST(nan_and_infinity_of_live_channels_pass_through) {
   const cpu::Isa before = cpu::current_isa();
-  for (cpu::Isa isa : cpu::available_isas()) {
+  for (cpu::Isa isa : isas_of(DType::kFloat32)) {
     cpu::set_isa(cpu::isa_name(isa));
     for (float value : {kNaN, std::numeric_limits<float>::infinity()}) {
       Problem<float> problem(conv_cases()[0], kFull, DType::kFloat32, true, 0);
