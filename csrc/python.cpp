@@ -182,11 +182,15 @@ rnp::cpu::LayerCall layer_call(std::array<int64_t, 4> input, std::array<int64_t,
 // Whoever takes a DLPack capsule over renames it.
 py::object new_output(const rnp::cpu::LayerCall& call) {
   void* tensor = call.new_output();
-  if (!tensor) return py::none();
   constexpr const char* kName = "dltensor";
-  return py::reinterpret_steal<py::object>(PyCapsule_New(tensor, kName, [](PyObject* capsule) {
-    if (PyCapsule_IsValid(capsule, kName)) rnp::cpu::free_output(PyCapsule_GetPointer(capsule, kName));
-  }));
+  PyObject* capsule = PyCapsule_New(tensor, kName, [](PyObject* own) {
+    if (PyCapsule_IsValid(own, kName)) rnp::cpu::free_output(PyCapsule_GetPointer(own, kName));
+  });
+  if (!capsule) {
+    rnp::cpu::free_output(tensor);
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(capsule);
 }
 
 std::string describe_cuda_kernel(std::array<int64_t, 4> input, std::array<int64_t, 4> weight,
@@ -273,8 +277,9 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&layer_call), py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
            py::arg("dilation"), py::arg("groups"), py::arg("input_stride"), py::arg("weight_stride"),
            py::arg("output_stride"), py::arg("tile"))
-      .def("new_output", &new_output,
-           "Memory for the output from a pool, as a DLPack capsule; None where the pool does not serve its size.")
+      .def_property_readonly("pools_output", &rnp::cpu::LayerCall::pools_output,
+                             "Whether the output has a size that the pool serves.")
+      .def("new_output", &new_output, "The output, uninitialized, on memory of the pool, as a DLPack capsule.")
       .def(
           "__call__",
           [](const rnp::cpu::LayerCall& call, uintptr_t input, uintptr_t output, uintptr_t in_prefix,

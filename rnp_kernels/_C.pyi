@@ -70,7 +70,9 @@ class LayerCall:
         output_stride: Sequence[int],
         tile: int,
     ) -> None: ...
-    def new_output(self) -> Any | None: ...  # a DLPack capsule
+    @property
+    def pools_output(self) -> bool: ...
+    def new_output(self) -> Any: ...  # a DLPack capsule
     def __call__(
         self,
         input: int,

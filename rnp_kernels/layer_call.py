@@ -137,7 +137,7 @@ class LayerCall:
             tuple(input.shape), tuple(weight.shape), route.stride, route.padding, route.dilation, module.groups,
             input.stride(), weight.stride(), output.stride(), route.tile,
         )  # fmt: skip
-        self._pooled = self._kernel.new_output() is not None
+        self._pooled = self._kernel.pools_output
         # With gradients nothing is transformed, whatever the algorithm.
         self._stock = StockCall(module, input, weight, bias, route, None) if route.path == stock.CONV2D else None
 
@@ -177,10 +177,10 @@ class LayerCall:
             narrow_out = self._address_of_prefix(out_prefix, input)
             if not narrow_out:
                 return None
-        memory = self._kernel.new_output() if self._pooled else None
-        output = (
-            input.new_empty_strided(self._output_size, self._output_strides) if memory is None else _from_dlpack(memory)
-        )
+        if self._pooled:
+            output = _from_dlpack(self._kernel.new_output())
+        else:
+            output = input.new_empty_strided(self._output_size, self._output_strides)
         done = self._kernel(input.data_ptr(), output.data_ptr(), narrow_in, narrow_out, *self._addresses)
         return output if done == _DONE else None
 

@@ -10,11 +10,8 @@ import torch
 import rnp_kernels
 from rnp_kernels import _C
 
-# Beyond AVX-512 they differ in bfloat16's kernels alone: of those the best, and in test_bfloat16.py every one.
-ISAS = [isa for isa in _C.available_isas() if isa in ("portable", "avx2", "avx512") or isa == _C.available_isas()[-1]]
 
-
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=_C.available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each CPU instruction set of this machine in turn, forced for the whole process."""
     before = _C.isa()

@@ -18,15 +18,6 @@ needs_pairs = pytest.mark.skipif(PAIRS[0] not in _C.available_isas(), reason="ne
 NONE, CONVERTED, WITH_PAIRS, WITH_TILES = range(4)  # StockBFloat16 of csrc/core/stock.h
 
 
-@pytest.fixture(params=_C.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """As conftest.py's, and all of them."""
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
 @pytest.fixture
 def stock_rule() -> Iterator[None]:
     """Tests may say what oneDNN can do; what it really can is said again afterwards."""

@@ -77,16 +77,14 @@ def test_what_is_kept_is_bounded_and_can_be_released() -> None:
 
 
 def test_small_and_huge_outputs_are_torchs() -> None:
-    def capsule(side: int) -> object:
+    def call(side: int) -> _C.LayerCall:
         size = (1, 32, side, side)
         strides = torch.empty(size).stride()
-        return _C.LayerCall(
-            size, (32, 32, 3, 3), (1, 1), (1,) * 4, (1, 1), 1, strides, (288, 9, 3, 1), strides, 0
-        ).new_output()
+        return _C.LayerCall(size, (32, 32, 3, 3), (1, 1), (1,) * 4, (1, 1), 1, strides, (288, 9, 3, 1), strides, 0)
 
-    assert capsule(44) is None and capsule(520) is None
+    assert [call(side).pools_output for side in (44, 48, 510, 520)] == [False, True, True, False]
     release_memory()
-    taken = capsule(48)
+    taken = call(48).new_output()
     assert "dltensor" in repr(taken) and _C.output_pool_bytes() == 0
     del taken  # nobody took it over
     assert _C.output_pool_bytes() == 32 * 48 * 48 * 4

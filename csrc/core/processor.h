@@ -10,7 +10,8 @@ struct Processor {
   // Its prefetchers follow the rows of pixels that a kernel walks. Asking for their lines as well fills the miss
   // buffers that the kernel's own reads wait for.
   bool follows_rows = false;
-  // What lies past L2 comes at 4 bytes a cycle: weights that are read once for few pixels are better small than few.
+  // What lies past L2 comes at 2 to 3 bytes a cycle: weights that are read once for few pixels are better small than
+  // few.
   bool slow_past_l2 = false;
   // Torch's matrix product is MKL's and uses whole vectors; on others' processors it uses halves.
   bool wide_product = false;

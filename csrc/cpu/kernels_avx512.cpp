@@ -10,55 +10,24 @@
 #include "cpu/plane_pointwise_tile.h"
 #include "cpu/pointwise_tile.h"
 #include "cpu/transpose_tile.h"
+#include "cpu/vector512.h"
 #include "cpu/winograd_transform.h"
 
 namespace rnp::cpu {
 namespace {
 
-// Assembly only to fix the address form of a pixel (ColSteps): left alone, GCC 12 precomputes fourteen addresses and
-// spills them. The memory operand is there for the compiler alone: it says that the instruction reads.
-template <class T, int c>
-RNP_INLINE T broadcast_at(const char* x, const ColSteps& s) {
-  T out;
-  const auto& line = *reinterpret_cast<const char(*)[1]>(x);
-  if constexpr (c == 0) {
-    asm("vbroadcastss (%1), %0" : "=v"(out) : "r"(x), "m"(line));
-  } else {
-    constexpr int scale = c & -c, odd = c / scale;
-    asm("vbroadcastss (%1,%2,%c3), %0" : "=v"(out) : "r"(x), "r"(s.odd<odd>()), "i"(scale), "m"(line));
-  }
-  return out;
-}
+struct V512 : Vector512 {
+  static constexpr bool kStreams = true;
 
-struct V512 {
-  using T = __m512;
-  using Mask = __mmask16;
-  static constexpr int kWidth = 16;
-  static constexpr bool kFusedBroadcast = true, kStreams = true;
-
-  static RNP_INLINE T zero() { return _mm512_setzero_ps(); }
-  static RNP_INLINE T load(const float* p) { return _mm512_loadu_ps(p); }
-  static RNP_INLINE void store(float* p, T v) { _mm512_storeu_ps(p, v); }
   static RNP_INLINE void stream(float* p, T v) { _mm512_stream_ps(p, v); }
   static RNP_INLINE T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
-  static RNP_INLINE T add(T a, T b) { return _mm512_add_ps(a, b); }
-  static RNP_INLINE T mul(T a, T b) { return _mm512_mul_ps(a, b); }
-  // maxps returns its second operand where either is NaN.
-  static RNP_INLINE T relu(T v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
   static RNP_INLINE T larger(T a, T b) {  // NaN wins; vmaxps gives its second operand then
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_max_ps(a, b), a);
   }
-  static RNP_INLINE Mask mask(int live) {
-    return static_cast<Mask>(live >= 16 ? 0xffff : (1u << (live < 0 ? 0 : live)) - 1);
-  }
   static RNP_INLINE T masked_load(const float* p, Mask m) { return _mm512_maskz_loadu_ps(m, p); }
   static RNP_INLINE void masked_store(float* p, Mask m, T v) { _mm512_mask_storeu_ps(p, m, v); }
-
+  using Vector512::broadcast;
   static RNP_INLINE T broadcast(const char* x) { return _mm512_set1_ps(*reinterpret_cast<const float*>(x)); }
-  template <int c>
-  static RNP_INLINE T broadcast(const char* x, const ColSteps& s) {
-    return broadcast_at<T, c>(x, s);
-  }
   template <int c>
   static RNP_INLINE T fma_broadcast(const char* x, const ColSteps& s, T w, T acc) {
     const auto& line = *reinterpret_cast<const char(*)[1]>(x);

@@ -25,7 +25,8 @@ class LayerCall {
   Answer operator()(uintptr_t input, uintptr_t output, uintptr_t in_prefix, uintptr_t out_prefix, uintptr_t weight,
                     uintptr_t bias, uintptr_t packed, uintptr_t transformed) const;
 
-  // What new_output (cpu/output_pool.h) gives for this layer's output; null where the pool does not serve its size.
+  // Whether this layer's output has a size that the pool serves, and what new_output (cpu/output_pool.h) gives for it.
+  bool pools_output() const;
   void* new_output() const;
 
  private:

@@ -26,10 +26,14 @@ LayerCall::LayerCall(const ConvShape& shape, const Strides4& input, const Stride
   params_.winograd_tile = tile;
 }
 
+bool LayerCall::pools_output() const {
+  const ConvShape& s = params_.shape;
+  return OutputPool::serves(static_cast<size_t>(s.n * s.c_out * s.out_h * s.out_w) * sizeof(float));
+}
+
 void* LayerCall::new_output() const {
   const ConvShape& s = params_.shape;
   const Strides4& st = params_.output_stride;
-  if (!OutputPool::serves(static_cast<size_t>(s.n * s.c_out * s.out_h * s.out_w) * sizeof(float))) return nullptr;
   return rnp::cpu::new_output({s.n, s.c_out, s.out_h, s.out_w}, {st.n, st.c, st.h, st.w});
 }
 

@@ -10,6 +10,8 @@
 
 namespace rnp::cpu {
 
+// Unlike BufferPool (buffer_pool.h), whose buffers come back when a call ends, one for each that ran at a time: a block
+// of these belongs to whoever holds the tensor, so what is kept has to be bounded.
 class OutputPool {
  public:
   // Smaller outputs are torch's; larger ones come from pages of their own, which the system takes back.

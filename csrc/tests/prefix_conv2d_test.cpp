@@ -216,7 +216,7 @@ TEST(a_sample_has_the_same_bits_alone_in_a_batch_and_with_any_threads) {
 TEST(no_bit_depends_on_the_processor) {
   const Processor before = processor();
   for (const ConvCase& c : conv_cases())
-    for (Mode mode : {kFull, kTables})
+    for (Mode mode : {kFull, kTables, kResidual})
       for (bool channels_last : {true, false}) {
         const auto run = [&](Processor one_of_them) {
           set_processor(one_of_them);
