@@ -100,15 +100,16 @@ bool pixels_win(const ConvShape& s) {
 // bfloat16 where both sides multiply matrix tiles (bench/NOTES.md, "AMX"). Torch's call packs its weights anew, which
 // small maps do not repay: 3x3, ours over conv2d's time alone and in a batch of 8: 128 to 512 channels on 7x7 and 14x14
 // maps 0.40 to 0.83 and 0.70 to 0.99, 256 and 512 on 28x28 0.77 to 0.83 and 0.90 to 1.00, but 128 on 28x28 0.90
-// and 1.12, 256 on 56x56 1.04 and 1.09. 1x1 on 7x7: 0.36 to 0.49 and 0.72 to 0.84; on larger maps up to 1.7. Other
-// layers were not measured.
+// and 1.12, 256 on 56x56 1.04 and 1.09. 1x1 on 7x7: 0.36 to 0.49 and 0.72 to 0.84; on larger maps up to 1.7.
+// 3x3 on tiny maps (64 channels at 8x8, 128 at 4x4, 256 at 2x2) 0.25 to 0.52 and 0.65 to 0.76, where a call of oneDNN's
+// costs 1.5 to 2.6 of conv2d's time. Other layers were not measured.
 bool tiles_win(const ConvShape& s, bool channels_last) {
   const int64_t fewest = std::min(s.c_in, s.c_out), positions = s.out_h * s.out_w;
-  if (s.groups > 1 || !channels_last || fewest < 128 || positions < 7 * 7 || s.dilation_h * s.dilation_w > 1)
-    return false;
-  if (s.kh == 1 && s.kw == 1) return positions <= 7 * 7 && s.stride_h * s.stride_w == 1;
+  if (s.groups > 1 || !channels_last || s.dilation_h * s.dilation_w > 1) return false;
+  if (s.kh == 1 && s.kw == 1) return fewest >= 128 && positions == 7 * 7 && s.stride_h * s.stride_w == 1;
   if (s.kh != 3 || s.kw != 3 || s.stride_h > 2 || s.stride_w > 2) return false;
-  return positions <= 14 * 14 || (positions <= 28 * 28 && fewest >= 256);
+  if (positions <= 8 * 8 && fewest >= 64) return true;
+  return (positions <= 14 * 14 && fewest >= 128) || (positions <= 28 * 28 && fewest >= 256);
 }
 
 }  // namespace
