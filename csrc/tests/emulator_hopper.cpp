@@ -39,23 +39,26 @@ void issue(BulkCopy copy, uint64_t* barrier) {
   if (!m.barriers_published) fail("the copy engine does not know the barriers yet");
   copy.barrier = place_of(barrier);
   // What is on its way to a place already: the same may come twice, since no order could matter then.
-  const auto on_its_way = [&](size_t place, const std::vector<char>& bytes) {
+  const auto on_its_way = [&](const BulkCopy::Run& run) {
     bool same = true;
     for (const BulkCopy& other : m.bulk)
-      for (const auto& [at, coming] : other.runs)
-        if (at < place + bytes.size() && place < at + coming.size()) same = same && at == place && coming == bytes;
+      for (const BulkCopy::Run& coming : other.runs)
+        if (coming.place < run.place + run.size && run.place < coming.place + coming.size)
+          same = same && coming.place == run.place && coming.size == run.size &&
+                 std::memcmp(&other.data[coming.at], &copy.data[run.at], run.size) == 0;
     return same;
   };
-  for (const auto& [place, bytes] : copy.runs) {
-    if (place + bytes.size() > m.shared_bytes || place % 16 != 0) return fail("a bulk copy outside shared memory");
+  for (const BulkCopy::Run& run : copy.runs) {
+    const size_t first = run.place / 16, behind = (run.place + run.size) / 16;
+    if (run.place + run.size > m.shared_bytes || run.place % 16 != 0) return fail("a bulk copy outside shared memory");
     bool twice = false;
-    for (size_t unit = place / 16; unit < (place + bytes.size()) / 16; ++unit) {
+    for (size_t unit = first; unit < behind; ++unit) {
       twice = twice || m.coming[unit] > 0;
       if (m.unpublished[unit]) fail("a bulk copy over a cp.async that was not published");
     }
-    if (twice && !on_its_way(place, bytes)) fail("two bulk copies to one place");
-    std::memset(m.shared + place, 0xff, bytes.size());
-    for (size_t unit = place / 16; unit < (place + bytes.size()) / 16; ++unit) ++m.coming[unit];
+    if (twice && !on_its_way(run)) fail("two bulk copies to one place");
+    std::memset(m.shared + run.place, 0xff, run.size);
+    for (size_t unit = first; unit < behind; ++unit) ++m.coming[unit];
   }
   m.bulk.push_back(std::move(copy));
 }
@@ -68,9 +71,9 @@ void take_arrivals(Barrier& b, int count) {
 
 void land(const BulkCopy& copy) {
   Machine& m = *machine;
-  for (const auto& [place, bytes] : copy.runs) {
-    std::memcpy(m.shared + place, bytes.data(), bytes.size());
-    for (size_t unit = place / 16; unit < (place + bytes.size()) / 16; ++unit) {
+  for (const auto& [place, at, size] : copy.runs) {
+    std::memcpy(m.shared + place, copy.data.data() + at, size);
+    for (size_t unit = place / 16; unit < (place + size) / 16; ++unit) {
       if (copy.of_a_thread)
         m.unpublished[unit] = kArrived, m.arrived.push_back(unit);
       else
@@ -83,8 +86,9 @@ void land(const BulkCopy& copy) {
   end_phase(b);
 }
 
-// Rows of 32 bytes from where the descriptor points: `rows` of them from row `first` on.
-void read_operand(uint64_t descriptor, int first, int rows, bool check, std::vector<char>& to) {
+// Rows of 32 bytes from where the descriptor points: `rows` of them from row `first` on. Returns the end of what it
+// wrote.
+char* read_operand(uint64_t descriptor, int first, int rows, bool check, char* to) {
   Machine& m = *machine;
   const size_t start = static_cast<size_t>(descriptor & 0x3fff) << 4;
   const size_t stride = static_cast<size_t>(descriptor >> 32 & 0x3fff) << 4;  // from eight rows to the next eight
@@ -94,11 +98,16 @@ void read_operand(uint64_t descriptor, int first, int rows, bool check, std::vec
     for (size_t piece = 0; piece < 2; ++piece) {
       const size_t row = static_cast<size_t>(r);
       const size_t place = swizzle(start + row / 8 * stride + row % 8 * 128 + piece * 16);
-      if (place + 16 > m.shared_bytes) return fail("wgmma: an operand outside shared memory");
+      if (place + 16 > m.shared_bytes) {
+        fail("wgmma: an operand outside shared memory");
+        return to;
+      }
       if (check && m.coming[place / 16]) fail("wgmma: an operand that has not come yet");
       if (check && m.unpublished[place / 16]) fail("wgmma: an operand that cp.async wrote and nobody published");
-      to.insert(to.end(), m.shared + place, m.shared + place + 16);
+      std::memcpy(to, m.shared + place, 16);
+      to += 16;
     }
+  return to;
 }
 
 float element(const Product& p, int row, int k) {
@@ -149,9 +158,8 @@ size_t sums_of(Warp& w, const Operation& mine) {
 }
 
 std::vector<char> operands(const Product& p, int warp, bool check) {
-  std::vector<char> bytes;
-  read_operand(p.operand[0], warp % 4 * 16, 16, check, bytes);
-  read_operand(p.operand[1], 0, p.width, check, bytes);
+  std::vector<char> bytes(static_cast<size_t>((16 + p.width) * kStepBytes));
+  read_operand(p.operand[1], 0, p.width, check, read_operand(p.operand[0], warp % 4 * 16, 16, check, bytes.data()));
   return bytes;
 }
 
@@ -305,12 +313,12 @@ void arrive_after_copies(uint64_t* barrier) {
   if (!barrier_at(barrier)) return;
   Fiber& fiber = m.fibers[static_cast<size_t>(m.current)];
   if (!fiber.groups.empty()) fail("copies that were committed and not waited for");
-  BulkCopy all{{}, place_of(barrier), 0, true};
+  BulkCopy all;
+  all.barrier = place_of(barrier), all.of_a_thread = true;
   for (const Copy& c : fiber.open) {
-    std::vector<char> bytes(16, 0);
-    if (c.bytes > 0) std::memcpy(bytes.data(), c.from, static_cast<size_t>(c.bytes));
+    char* const values = all.add(place_of(c.to), 16);
+    if (c.bytes > 0) std::memcpy(values, c.from, static_cast<size_t>(c.bytes));
     m.statistics.copied_bytes += c.bytes;
-    all.runs.emplace_back(place_of(c.to), std::move(bytes));
   }
   fiber.open.clear();
   m.bulk.push_back(std::move(all));
@@ -360,9 +368,9 @@ void publish_writes() {
 void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
   if (bytes % 16 != 0 || bytes == 0) fail("a bulk copy of " + std::to_string(bytes) + " bytes");
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("a misaligned source of a bulk copy");
-  const char* from = static_cast<const char*>(global);
-  BulkCopy copy{{}, 0, bytes};
-  copy.runs.emplace_back(place_of(checked_shared(shared, bytes, 16)), std::vector<char>(from, from + bytes));
+  BulkCopy copy;
+  copy.bytes = bytes;
+  std::memcpy(copy.add(place_of(checked_shared(shared, bytes, 16)), bytes), global, bytes);
   machine->statistics.bulk_bytes += bytes;
   issue(std::move(copy), barrier);
 }
@@ -374,22 +382,23 @@ void copy_im2col(void* shared, const TensorMap& map, uint64_t* barrier, int32_t 
   const size_t place = place_of(checked_shared(shared, bytes, 128));
   if (offset_w < 0 || offset_h < 0 || offset_w > 255 || offset_h > 255) fail("im2col: an offset beyond 0…255");
   if (row_bytes != 128) fail("im2col: a row of another size than the swizzle's");
-  BulkCopy copy{{}, 0, static_cast<int64_t>(bytes)};
+  BulkCopy copy;
+  copy.bytes = static_cast<int64_t>(bytes);
+  copy.runs.reserve(static_cast<size_t>(8 * map.pixels)), copy.data.reserve(bytes);
   const int32_t in_piece = 16 / map.element;
   for (int32_t pixel = 0; pixel < map.pixels; ++pixel) {
     const int64_t x = w + offset_w, y = h + offset_h;
     const bool inside = x >= 0 && x < map.size[1] && y >= 0 && y < map.size[2] && n >= 0 && n < map.size[3];
     for (int32_t piece = 0; piece < 8; ++piece) {
-      std::vector<char> values(16, 0);
+      char* const values =
+          copy.add(swizzle(place + static_cast<size_t>(pixel) * row_bytes + static_cast<size_t>(piece) * 16), 16);
       const int64_t channel = c + piece * in_piece;
       const int64_t count = inside ? std::min<int64_t>(in_piece, map.size[0] - channel) : 0;
       if (count > 0)
         std::memcpy(
-            values.data(),
+            values,
             map.base + int64_t{n} * map.stride[3] + y * map.stride[2] + x * map.stride[1] + channel * map.element,
             static_cast<size_t>(count * map.element));
-      copy.runs.emplace_back(swizzle(place + static_cast<size_t>(pixel) * row_bytes + static_cast<size_t>(piece) * 16),
-                             std::move(values));
     }
     w += map.step[0];
     if (w <= map.size[1] - 1 + map.upper[0]) continue;

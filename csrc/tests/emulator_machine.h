@@ -77,11 +77,22 @@ struct Barrier {  // an mbarrier
   uint32_t phase = 0;  // how many have ended
 };
 
-struct BulkCopy {                                          // under way, and a barrier hears of its end
-  std::vector<std::pair<size_t, std::vector<char>>> runs;  // places in shared memory and what goes there
-  size_t barrier;
-  int64_t bytes;             // of the copy engine: what the barrier was told to expect
+struct BulkCopy {  // under way, and a barrier hears of its end
+  struct Run {     // a place in shared memory, and where in `data` lies what goes there
+    size_t place, at, size;
+  };
+  std::vector<Run> runs;
+  std::vector<char> data;
+  size_t barrier = 0;
+  int64_t bytes = 0;         // of the copy engine: what the barrier was told to expect
   bool of_a_thread = false;  // the cp.async of one, which arrives with them
+
+  // A run of `size` zeros; the caller fills it in.
+  char* add(size_t place, size_t size) {
+    runs.push_back({place, data.size(), size});
+    data.resize(data.size() + size, 0);
+    return data.data() + data.size() - size;
+  }
 };
 
 struct NamedBarrier {

@@ -1,5 +1,6 @@
 #include "tests/gpu_case.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <type_traits>
@@ -72,47 +73,66 @@ GpuCase<T>::GpuCase(const ConvCase& c, GpuMode mode, cuda::Role r, DType dtype, 
   p.input = input.data(), p.weight = weight.data(), p.output = output.data();
 }
 
+// Sums of products and of their magnitudes, in (n, c, h, w). One pair of channels and one tap at a time, so that the
+// inner loop has nothing to decide: most of these tests' time is spent here, and under sanitizers most of all.
 template <typename T>
-void GpuCase<T>::check(const std::string& where, double unit, double store_unit) {
-  const int64_t icg = s.group_in(), ocg = s.group_out(), taps = s.kh * s.kw;
-  std::vector<double> sums(output.size(), 0.0), sizes(output.size(), 0.0);
+void GpuCase<T>::reference(std::vector<double>& sums, std::vector<double>& sizes) const {
+  const int64_t icg = s.group_in(), ocg = s.group_out(), from_plane = from_h * from_w, to_plane = to_h * to_w;
+  const bool forward = role == cuda::Role::kForward;
   const auto operand = [&](T v) {
     if constexpr (std::is_same_v<T, float>)
       if (cut) return number(std::bit_cast<float>(std::bit_cast<uint32_t>(v) & 0xffffe000u));
     return number(v);
   };
-  const auto add = [&](int64_t n, int64_t to, int64_t ty, int64_t tx, int64_t from, int64_t fy, int64_t fx, double w) {
-    if (from >= from_live(n)) return;
-    const double v = operand(input[at(p.input_stride, n, from, fy, fx)]) * w;
-    sums[at(p.output_stride, n, to, ty, tx)] += v;
-    sizes[at(p.output_stride, n, to, ty, tx)] += std::abs(v);
-  };
-  for (int64_t n = 0; n < s.n; ++n)
-    for (int64_t o = 0; o < s.c_out; ++o)
-      for (int64_t i = 0; i < icg * taps; ++i) {
-        const int64_t c = i / taps, ky = i / s.kw % s.kh, kx = i % s.kw, channel = o / ocg * icg + c;
-        const double w = operand(weight[at(p.weight_stride, o, c, ky, kx)]);
-        for (int64_t oy = 0; oy < s.out_h; ++oy)
-          for (int64_t ox = 0; ox < s.out_w; ++ox) {
-            const int64_t y = oy * s.stride_h - s.pad_top + ky * s.dilation_h;
-            const int64_t x = ox * s.stride_w - s.pad_left + kx * s.dilation_w;
-            if (y < 0 || y >= s.h || x < 0 || x >= s.w) continue;
-            if (role == cuda::Role::kForward)
-              add(n, o, oy, ox, channel, y, x, w);
-            else
-              add(n, channel, y, x, o, oy, ox, w);
-          }
+  sums.assign(output.size(), 0.0), sizes.assign(output.size(), 0.0);
+  std::vector<double> image(static_cast<size_t>(from_c * from_plane));
+  const auto add = [&](const double* from, double* sum, double* size, double w, int64_t ky, int64_t kx) {
+    for (int64_t oy = 0; oy < s.out_h; ++oy) {
+      const int64_t y = oy * s.stride_h - s.pad_top + ky * s.dilation_h;
+      if (y < 0 || y >= s.h) continue;
+      for (int64_t ox = 0; ox < s.out_w; ++ox) {
+        const int64_t x = ox * s.stride_w - s.pad_left + kx * s.dilation_w;
+        if (x < 0 || x >= s.w) continue;
+        const int64_t in = y * s.w + x, out = oy * s.out_w + ox, i = forward ? out : in;
+        const double v = from[forward ? in : out] * w;
+        sum[i] += v, size[i] += std::abs(v);
       }
+    }
+  };
+  for (int64_t n = 0; n < s.n; ++n) {
+    const int64_t live = std::min<int64_t>(from_live(n), from_c);
+    for (int64_t c = 0; c < live; ++c)
+      for (int64_t i = 0; i < from_plane; ++i)
+        image[static_cast<size_t>(c * from_plane + i)] =
+            operand(input[at(p.input_stride, n, c, i / from_w, i % from_w)]);
+    for (int64_t o = 0; o < s.c_out; ++o)
+      for (int64_t c = 0; c < icg; ++c) {
+        const int64_t channel = o / ocg * icg + c, from = forward ? channel : o, to = forward ? o : channel;
+        if (from >= live) continue;
+        const int64_t at_sum = (n * to_c + to) * to_plane;
+        for (int64_t ky = 0; ky < s.kh; ++ky)
+          for (int64_t kx = 0; kx < s.kw; ++kx)
+            add(image.data() + from * from_plane, sums.data() + at_sum, sizes.data() + at_sum,
+                operand(weight[at(p.weight_stride, o, c, ky, kx)]), ky, kx);
+      }
+  }
+}
+
+template <typename T>
+void GpuCase<T>::check(const std::string& where, double unit, double store_unit) const {
+  std::vector<double> sums, sizes;
+  reference(sums, sizes);
+  const Strides4 dense = strides_of(to_c, to_h, to_w, false);
   for (int64_t n = 0; n < s.n; ++n)
     for (int64_t c = 0; c < to_c; ++c)
       for (int64_t y = 0; y < to_h; ++y)
         for (int64_t x = 0; x < to_w; ++x) {
-          const size_t i = at(p.output_stride, n, c, y, x);
+          const size_t i = at(p.output_stride, n, c, y, x), k = at(dense, n, c, y, x);
           const bool live = c < to_live(n);
           const int64_t line = p.row ? row[static_cast<size_t>(n)] : 0;
           const double a = p.scale ? scale[static_cast<size_t>(line * to_c + c)] : 1;
           const double b = p.bias ? bias[static_cast<size_t>(line * to_c + c)] : 0;
-          double v = live ? sums[i] * a + b : 0;
+          double v = live ? sums[k] * a + b : 0;
           if (p.residual) v += number(residual[i]);
           if (p.activation == Activation::kRelu) v = std::max(v, 0.0);
           const double got = number(output[i]);
@@ -123,7 +143,7 @@ void GpuCase<T>::check(const std::string& where, double unit, double store_unit)
           // Below 2^-14 halves are 2^-24 apart, whatever their size: a store is off by up to half of that.
           const double subnormal = std::is_same_v<T, Float16> ? 0x1p-25 : 0;
           const double allowed =
-              unit * sizes[i] * std::abs(a) + store_unit * std::abs(v) + subnormal + 1e-6 * (std::abs(b) + 1e-3);
+              unit * sizes[k] * std::abs(a) + store_unit * std::abs(v) + subnormal + 1e-6 * (std::abs(b) + 1e-3);
           CHECK(std::abs(got - v) <= allowed) << where << " at (" << n << ", " << c << ", " << y << ", " << x
                                               << "): " << got << " instead of " << v << ", allowed " << allowed;
         }

@@ -36,7 +36,10 @@ struct GpuCase {
   int64_t to_live(int64_t n) const { return role == cuda::Role::kForward ? p.out_live(n) : p.in_live(n); }
 
   // Compares the output with the double reference; `unit` is the rounding error of one operand, relative.
-  void check(const std::string& where, double unit, double store_unit);
+  void check(const std::string& where, double unit, double store_unit) const;
+
+ private:
+  void reference(std::vector<double>& sums, std::vector<double>& sizes) const;
 };
 
 // Beside the cases of every backend: channels that cp.async can fetch, several blocks, runs and chunks.

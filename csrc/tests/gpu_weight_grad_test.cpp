@@ -14,6 +14,17 @@ double number(T v) {
   return static_cast<double>(to_float(v));
 }
 
+// A tensor in double, (n, c, h, w).
+template <typename T>
+std::vector<double> planes(const GpuCase<T>& g, const std::vector<T>& from, const Strides4& stride, int64_t channels,
+                           int64_t h, int64_t w) {
+  std::vector<double> to;
+  for (int64_t n = 0; n < g.s.n; ++n)
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = 0; i < h * w; ++i) to.push_back(number(from[g.at(stride, n, c, i / w, i % w)]));
+  return to;
+}
+
 // GpuCase gives input, prefixes and a second tensor of the output's shape, which serves as the gradient here.
 template <typename T>
 void check_case(const ConvCase& c, DType dtype, bool channels_last, bool mixed, int multiprocessors, double unit,
@@ -46,19 +57,25 @@ void check_case(const ConvCase& c, DType dtype, bool channels_last, bool mixed, 
   CHECK(seen.bank_conflicts == 0) << where << ": " << seen.bank_conflicts << " bank conflicts";
   CHECK((seen.matrix_products > 0) == (sizeof(T) == 2)) << where << ": " << seen.matrix_products << " products";
   const int64_t icg = s.group_in(), taps = s.kh * s.kw;
+  const std::vector<double> input = planes(g, g.input, g.p.input_stride, s.c_in, s.h, s.w);
+  const std::vector<double> grad = planes(g, g.residual, grad_stride, s.c_out, s.out_h, s.out_w);
   for (int64_t o = 0; o < s.c_out; ++o)
     for (int64_t i = 0; i < icg * taps; ++i) {
       const int64_t channel = o / s.group_out() * icg + i / taps, ky = i / s.kw % s.kh, kx = i % s.kw;
       double sum = 0, size = 0;
       for (int64_t n = 0; n < s.n; ++n) {
         if (channel >= g.p.in_live(n) || o >= g.p.out_live(n)) continue;
-        for (int64_t q = 0; q < s.out_h * s.out_w; ++q) {
-          const int64_t y = q / s.out_w * s.stride_h - s.pad_top + ky * s.dilation_h;
-          const int64_t x = q % s.out_w * s.stride_w - s.pad_left + kx * s.dilation_w;
-          if (y < 0 || y >= s.h || x < 0 || x >= s.w) continue;
-          const double v = number(g.input[g.at(g.p.input_stride, n, channel, y, x)]) *
-                           number(g.residual[g.at(grad_stride, n, o, q / s.out_w, q % s.out_w)]);
-          sum += v, size += std::abs(v);
+        for (int64_t oy = 0; oy < s.out_h; ++oy) {
+          const int64_t y = oy * s.stride_h - s.pad_top + ky * s.dilation_h;
+          if (y < 0 || y >= s.h) continue;
+          const double* const in_row = input.data() + ((n * s.c_in + channel) * s.h + y) * s.w;
+          const double* const grad_row = grad.data() + ((n * s.c_out + o) * s.out_h + oy) * s.out_w;
+          for (int64_t ox = 0; ox < s.out_w; ++ox) {
+            const int64_t x = ox * s.stride_w - s.pad_left + kx * s.dilation_w;
+            if (x < 0 || x >= s.w) continue;
+            const double v = in_row[x] * grad_row[ox];
+            sum += v, size += std::abs(v);
+          }
         }
       }
       const double got = number(result[static_cast<size_t>(o * icg * taps + i)]);

@@ -22,16 +22,16 @@ template <typename T>
 struct Problem {
   ConvShape s;
   Mode mode;
+  double unit;  // the storage type's rounding error of one store, relative
   std::vector<T> input, weight, residual, output;
   std::vector<float> packed, scale, bias, pooled;
   std::vector<double> reference, tolerance;  // (n, c, h, w); NaN where the output is undefined
   std::vector<int32_t> in_prefix, out_prefix, row;
   PrefixConv2dParams p;
 
-  Problem(const ConvCase& c, Mode m, DType dtype, bool channels_last, double unit) : s(c.shape()), mode(m) {
+  Problem(const ConvCase& c, Mode m, DType dtype, bool channels_last, double u) : s(c.shape()), mode(m), unit(u) {
     Random random(static_cast<uint64_t>(s.c_in * 100 + s.c_out + m));
-    const PackedLayout l = cpu::layout_in_use(s, dtype);
-    fill(weight, s.c_out * l.icg * s.kh * s.kw, random);
+    fill(weight, s.c_out * s.group_in() * s.kh * s.kw, random);
     fill(input, s.n * s.c_in * s.h * s.w, random);
     fill(residual, s.n * s.c_out * s.out_h * s.out_w, random);
     for (int i = 0; i < 3 * s.c_out; ++i) scale.push_back(static_cast<float>(random.next()));
@@ -41,34 +41,33 @@ struct Problem {
       out_prefix.push_back(n == 1 ? 0 : 1 + random.below(s.c_out));
       row.push_back(random.below(3));
     }
-    p.shape = s;
     p.dtype = dtype;
-    p.pairs = l.pairs;
     p.input_stride = strides_of(s.c_in, s.h, s.w, channels_last);
-    p.weight_stride = strides_of(l.icg, s.kh, s.kw, false);
+    p.weight_stride = strides_of(s.group_in(), s.kh, s.kw, false);
     p.output_stride = p.residual_stride = strides_of(s.c_out, s.out_h, s.out_w, channels_last);
-    packed.resize(static_cast<size_t>(l.total_floats()));
-    cpu::pack_weight({weight.data(), dtype, p.weight_stride}, l, packed.data(), {});
-    output.assign(residual.size(), from_float<T, float>(kNaN));
-    pooled.assign(static_cast<size_t>(s.n * s.c_out), kNaN);
-    if (mode != kFull) p.in_prefix = in_prefix.data(), p.out_prefix = out_prefix.data();
-    if (mode == kTables) {
-      p.scale = scale.data(), p.bias = bias.data(), p.row = row.data();
-      p.scale_row_stride = p.bias_row_stride = s.c_out;
-    } else if (mode == kFull) {
-      p.bias = bias.data();
-    }
-    if (mode == kResidual) p.residual = residual.data();
+    if (mode == kTables) p.scale_row_stride = p.bias_row_stride = s.c_out;
     if (mode == kTables || mode == kResidual) p.activation = Activation::kRelu;
     if (mode == kSkip) p.tail = Tail::kSkip;
+    prepare();
     poison();
-    bind();
-    compute_reference(unit);
   }
 
-  void bind() {
+  // The whole batch again, in this object's memory: weights packed for the instruction set in use, outputs of which
+  // nothing is written yet.
+  void prepare() {
+    const PackedLayout l = cpu::layout_in_use(s, p.dtype);
+    packed.assign(static_cast<size_t>(l.total_floats()), 0);
+    cpu::pack_weight({weight.data(), p.dtype, p.weight_stride}, l, packed.data(), {});
+    output.assign(residual.size(), from_float<T, float>(kNaN));
+    pooled.assign(static_cast<size_t>(s.n * s.c_out), kNaN);
+    p.shape = s;
+    p.pairs = l.pairs;
     p.input = input.data(), p.weight = weight.data(), p.packed = packed.data(), p.output = output.data();
-    p.pooled = mode >= kTables ? pooled.data() : nullptr;
+    if (mode != kFull) p.in_prefix = in_prefix.data(), p.out_prefix = out_prefix.data();
+    if (mode == kTables) p.scale = scale.data(), p.row = row.data();
+    if (mode == kTables || mode == kFull) p.bias = bias.data();
+    if (mode == kResidual) p.residual = residual.data();
+    if (mode >= kTables) p.pooled = pooled.data();
   }
 
   static void fill(std::vector<T>& to, int64_t count, Random& random) {
@@ -86,8 +85,7 @@ struct Problem {
     return static_cast<size_t>(n * st.n + c * st.c + y * st.h + x * st.w);
   }
 
-  // `unit`: the storage type's rounding error, relative, of one store.
-  void compute_reference(double unit) {
+  void compute_reference() {
     const int64_t icg = s.group_in(), ocg = s.group_out();
     for (int64_t n = 0; n < s.n; ++n)
       for (int64_t c = 0; c < s.c_out; ++c)
@@ -116,6 +114,7 @@ struct Problem {
   }
 
   void check(const std::string& where) {
+    if (reference.empty()) compute_reference();  // once for all instruction sets
     size_t i = 0;
     for (int64_t n = 0; n < s.n; ++n)
       for (int64_t c = 0; c < s.c_out; ++c) {
@@ -141,17 +140,18 @@ struct Problem {
 template <typename T>
 void check_dtype(DType dtype, double unit, const char* name) {
   const cpu::Isa before = cpu::current_isa();
-  for (cpu::Isa isa : isas_of(dtype)) {
-    cpu::set_isa(cpu::isa_name(isa));
-    for (const ConvCase& c : conv_cases())
-      for (int mode = 0; mode < kModes; ++mode)
-        for (bool channels_last : {true, false}) {
-          Problem<T> problem(c, static_cast<Mode>(mode), dtype, channels_last, unit);
+  for (const ConvCase& c : conv_cases())
+    for (int mode = 0; mode < kModes; ++mode)
+      for (bool channels_last : {true, false}) {
+        Problem<T> problem(c, static_cast<Mode>(mode), dtype, channels_last, unit);
+        for (cpu::Isa isa : isas_of(dtype)) {
+          cpu::set_isa(cpu::isa_name(isa));
+          problem.prepare();
           cpu::prefix_conv2d(problem.p, {});
           problem.check(std::string(name) + ", " + cpu::isa_name(isa) + ", " + c.name + ", " + kModeNames[mode] +
                         (channels_last ? ", channels_last" : ", contiguous"));
         }
-  }
+      }
   cpu::set_isa(cpu::isa_name(before));
 }
 
@@ -178,10 +178,10 @@ void check_invariance(DType dtype) {
     for (const ConvCase& c : conv_cases())
       for (Mode mode : {kTables, kResidual}) {
         const std::string where = std::string(cpu::isa_name(isa)) + ", " + c.name + ", " + kModeNames[mode];
-        Problem<T> batch(c, mode, dtype, true, 0);
+        Problem<T> batch(c, mode, dtype, true, 0), other = batch;
         cpu::prefix_conv2d(batch.p, {});
         for (int threads : {2, 5}) {
-          Problem<T> other(c, mode, dtype, true, 0);
+          other.prepare();
           cpu::prefix_conv2d(other.p, std_threads(threads));
           CHECK(std::memcmp(other.output.data(), batch.output.data(), sizeof(T) * batch.output.size()) == 0)
               << where << ", threads";
@@ -189,17 +189,18 @@ void check_invariance(DType dtype) {
               << where << ", threads";
         }
         for (int64_t n = 0; n < c.n; ++n) {
-          Problem<T> alone(c, mode, dtype, true, 0);
-          alone.p.shape.n = 1;
-          alone.p.input = alone.input.data() + n * alone.p.input_stride.n;
-          alone.p.residual = mode == kResidual ? alone.residual.data() + n * alone.p.residual_stride.n : nullptr;
-          alone.p.in_prefix += n, alone.p.out_prefix += n;
-          if (alone.p.row) alone.p.row += n;
-          cpu::prefix_conv2d(alone.p, std_threads(2));
-          const size_t size = alone.output.size() / static_cast<size_t>(c.n), means = static_cast<size_t>(c.c_out);
-          CHECK(std::memcmp(alone.output.data(), batch.output.data() + n * size, sizeof(T) * size) == 0)
+          other.prepare();
+          PrefixConv2dParams& p = other.p;
+          p.shape.n = 1;
+          p.input = other.input.data() + n * p.input_stride.n;
+          if (p.residual) p.residual = other.residual.data() + n * p.residual_stride.n;
+          p.in_prefix += n, p.out_prefix += n;
+          if (p.row) p.row += n;
+          cpu::prefix_conv2d(p, std_threads(2));
+          const size_t size = other.output.size() / static_cast<size_t>(c.n), means = static_cast<size_t>(c.c_out);
+          CHECK(std::memcmp(other.output.data(), batch.output.data() + n * size, sizeof(T) * size) == 0)
               << where << ", sample " << n;
-          CHECK(std::memcmp(alone.pooled.data(), batch.pooled.data() + n * means, 4 * means) == 0)
+          CHECK(std::memcmp(other.pooled.data(), batch.pooled.data() + n * means, 4 * means) == 0)
               << where << ", sample " << n;
         }
       }
@@ -218,9 +219,10 @@ TEST(no_bit_depends_on_the_processor) {
   for (const ConvCase& c : conv_cases())
     for (Mode mode : {kFull, kTables, kResidual})
       for (bool channels_last : {true, false}) {
+        Problem<float> problem(c, mode, DType::kFloat32, channels_last, 0);
         const auto run = [&](Processor one_of_them) {
           set_processor(one_of_them);
-          Problem<float> problem(c, mode, DType::kFloat32, channels_last, 0);
+          problem.prepare();
           cpu::prefix_conv2d(problem.p, {});
           problem.check(std::string(c.name) + ", " + kModeNames[mode]);
           return problem.output;

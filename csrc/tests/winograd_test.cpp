@@ -55,11 +55,11 @@ struct Problem {
   ConvShape s;
   Mode mode;
   std::vector<float> input, weight, residual, output, transformed, packed, scale, bias, pooled;
-  std::vector<double> input64, weight64, residual64, output64, scale64, bias64;
+  std::vector<double> truth;
   std::vector<int32_t> in_prefix, out_prefix, row;
   PrefixConv2dParams p;
 
-  Problem(const WinogradCase& c, Mode m, int64_t tile, bool channels_last) : mode(m) {
+  Problem(const WinogradCase& c, Mode m, bool channels_last) : mode(m) {
     const ConvCase shape{.name = c.name,
                          .n = c.n,
                          .c_in = c.c_in,
@@ -89,38 +89,39 @@ struct Problem {
       out_prefix.push_back(static_cast<int32_t>(out[n % 4]));
       row.push_back(random.below(3));
     }
-    p.shape = s;
     p.input_stride = strides_of(s.c_in, s.h, s.w, channels_last);
     p.weight_stride = strides_of(s.c_in, c.kernel, c.kernel, false);
     p.output_stride = p.residual_stride = strides_of(s.c_out, s.out_h, s.out_w, channels_last);
-    if (m != kFull) {
-      p.in_prefix = in_prefix.data(), p.out_prefix = out_prefix.data();
+    if (m != kFull)
       for (int64_t n = 0; n < s.n; ++n)
         for (int64_t i = 0; i < s.h * s.w * (s.c_in - in_prefix[n]); ++i) {
           const int64_t channel = in_prefix[n] + i / (s.h * s.w), y = i / s.w % s.h, x = i % s.w;
           const Strides4& st = p.input_stride;
           input[static_cast<size_t>(n * st.n + channel * st.c + y * st.h + x * st.w)] = kNaN;
         }
-    }
-    if (m == kTables) {
-      p.row = row.data();
-      p.scale_row_stride = p.bias_row_stride = s.c_out;
-    }
+    if (m == kTables) p.scale_row_stride = p.bias_row_stride = s.c_out;
     if (m == kTables || m == kResidual) p.activation = Activation::kRelu;
     if (m == kSkip) p.tail = Tail::kSkip;
-    const cpu::WeightView view{weight.data(), DType::kFloat32, p.weight_stride};
-    const WinogradLayout layout{tile, s.c_in, s.c_out, c.kernel};
-    transformed.assign(static_cast<size_t>(layout.total_floats()), kNaN);
-    cpu::pack_winograd(view, layout, transformed.data(), std_threads(2));
     packed.resize(static_cast<size_t>(PackedLayout(s).total_floats()));
-    cpu::pack_weight(view, PackedLayout(s), packed.data(), {});
+    cpu::pack_weight({weight.data(), DType::kFloat32, p.weight_stride}, PackedLayout(s), packed.data(), {});
+  }
+
+  // The whole batch, with weights transformed for this tile by the instruction set in use, and outputs of which nothing
+  // is written yet.
+  void prepare(int64_t tile) {
+    const WinogradLayout layout{tile, s.c_in, s.c_out, s.kh};
+    transformed.assign(static_cast<size_t>(layout.total_floats()), kNaN);
+    cpu::pack_winograd({weight.data(), DType::kFloat32, p.weight_stride}, layout, transformed.data(), std_threads(2));
+    output.assign(residual.size(), kNaN);
+    pooled.assign(static_cast<size_t>(s.n * s.c_out), kNaN);
+    p.shape = s;
     p.winograd = transformed.data();
     p.winograd_tile = tile;
     p.packed = packed.data();
-    output.assign(residual.size(), kNaN);
-    pooled.assign(static_cast<size_t>(s.n * s.c_out), kNaN);
-    bind(input, weight, residual, scale, bias, output);
-    p.pooled = m >= kTables ? pooled.data() : nullptr;
+    if (mode != kFull) p.in_prefix = in_prefix.data(), p.out_prefix = out_prefix.data();
+    if (mode == kTables) p.row = row.data();
+    if (mode >= kTables) p.pooled = pooled.data();
+    bind(p, input, weight, residual, scale, bias, output);
   }
 
   static void fill(std::vector<float>& to, int64_t count, Random& random) {
@@ -128,24 +129,30 @@ struct Problem {
   }
 
   template <typename T>
-  void bind(const std::vector<T>& x, const std::vector<T>& w, const std::vector<T>& r, const std::vector<T>& a,
-            const std::vector<T>& b, std::vector<T>& y) {
-    p.input = x.data(), p.weight = w.data(), p.output = y.data();
-    p.residual = mode == kResidual ? r.data() : nullptr;
-    p.scale = mode == kTables ? a.data() : nullptr;
-    p.bias = mode == kTables || mode == kFull ? b.data() : nullptr;
+  void bind(PrefixConv2dParams& to, const std::vector<T>& x, const std::vector<T>& w, const std::vector<T>& r,
+            const std::vector<T>& a, const std::vector<T>& b, std::vector<T>& y) const {
+    to.input = x.data(), to.weight = w.data(), to.output = y.data();
+    to.residual = mode == kResidual ? r.data() : nullptr;
+    to.scale = mode == kTables ? a.data() : nullptr;
+    to.bias = mode == kTables || mode == kFull ? b.data() : nullptr;
+  }
+
+  // What the plain kernel computes in float64; 0 in a skipped tail, which is not compared and counts so in the mean.
+  void compute_truth() {
+    const auto widen = [](const std::vector<float>& from) { return std::vector<double>(from.begin(), from.end()); };
+    truth.assign(output.size(), 0.0);
+    PrefixConv2dParams wide = p;
+    const std::vector<double> x = widen(input), w = widen(weight), r = widen(residual), a = widen(scale),
+                              b = widen(bias);
+    bind(wide, x, w, r, a, b, truth);
+    wide.dtype = DType::kFloat64;
+    wide.pooled = nullptr;
+    cpu::prefix_conv2d_plain(wide, {});
   }
 
   // Checks the output that a call wrote, and its means, against the plain kernel in float64.
   void check(const std::string& where) {
-    const auto widen = [](const std::vector<float>& from) { return std::vector<double>(from.begin(), from.end()); };
-    input64 = widen(input), weight64 = widen(weight), residual64 = widen(residual);
-    scale64 = widen(scale), bias64 = widen(bias);
-    output64.assign(output.size(), 0.0);  // of a skipped tail: not compared, 0 in the mean
-    bind(input64, weight64, residual64, scale64, bias64, output64);
-    p.dtype = DType::kFloat64;
-    p.pooled = nullptr;
-    cpu::prefix_conv2d_plain(p, {});
+    if (truth.empty()) compute_truth();  // once for all instruction sets and tiles
     double error = 0, size = 0, mean_error = 0, mean_size = 0, largest = 0;
     const Strides4& st = p.output_stride;
     for (int64_t n = 0; n < s.n; ++n)
@@ -156,8 +163,8 @@ struct Problem {
           for (int64_t x = 0; x < s.out_w; ++x) {
             const auto at = static_cast<size_t>(n * st.n + c * st.c + y * st.h + x * st.w);
             if (!defined) continue;
-            const double difference = output[at] - output64[at];
-            error += difference * difference, size += output64[at] * output64[at], mean += output64[at];
+            const double difference = output[at] - truth[at];
+            error += difference * difference, size += truth[at] * truth[at], mean += truth[at];
             largest = std::isnan(difference) ? difference : std::max(largest, std::abs(difference));
             CHECK(c < p.out_live(n) || difference == 0) << where << ": tail of sample " << n << ", channel " << c;
           }
@@ -175,11 +182,13 @@ struct Problem {
   }
 };
 
+// f(tile, name) with each instruction set and each tile that the case has.
 template <typename F>
-void on_every_isa_and_tile(F&& f) {
+void on_every_isa_and_tile(const WinogradCase& c, F&& f) {
   const cpu::Isa before = cpu::current_isa();
   for (cpu::Isa isa : isas_of(DType::kFloat32))
     for (int64_t tile : {2, 4}) {
+      if (!c.has(tile)) continue;
       cpu::set_isa(cpu::isa_name(isa));
       set_algorithm(tile == 2 ? "winograd2" : "winograd4");
       f(tile, std::string(cpu::isa_name(isa)) + ", tile " + std::to_string(tile) + ", ");
@@ -191,26 +200,27 @@ void on_every_isa_and_tile(F&& f) {
 }  // namespace
 
 TEST(winograd_equals_the_plain_kernel_on_every_isa) {
-  on_every_isa_and_tile([](int64_t tile, const std::string& where) {
-    for (const WinogradCase& c : kCases)
-      for (int mode = 0; mode < (c.has(tile) ? kModes : 0); ++mode)
-        for (bool channels_last : {true, false}) {
-          Problem problem(c, static_cast<Mode>(mode), tile, channels_last);
+  for (const WinogradCase& c : kCases)
+    for (int mode = 0; mode < kModes; ++mode)
+      for (bool channels_last : {true, false}) {
+        Problem problem(c, static_cast<Mode>(mode), channels_last);
+        on_every_isa_and_tile(c, [&](int64_t tile, const std::string& where) {
+          problem.prepare(tile);
           cpu::prefix_conv2d(problem.p, {});
           problem.check(where + c.name + ", " + kModeNames[mode] + (channels_last ? "" : ", contiguous"));
-        }
-  });
+        });
+      }
 }
 
 TEST(winograd_gives_a_sample_the_same_bits_alone_in_a_batch_and_with_any_threads) {
-  on_every_isa_and_tile([](int64_t tile, const std::string& where) {
-    for (const WinogradCase& c : kCases)
-      for (Mode mode : {kFull, kTables, kResidual}) {
-        if (!c.has(tile)) continue;
-        Problem batch(c, mode, tile, true);
+  for (const WinogradCase& c : kCases)
+    for (Mode mode : {kFull, kTables, kResidual}) {
+      Problem batch(c, mode, true), other = batch;
+      on_every_isa_and_tile(c, [&](int64_t tile, const std::string& where) {
+        batch.prepare(tile);
         cpu::prefix_conv2d(batch.p, {});
         for (int threads : {2, 5}) {
-          Problem other(c, mode, tile, true);
+          other.prepare(tile);
           cpu::prefix_conv2d(other.p, std_threads(threads));
           CHECK(std::memcmp(other.output.data(), batch.output.data(), 4 * batch.output.size()) == 0)
               << where << c.name << ", " << threads << " threads";
@@ -218,31 +228,31 @@ TEST(winograd_gives_a_sample_the_same_bits_alone_in_a_batch_and_with_any_threads
               << where << c.name << ", means, " << threads << " threads";
         }
         for (int64_t n = 0; n < c.n; ++n) {
-          Problem alone(c, mode, tile, true);
-          PrefixConv2dParams& p = alone.p;
+          other.prepare(tile);
+          PrefixConv2dParams& p = other.p;
           p.shape.n = 1;
-          p.input = alone.input.data() + n * p.input_stride.n;
-          if (p.residual) p.residual = alone.residual.data() + n * p.residual_stride.n;
+          p.input = other.input.data() + n * p.input_stride.n;
+          if (p.residual) p.residual = other.residual.data() + n * p.residual_stride.n;
           if (p.in_prefix) p.in_prefix += n, p.out_prefix += n;
           if (p.row) p.row += n;
           cpu::prefix_conv2d(p, std_threads(2));
           const size_t size = batch.output.size() / static_cast<size_t>(c.n), means = static_cast<size_t>(c.c_out);
           const auto at = static_cast<size_t>(n);
-          CHECK(std::memcmp(alone.output.data(), batch.output.data() + at * size, 4 * size) == 0)
+          CHECK(std::memcmp(other.output.data(), batch.output.data() + at * size, 4 * size) == 0)
               << where << c.name << ", sample " << n;
-          CHECK(mode == kFull || std::memcmp(alone.pooled.data(), batch.pooled.data() + at * means, 4 * means) == 0)
+          CHECK(mode == kFull || std::memcmp(other.pooled.data(), batch.pooled.data() + at * means, 4 * means) == 0)
               << where << c.name << ", means of sample " << n;
         }
-      }
-  });
+      });
+    }
 }
 
 TEST(winograd_and_direct_samples_share_a_batch) {
   set_algorithm("auto");
   const WinogradCase c{"mixed algorithms", 4, 64, 16, 16, 64};
-  Problem problem(c, kResidual, 4, true);
+  Problem problem(c, kResidual, true);
   problem.in_prefix = {64, 1, 64, 48}, problem.out_prefix = {64, 64, 1, 48};
-  problem.p.in_prefix = problem.in_prefix.data(), problem.p.out_prefix = problem.out_prefix.data();
+  problem.prepare(4);
   for (float& v : problem.input) v = std::isnan(v) ? 0.5f : v;
   CHECK_EQUAL(winograd_tile(problem.s, DType::kFloat32), 4);
   const cpu::WinogradSamples split(problem.p);
@@ -298,7 +308,8 @@ TEST(winograd_is_chosen_by_the_layer_and_the_prefixes) {
 }
 
 TEST(transformed_weights_know_what_they_were_made_from) {
-  Problem problem(kCases[1], kFull, 4, true);
+  Problem problem(kCases[1], kFull, true);
+  problem.prepare(4);
   std::vector<float>& packed = problem.transformed;
   const auto floats = static_cast<int64_t>(packed.size());
   const cpu::WeightView view{problem.weight.data(), DType::kFloat32, problem.p.weight_stride};
