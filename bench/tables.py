@@ -1,5 +1,5 @@
-"""README's tables of whole networks, of layers and of mixed actions, in Markdown, from what `rnp bench` or networks.py
-wrote.
+"""RESULTS.md's tables of whole networks, of layers and of mixed actions, in Markdown, from what `rnp bench` or
+networks.py wrote.
 
 python bench/tables.py bench/results/bench-zen4-2core.json
 python bench/tables.py bench/results/pruned-zen4-2core.json
