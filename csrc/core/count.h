@@ -15,6 +15,6 @@
 namespace rnp {
 
 void count_fmas(int64_t lanes);  // from any thread
-int64_t take_fma_count();        // since the last call
+int64_t take_fma_count();        // since the last call, by the caller and by threads that have ended
 
 }  // namespace rnp
