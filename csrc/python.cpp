@@ -60,6 +60,7 @@ py::dict cpu_features() {
   RNP_FEATURE("avx512vnni");
   RNP_FEATURE("avx512bf16");
 #undef RNP_FEATURE
+  features["amx_bf16"] = rnp::cpu::has_matrices();
 #endif
   return features;
 }

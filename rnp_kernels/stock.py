@@ -39,9 +39,9 @@ def tell_the_operator() -> None:
         _C.set_stock_dtypes(False, 0, False)
         return
     ops = torch.ops.mkldnn
-    bfloat16 = 0
+    bfloat16, features = 0, _C.cpu_features()
     if ops._is_mkldnn_bf16_supported():
-        bfloat16 = 3 if torch.cpu._is_amx_tile_supported() else 2 if _C.cpu_features().get("avx512bf16") else 1
+        bfloat16 = 3 if features.get("amx_bf16") else 2 if features.get("avx512bf16") else 1
     _C.set_stock_dtypes(True, bfloat16, ops._is_mkldnn_fp16_supported())
 
 

@@ -4,8 +4,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(RNP_AMX)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(RNP_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -18,9 +20,7 @@ namespace {
 bool may_use_matrices() {
 #if defined(RNP_AMX)
   static const bool allowed = [] {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0) return false;
+    if (!has_matrices()) return false;
     constexpr long kArchReqXcompPerm = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kArchReqXcompPerm, kTileData) == 0;
   }();
@@ -58,6 +58,16 @@ Isa choose(const std::string& name) {
 std::atomic<int> chosen{-1};
 
 }  // namespace
+
+bool has_matrices() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) != 0 && (d & kTile) != 0;
+#else
+  return false;
+#endif
+}
 
 const char* isa_name(Isa isa) {
   switch (isa) {

@@ -15,6 +15,8 @@ enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, k
 const char* isa_name(Isa isa);
 // What this machine can run and this build holds, slowest first; never empty.
 std::vector<Isa> available_isas();
+// Whether the processor has AMX's tiles and multiplies bfloat16 in them, allowed or not.
+bool has_matrices();
 // The one in use. Reads RNP_ISA at the first call; throws std::runtime_error where it names an unknown or unavailable
 // ISA.
 Isa current_isa();

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnp.batchnorm import PrefixBatchNorm2d
-from rnp.config import Length
+from rnp.config import Length, TrainConfig
 from rnp.network import PrunedNetwork
 from rnp.paths import Path, sandwich_path
 from rnp.phase import Batch, Context, Phase
@@ -46,6 +46,15 @@ def backbone_parameters(network: PrunedNetwork, weight_decay: float) -> list[dic
     return [group for group in groups if group["params"]]
 
 
+def path_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None, config: TrainConfig) -> Tensor:
+    """Loss of logits (N, K) for labels (N,); a teacher's logits (N, K) get the share ``config.distillation`` of it."""
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+    if teacher is None:
+        return loss
+    taught = F.cross_entropy(logits.float(), teacher.float().softmax(1))
+    return (1 - config.distillation) * loss + config.distillation * taught
+
+
 class BackbonePhase(Phase):
     """Steps of AdamW on the backbone, each batch on paths that the sub-class names."""
 
@@ -74,10 +83,15 @@ class BackbonePhase(Phase):
             group["lr"] = one_cycle(progress, self.peak)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=images.device)
+        full = [network.groups] * len(network.layers)
         for path, weight in self.paths(number, extra):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=config.bfloat16):
                 logits = network.forward_path(images, path)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+                teacher = None
+                if config.distillation > 0 and path != full:
+                    with torch.no_grad():
+                        teacher = network.forward_path(images, full)
+            loss = path_loss(logits, labels, teacher, config)
             (loss * weight).backward()
             total += loss.detach() * weight
         nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)

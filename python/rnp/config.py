@@ -74,6 +74,9 @@ class TrainConfig:
     """Of AdamW, on weights of two and more dimensions; none on biases and BatchNorm (*ours*)."""
     label_smoothing: float = 0.0
     """Of the backbone's training loss; the agent's reward always uses the plain cross-entropy."""
+    distillation: float = 0.0
+    """Share of a narrow path's loss that is its cross-entropy with what full width says of the same batch, for the
+    price of a forward pass (in-place distillation: Yu and Huang, *Universally Slimmable Networks*, ICCV 2019)."""
     max_grad_norm: float = 5.0
     """Gradient clipping of the backbone (*ours*)."""
     bfloat16: bool = False
@@ -142,6 +145,8 @@ class TrainConfig:
             ("rounds", self.rounds >= 0, "must not be negative"),
             ("growth", 0 <= self.growth <= 1, "must lie in 0…1"),
             ("pretrain_narrow", 0 <= self.pretrain_narrow < 1, "must lie in 0…1, below 1"),
+            ("label_smoothing", 0 <= self.label_smoothing <= 1, "must lie in 0…1"),
+            ("distillation", 0 <= self.distillation <= 1, "must lie in 0…1"),
             ("lr", self.lr > 0, "must be positive"),
             ("sandwich_lr", self.sandwich_lr is None or self.sandwich_lr > 0, "must be positive or None"),
             ("finetune_lr", self.finetune_lr > 0, "must be positive"),

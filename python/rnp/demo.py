@@ -68,7 +68,7 @@ def full_plan(minutes: float) -> Plan:
     if training < 5:
         raise SystemExit(f"rnp demo: --minutes must leave time to train, at least 1.2, got {minutes:g}")
     return Plan(
-        train_scenes=12_000,
+        train_scenes=9_000,
         validation_scenes=4_000,
         test_scenes=10_000,
         lengths=tuple(Length(seconds=round(SHARES[phase] * training, 1)) for phase in PHASES),
@@ -153,6 +153,8 @@ def settings(arguments: argparse.Namespace, folder: Path, **lengths: Any) -> Tra
         sandwich=Length(steps=0),
         finetune_lr=4e-4,
         finetune_sandwich=0.2,
+        label_smoothing=0.1,
+        distillation=0.5,
         penalty=-0.03,
         bfloat16=fast_bfloat16(),
         epoch_steps=500,

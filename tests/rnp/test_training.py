@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import rnp
-from rnp import agent_phase, paths, phases, training
+from rnp import agent_phase, backbone_phases, paths, phases, training
 from rnp.fileformat import CheckpointError
 
 TOY = Path(__file__).with_name("toy_training.py")
@@ -247,6 +247,8 @@ def test_what_cannot_be_trained_on_is_named() -> None:
         ({"replay": 0}, "replay must be at least 1"),
         ({"resume": True}, "resume needs checkpoint_dir"),
         ({"lr": 0.0}, "lr must be positive"),
+        ({"distillation": 1.5}, "distillation must lie in 0…1, got 1.5"),
+        ({"label_smoothing": -0.1}, "label_smoothing must lie in 0…1, got -0.1"),
     ],
 )
 def test_wrong_settings(settings: dict[str, float], message: str) -> None:
@@ -307,6 +309,48 @@ def test_the_narrow_share_of_pretrain() -> None:
     assert abs(others / 2000 - 0.25 * (1 - 0.5 / 16)) < 5 * (0.25 * 0.75 / 2000) ** 0.5
     assert abs(taken.count((1, 1)) / 2000 - 0.25 * (0.5 + 0.5 / 16)) < 5 * (0.133 * 0.867 / 2000) ** 0.5
     assert len(set(taken)) == 16
+
+
+def test_the_loss_of_a_path_by_hand() -> None:
+    logits, teacher = torch.tensor([[0.0, math.log(3)]]), torch.tensor([[math.log(4), 0.0]])  # ¼ and ¾; ⅘ and ⅕
+    label = torch.tensor([1])
+    told, taught = -math.log(0.75), -0.8 * math.log(0.25) - 0.2 * math.log(0.75)
+    for share, expected in ((0.0, told), (0.25, 0.75 * told + 0.25 * taught), (1.0, taught)):
+        config = rnp.TrainConfig(distillation=share)
+        assert backbone_phases.path_loss(logits, label, teacher, config).item() == pytest.approx(expected)
+        assert backbone_phases.path_loss(logits, label, None, config).item() == pytest.approx(told)
+    smooth = rnp.TrainConfig(label_smoothing=0.2)
+    expected = -0.9 * math.log(0.75) - 0.1 * math.log(0.25)
+    assert backbone_phases.path_loss(logits, label, None, smooth).item() == pytest.approx(expected)
+
+
+def test_distilled_paths_learn_from_full_width_alone() -> None:
+    images, labels = toy.scenes(8, 1)
+
+    def after_a_step(path: list[int], labels: Tensor, share: float) -> list[Tensor]:
+        pruned = toy.network()
+        context = phases.Context(
+            pruned,
+            rnp.Agent(pruned.feature_sizes, pruned.groups),
+            toy.config(distillation=share),
+            torch.Generator(),
+            -0.05,
+        )
+        phase = phases.Finetune(context, rnp.Length(steps=10))
+        phase.paths = lambda number, extra: [(path, 1.0)]
+        pruned.eval()  # no dropout
+        phase.step(0, 0.5, images, labels, path)
+        return [parameter.detach().clone() for parameter in pruned.backbone.parameters()]
+
+    def same(first: list[Tensor], second: list[Tensor]) -> bool:
+        return all(a.equal(b) for a, b in zip(first, second, strict=True))
+
+    others = (labels + 1) % toy.CLASSES
+    assert same(after_a_step([2, 3], labels, 1.0), after_a_step([2, 3], others, 1.0))
+    assert not same(after_a_step([2, 3], labels, 0.5), after_a_step([2, 3], others, 0.5))
+    assert not same(after_a_step([2, 3], labels, 0.5), after_a_step([2, 3], labels, 0.0))
+    assert not same(after_a_step([4, 4], labels, 1.0), after_a_step([4, 4], others, 1.0))
+    assert same(after_a_step([4, 4], labels, 1.0), after_a_step([4, 4], labels, 0.0))
 
 
 def test_finetune_batches_are_alike_images_on_a_path_of_their_own() -> None:
