@@ -106,15 +106,20 @@ def test_other_random_values(seed: int, isa: str) -> None:
 
 @pytest.mark.large
 def test_offsets_beyond_32_bits() -> None:
-    """The second sample of the input starts beyond 2^31 elements, as do the last rows of the output."""
-    side = 32800  # 2 * side^2 > 2^31
-    need = (2 * side * side + 2 * side * side) * 2 + (1 << 30)
+    """The second sample's last rows lie beyond 2^31 elements, in the input and in the output."""
+    side, channels = 8200, 16  # 2 * channels * side^2 > 2^31
+    elements = 2 * channels * side * side
+    assert elements - 4 * channels * side > 2**31
+    need = 2 * elements * 2 + (1 << 30)
     with open("/proc/meminfo") as file:
         available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     if available < need:
         pytest.skip(f"needs {need / 2**30:.1f} GiB of memory")
-    x = torch.zeros(2, 1, side, side, dtype=torch.bfloat16)
-    x[1, 0, -3:, -3:] = 1
-    w = torch.full((1, 1, 1, 1), 2.0, dtype=torch.bfloat16)
+    x = torch.zeros(2, side, side, channels, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+    x[1, -1, -3:, -3:] = 1
+    w = torch.arange(1, 1 + channels, dtype=torch.bfloat16)[:, None, None, None].expand(-1, channels, 1, 1)
     y = rnp_kernels.prefix_conv2d(x, w)
-    assert y[1, 0, -4:, -4:].float().sum() == 18 and y[0, 0, -4:, -4:].float().sum() == 0
+    corner = y[1, :, -4:, -4:].float()
+    assert torch.equal(corner.sum((1, 2)), 9 * torch.arange(1.0, 1 + channels))
+    assert not corner[:, 0].any() and not corner[:, :, 0].any()
+    assert not y[0, :, -4:, -4:].any()
