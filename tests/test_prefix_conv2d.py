@@ -105,7 +105,8 @@ def test_other_random_values(seed: int, isa: str) -> None:
 
 
 @pytest.mark.large
-def test_offsets_beyond_32_bits() -> None:
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_offsets_beyond_32_bits(layout: str) -> None:
     """The second sample's last rows lie beyond 2^31 elements, in the input and in the output."""
     side, channels = 8200, 16  # 2 * channels * side^2 > 2^31
     elements = 2 * channels * side * side
@@ -115,7 +116,8 @@ def test_offsets_beyond_32_bits() -> None:
         available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     if available < need:
         pytest.skip(f"needs {need / 2**30:.1f} GiB of memory")
-    x = torch.zeros(2, side, side, channels, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+    memory_format = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}[layout]
+    x = torch.empty((2, channels, side, side), dtype=torch.bfloat16, memory_format=memory_format).zero_()
     x[1, -1, -3:, -3:] = 1
     w = torch.arange(1, 1 + channels, dtype=torch.bfloat16)[:, None, None, None].expand(-1, channels, 1, 1)
     y = rnp_kernels.prefix_conv2d(x, w)

@@ -115,11 +115,11 @@ struct GradProblem {
   }
 };
 
-// f(name) with each instruction set in use; none has kernels of its own for bfloat16's gradients.
+// f(name) with each instruction set that may differ for this type.
 template <typename F>
-void on_every_isa(F&& f) {
+void on_every_isa(DType dtype, F&& f) {
   const cpu::Isa before = cpu::current_isa();
-  for (cpu::Isa isa : isas_of(DType::kFloat32)) {
+  for (cpu::Isa isa : isas_of(dtype)) {
     cpu::set_isa(cpu::isa_name(isa));
     f(std::string(cpu::isa_name(isa)));
   }
@@ -132,7 +132,7 @@ void check_dtype(DType dtype, double unit, const char* name) {
     for (int mode = 0; mode < kModes; ++mode)
       for (bool channels_last : {true, false}) {
         GradProblem<T> problem(c, static_cast<Mode>(mode), dtype, channels_last);
-        on_every_isa([&](const std::string& isa) {
+        on_every_isa(dtype, [&](const std::string& isa) {
           problem.prepare();
           cpu::prefix_conv2d_input_grad(problem.p, {});
           cpu::prefix_conv2d_weight_grad(problem.p, {});
@@ -180,7 +180,7 @@ TEST(gradients_of_batches_that_are_cut_into_units_and_slots) {
   for (Mode mode : {kFull, kMixed})
     for (const auto& [shape, copies] : {std::pair(kSmallMaps, 23), std::pair(kLargeMap, 3)}) {
       GradProblem<float> problem(shape, mode, DType::kFloat32, true, copies);
-      on_every_isa([&, name = shape.name](const std::string& isa) {
+      on_every_isa(DType::kFloat32, [&, name = shape.name](const std::string& isa) {
         problem.prepare();
         cpu::prefix_conv2d_input_grad(problem.p, std_threads(2));
         cpu::prefix_conv2d_weight_grad(problem.p, std_threads(2));
@@ -192,7 +192,7 @@ TEST(gradients_of_batches_that_are_cut_into_units_and_slots) {
 TEST(gradients_have_the_same_bits_on_any_threads) {
   std::vector<std::pair<ConvCase, int64_t>> all = {{kSmallMaps, 23}, {kLargeMap, 3}};
   for (const ConvCase& c : conv_cases()) all.emplace_back(c, 1);
-  on_every_isa([&](const std::string& isa) {
+  on_every_isa(DType::kFloat32, [&](const std::string& isa) {
     for (const auto& [shape, copies] : all) {
       GradProblem<float> first(shape, kMixed, DType::kFloat32, true, copies), other = first;
       cpu::prefix_conv2d_input_grad(first.p, {});
@@ -211,7 +211,7 @@ TEST(gradients_have_the_same_bits_on_any_threads) {
 }
 
 TEST(the_gradient_of_a_sample_has_the_same_bits_alone) {
-  on_every_isa([](const std::string& isa) {
+  on_every_isa(DType::kFloat32, [](const std::string& isa) {
     for (const ConvCase& c : conv_cases()) {
       GradProblem<float> batch(c, kMixed, DType::kFloat32, true), alone = batch;
       cpu::prefix_conv2d_input_grad(batch.p, {});
