@@ -1,4 +1,4 @@
-// Where a block of output channels of an item goes, and what follows its sums.
+// Where a block of output channels of an item, or two of them, go, and what follows their sums.
 #pragma once
 
 #include <algorithm>
@@ -8,14 +8,15 @@
 namespace rnp::cpu {
 
 struct BlockOutput {
-  int64_t channel0, live;  // first of the block's output channels; how many are live
-  alignas(64) float scale[PackedLayout::kLanes] = {}, bias[PackedLayout::kLanes] = {};
+  int64_t channel0, live;  // first of the output channels; how many are live
+  alignas(64) float scale[2 * PackedLayout::kLanes] = {}, bias[2 * PackedLayout::kLanes] = {};
   // Where tiles store their results: of the first pixel and channel, with the steps. Otherwise all is null.
   TileArgs args = {};
 
-  BlockOutput(const Call& call, const WorkItem& item, int64_t block, int64_t out_live)
+  BlockOutput(const Call& call, const WorkItem& item, int64_t block, int64_t out_live,
+              int64_t lanes = PackedLayout::kLanes)
       : channel0(item.g * call.layout.ocg + block * PackedLayout::kLanes),
-        live(std::min(PackedLayout::kLanes, out_live - block * PackedLayout::kLanes)) {
+        live(std::min(lanes, out_live - block * PackedLayout::kLanes)) {
     const PrefixConv2dParams& p = call.p;
     const Strides4 out_step = p.output_at(item.n), residual_step = p.residual_at(item.n);
     args.live = static_cast<int32_t>(live);

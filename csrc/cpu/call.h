@@ -4,6 +4,7 @@
 #include <numeric>
 #include <type_traits>
 
+#include "core/processor.h"
 #include "core/schedule.h"
 #include "cpu/band.h"
 #include "cpu/microkernel.h"
@@ -121,12 +122,20 @@ struct Call {
     return rnp::weights_stay(live_in_group(p.in_live(item.n), item.g, layout.icg),
                              live_in_group(p.out_live(item.n), item.g, layout.ocg));
   }
+  // The wide tiles, if two blocks from `block` on are the item's and live, and tiles store their results.
+  const TileWidth* wide_from(const WorkItem& item, int64_t block) const {
+    if (!direct_output || item.block1 - block < 2) return nullptr;
+    return kernels.wide_for(live_in_group(p.out_live(item.n), item.g, layout.ocg) - block * PackedLayout::kLanes,
+                            processor().paired_multiply_adds);
+  }
   bool uses_panels(const WorkItem& item) const { return panels && weights_stay(item); }
   // Whether a pass of a tile may: it must fill whole lines.
   bool streams(int64_t live) const { return stream && live >= 16 && live % 16 == 0; }
-  int64_t sum_floats(const WorkItem& item) const {
+  // Sums of a block of output channels, [pixel][32], and of the next.
+  int64_t block_floats(const WorkItem& item) const {
     return (item.row1 - item.row0) * p.shape.out_w * PackedLayout::kLanes;
   }
+  int64_t sum_floats(const WorkItem& item) const { return (kernels.wide.lanes ? 2 : 1) * block_floats(item); }
 };
 
 }  // namespace rnp::cpu

@@ -30,7 +30,14 @@ struct TileArgs {
   int64_t run_count;
   int64_t x_row_step, x_col_step;  // floats between neighbouring pixels of the tile
   int64_t w_step;                  // floats between consecutive input channels of the packed weights
-  int32_t live;                    // output channels to store, 1…lanes
+  int32_t live;                    // output channels to store, 1…lanes; of a wide tile all
+
+  // Wide tiles, of two blocks of 32 output channels: floats from a block's weights and sums to the next block's. And
+  // weights to come, in both blocks: `ahead_rows` input channels of them (0, 1, 2 or 4) are fetched into L2 for every four
+  // that the tile multiplies, from `ahead` on.
+  int64_t w_block_step, partial_block_step;
+  const float* ahead;
+  int32_t ahead_rows;
 
   // Sums of earlier input-channel blocks: read unless `first`, written unless `last`.
   bool first, last;
@@ -140,6 +147,10 @@ struct Kernels {
   int widths;          // 1…3, narrowest first
   TileWidth width[3];  // each a multiple of the first
   int max_cols;        // of a one-row tile
+  // Tiles of two blocks of output channels and fewer pixels: fewer reads for each multiply-add, more of them weights.
+  // `lanes` is 0 where there are none. For whole blocks, where multiply-adds start in pairs (wide_for).
+  TileWidth wide;
+  int wide_cols;
   // Which of them is the widest to use where a tile ends after one tap: in general, and where multiply-adds start in
   // pairs (core/processor.h).
   int pointwise, paired_pointwise;
@@ -159,6 +170,10 @@ struct Kernels {
   void (*copy_planes)(const float* from, int64_t plane_step, int64_t channels, int64_t pixels, float* to);
   void (*copy_every_second)(const float* from, int64_t count, float* to);
 
+  // The wide tiles, if they are to be used where `left` output channels are left from the beginning of a block on.
+  const TileWidth* wide_for(int64_t left, bool paired) const {
+    return paired && wide.lanes && left >= wide.lanes ? &wide : nullptr;
+  }
   const TileWidth& widest() const { return width[widths - 1]; }
   // The width to take next where `left` output channels are left: the one that covers them, or the largest below it
   // where narrower ones together leave fewer lanes empty (20 channels: 16 and then 8, not 32).

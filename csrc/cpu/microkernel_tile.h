@@ -43,49 +43,133 @@ constexpr bool multiplies_pairs() {
   return false;
 }
 
+constexpr int kBlock = 32;  // PackedLayout::kLanes
+
 template <class V, int R, int C, int NV>
 struct Tile {
   using T = typename V::T;
   static constexpr int kWidth = V::kWidth;
   static constexpr bool kPairs = multiplies_pairs<V>();
   static constexpr int64_t kStored = kPairs ? 2 : 4;  // bytes of an element of output and residual
+  // Two blocks of packed weights at once: every second half of `w` comes from the block behind. Few columns, so that
+  // loops are short and unrolled.
+  static constexpr bool kWide = NV * kWidth > kBlock;
+  static constexpr int kUnroll = kWide ? 4 : 1;
   // Weights are asked for 4 KB ahead, into L2, where they may come from past it and reads are not what bounds a tile:
   // on Emerald Rapids Winograd's 256 channels at 14x14 go from 0.9 to 1.5 of oneDNN's speed (bench/NOTES.md, "Two
-  // processors"); 8 and 16 KB ahead, or into L1, gain less.
-  static constexpr int64_t kAhead = NV * kWidth >= 32 ? 1024 : 0;
+  // processors"); 8 and 16 KB ahead, or into L1, gain less. Wide tiles are told what to ask for (TileArgs::ahead).
+  static constexpr int64_t kAhead = NV * kWidth == kBlock ? 1024 : 0;
 
-  // acc of columns [c0, c1) of one row += x * w, one input channel. The recursion replaces a loop over c: the column is
-  // a compile-time constant in the address.
-  template <int c, int c1>
+  // In place: in unrolled loops GCC 12 gives sums other registers from one multiply-add to the next, and spills them.
+  template <bool kInPlace>
+  static RNP_INLINE T multiply_add(T b, T w, T acc) {
+    if constexpr (kInPlace) return V::fma_in_place(b, w, acc);
+    if constexpr (!kInPlace) return V::fma(b, w, acc);
+  }
+
+  // acc of columns [c0, c1) of one row += x * w, one input channel, `k` behind x. The recursion replaces a loop over c:
+  // the column is a compile-time constant in the address.
+  template <int c, int c1, int k = 0>
   static RNP_INLINE void columns(T (&row)[C][NV], const char* x, const T (&w)[NV], const ColSteps& s) {
     if constexpr (c < c1) {
       RNP_COUNT_FMA(NV * kWidth * (kPairs ? 2 : 1));
       if constexpr (NV == 1 && V::kFusedBroadcast) {
         row[c][0] = V::template fma_broadcast<c>(x, s, w[0], row[c][0]);
       } else {
-        const T b = V::template broadcast<c>(x, s);
+        T b;
+        if constexpr (k == 0) b = V::template broadcast<c>(x, s);
+        if constexpr (k > 0) b = V::template broadcast<c, k * sizeof(float)>(x, s);
         RNP_UNROLL
-        for (int v = 0; v < NV; ++v) row[c][v] = V::fma(b, w[v], row[c][v]);
+        for (int v = 0; v < NV; ++v) row[c][v] = multiply_add<kWide>(b, w[v], row[c][v]);
       }
-      columns<c + 1, c1>(row, x, w, s);
+      columns<c + 1, c1, k>(row, x, w, s);
     }
   }
 
-  template <int r, int r1, int c0, int c1>
+  template <int r, int r1, int c0, int c1, int k = 0>
   static RNP_INLINE void rows(T (&acc)[R][C][NV], const char* const (&x)[R], const T (&w)[NV], const ColSteps& s) {
     if constexpr (r < r1) {
-      columns<c0, c1>(acc[r], x[r], w, s);
-      rows<r + 1, r1, c0, c1>(acc, x, w, s);
+      columns<c0, c1, k>(acc[r], x[r], w, s);
+      rows<r + 1, r1, c0, c1, k>(acc, x, w, s);
+    }
+  }
+
+  // Wide tiles: input channels k … k1 - 1 behind x, each of whose weights lie in two blocks.
+  template <int r0, int r1, int c0, int c1, int k, int k1>
+  static RNP_INLINE void channels(T (&acc)[R][C][NV], const char* const (&x)[R], const float* w, const float* w1,
+                                  const ColSteps& s) {
+    if constexpr (k < k1) {
+      constexpr int kHalf = NV / 2;
+      T weights[NV];
+      RNP_UNROLL
+      for (int v = 0; v < kHalf; ++v) weights[v] = V::load(w + k * kBlock + v * kWidth);
+      RNP_UNROLL
+      for (int v = 0; v < kHalf; ++v) weights[kHalf + v] = V::load(w1 + k * kBlock + v * kWidth);
+      rows<r0, r1, c0, c1, k>(acc, x, weights, s);
+      channels<r0, r1, c0, c1, k + 1, k1>(acc, x, w, w1, s);
+    }
+  }
+
+  // Weights to come: of each kUnroll input channels done, those of `rows` are asked for, in both blocks.
+  struct Ahead {
+    const float* at = nullptr;
+    int64_t block_step = 0;
+    int32_t rows = 0;  // or 1, 2, 4
+
+    RNP_INLINE Ahead() {}
+    explicit RNP_INLINE Ahead(const TileArgs& a) : at(a.ahead), block_step(a.w_block_step), rows(a.ahead_rows) {}
+
+    RNP_INLINE void ask() {
+      if (rows == 0) return;
+      ask_row();
+      if (rows == 1) return;
+      ask_row();
+      if (rows == 2) return;
+      ask_row();
+      ask_row();
+    }
+
+   private:
+    RNP_INLINE void ask_row() {
+      RNP_UNROLL
+      for (int v = 0; v < kBlock; v += 16) {
+        __builtin_prefetch(at + v, 0, 2);
+        __builtin_prefetch(at + block_step + v, 0, 2);
+      }
+      at += kBlock;
+    }
+  };
+
+  // `count` input channels; before any kUnroll of them meanwhile(those left) is called. w and x move along.
+  template <int r0, int r1, int c0, int c1, class F>
+  static RNP_INLINE void wide_channels(T (&acc)[R][C][NV], const char* (&x)[R], const float* w, int64_t count,
+                                       const ColSteps& s, Ahead& ahead, F&& meanwhile) {
+    const int64_t block_step = ahead.block_step;
+    for (; count >= kUnroll; count -= kUnroll) {
+      meanwhile(count);
+      channels<r0, r1, c0, c1, 0, kUnroll>(acc, x, w, w + block_step, s);
+      ahead.ask();
+      RNP_UNROLL
+      for (int r = 0; r < R; ++r) x[r] += kUnroll * sizeof(float);
+      w += kUnroll * kBlock;
+    }
+    _Pragma("GCC unroll 1")
+    for (; count > 0; --count) {
+      channels<r0, r1, c0, c1, 0, 1>(acc, x, w, w + block_step, s);
+      RNP_UNROLL
+      for (int r = 0; r < R; ++r) x[r] += sizeof(float);
+      w += kBlock;
     }
   }
 
   template <int r0, int r1, int c0, int c1>
   static RNP_INLINE void run(T (&acc)[R][C][NV], const float* from, const float* w, int64_t count, int64_t w_step,
-                             int64_t row_step, const ColSteps& s) {
+                             int64_t row_step, const ColSteps& s, Ahead& ahead) {
     if constexpr (r0 < r1 && c0 < c1) {
       const char* x[R];
       RNP_UNROLL
       for (int r = 0; r < R; ++r) x[r] = reinterpret_cast<const char*>(from + r * row_step);
+      if constexpr (kWide) return wide_channels<r0, r1, c0, c1>(acc, x, w, count, s, ahead, [](int64_t) {});
       for (; count > 0; --count) {
         T weights[NV];
         RNP_UNROLL
@@ -104,13 +188,13 @@ struct Tile {
 
   template <int r0, int r1>
   static RNP_INLINE void by_columns(T (&acc)[R][C][NV], int skip, const float* x, const float* w, const Run& run_,
-                                    const TileArgs& a, const ColSteps& s) {
+                                    const TileArgs& a, const ColSteps& s, Ahead& ahead) {
     if (skip == kSkipNone) {
-      run<r0, r1, 0, C>(acc, x, w, run_.count, a.w_step, a.x_row_step, s);
+      run<r0, r1, 0, C>(acc, x, w, run_.count, a.w_step, a.x_row_step, s, ahead);
     } else if (skip == kSkipFirstCol) {
-      run<r0, r1, 1, C>(acc, x, w, run_.count, a.w_step, a.x_row_step, s);
+      run<r0, r1, 1, C>(acc, x, w, run_.count, a.w_step, a.x_row_step, s, ahead);
     } else {
-      run<r0, r1, 0, C - 1>(acc, x, w, run_.count, a.w_step, a.x_row_step, s);
+      run<r0, r1, 0, C - 1>(acc, x, w, run_.count, a.w_step, a.x_row_step, s, ahead);
     }
   }
 
@@ -144,6 +228,10 @@ struct Tile {
   static RNP_INLINE const float* at(const float* base, int64_t bytes, int v) {
     return reinterpret_cast<const float*>(reinterpret_cast<const char*>(base) + bytes + v * kWidth * kBytes);
   }
+  static RNP_INLINE float* partial_at(const TileArgs& a, int64_t bytes, int v) {
+    constexpr int kVectors = kBlock / kWidth;  // of a block
+    return at(a.partial, bytes, v % kVectors) + v / kVectors * a.partial_block_step;
+  }
   static RNP_INLINE T load_stored(const float* p, typename V::Mask mask) {
     if constexpr (kPairs) return V::load_half(p, mask);
     if constexpr (!kPairs) return V::masked_load(p, mask);
@@ -164,6 +252,7 @@ struct Tile {
         for (int v = 0; v < NV; ++v) __builtin_prefetch(at<kStored>(a.out, pixel, v), 1);
       });
     }
+    Ahead ahead(a);
     for (int64_t i = 0; i < a.run_count; ++i) {
       // Read the arguments again for every run: kept, they spill into vector registers, and the way back from there
       // waits behind the multiply-adds of a whole tile, so that the loads of the next tile start late.
@@ -173,13 +262,13 @@ struct Tile {
       const float* w = a.w + run_.w;
       const ColSteps s(a.x_col_step * static_cast<int64_t>(sizeof(float)));
       if constexpr (R == 1) {
-        by_columns<0, 1>(acc, run_.skip, x, w, run_, a, s);
+        by_columns<0, 1>(acc, run_.skip, x, w, run_, a, s, ahead);
       } else if (run_.skip < kSkipFirstRow) {
-        by_columns<0, R>(acc, run_.skip, x, w, run_, a, s);
+        by_columns<0, R>(acc, run_.skip, x, w, run_, a, s, ahead);
       } else if (run_.skip < kSkipLastRow) {
-        by_columns<1, R>(acc, run_.skip - kSkipFirstRow, x, w, run_, a, s);
+        by_columns<1, R>(acc, run_.skip - kSkipFirstRow, x, w, run_, a, s, ahead);
       } else {
-        by_columns<0, R - 1>(acc, run_.skip - kSkipLastRow, x, w, run_, a, s);
+        by_columns<0, R - 1>(acc, run_.skip - kSkipLastRow, x, w, run_, a, s, ahead);
       }
     }
     finish(acc, a);
@@ -189,13 +278,13 @@ struct Tile {
     if (!a.first) {
       each_pixel(a.partial_row_step, a.partial_col_step, [&](int r, int c, int64_t pixel) RNP_LAMBDA {
         RNP_UNROLL
-        for (int v = 0; v < NV; ++v) acc[r][c][v] = V::add(V::load(at(a.partial, pixel, v)), acc[r][c][v]);
+        for (int v = 0; v < NV; ++v) acc[r][c][v] = V::add(V::load(partial_at(a, pixel, v)), acc[r][c][v]);
       });
     }
     if (!a.last) {
       each_pixel(a.partial_row_step, a.partial_col_step, [&](int r, int c, int64_t pixel) RNP_LAMBDA {
         RNP_UNROLL
-        for (int v = 0; v < NV; ++v) V::store(at(a.partial, pixel, v), acc[r][c][v]);
+        for (int v = 0; v < NV; ++v) V::store(partial_at(a, pixel, v), acc[r][c][v]);
       });
       return;
     }

@@ -27,7 +27,8 @@ struct PlaneTile {
     }
     asm volatile("" ::: "memory");  // see Tile::compute
     const ColSteps s(a.w_step * static_cast<int64_t>(sizeof(float)));
-    Plain::template run<0, 1, 0, C>(acc, a.w, a.x, a.count, NV * V::kWidth, 0, s);
+    typename Plain::Ahead none;
+    Plain::template run<0, 1, 0, C>(acc, a.w, a.x, a.count, NV * V::kWidth, 0, s, none);
     asm volatile("" ::: "memory");
     finish(acc, a);
   }

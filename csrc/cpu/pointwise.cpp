@@ -4,6 +4,7 @@
 
 #include "core/processor.h"
 #include "cpu/prefetch.h"
+#include "cpu/weights_ahead.h"
 
 namespace rnp::cpu {
 namespace {
@@ -65,7 +66,8 @@ Pointwise::Pointwise(const Call& call, const WorkItem& item, const WorkItem* fol
       rows_(1),
       row_pixels_((item.row1 - item.row0) * call.p.shape.out_w),
       x_row_extra_(0),
-      panels_(call.uses_panels(item)) {
+      panels_(call.uses_panels(item)),
+      wide_(call.wide_from(item, item.block0)) {
   const PrefixConv2dParams& p = call.p;
   if (call.direct_input && !panels_ && !call.contiguous_pixels()) {
     rows_ = item.row1 - item.row0;
@@ -73,7 +75,7 @@ Pointwise::Pointwise(const Call& call, const WorkItem& item, const WorkItem* fol
     const Strides4 st = p.input_at(item.n);
     x_row_extra_ = p.shape.stride_h * st.h - row_pixels_ * p.shape.stride_w * st.w;
   }
-  row_tiles_ = ceil_div(row_pixels_, call.kernels.max_cols);
+  row_tiles_ = ceil_div(row_pixels_, wide_ ? call.kernels.wide_cols : call.kernels.max_cols);
   list_passes(scratch + call.band_floats(item));
 }
 
@@ -99,6 +101,7 @@ void Pointwise::list_passes(float* sums) {
   PointwiseArgs args = {};
   TileArgs& a = args.tile;
   a.partial_col_step = PackedLayout::kLanes;
+  a.partial_block_step = call_.block_floats(item_);
   const Strides4 in = p.input_at(item_.n), out = p.output_at(item_.n), residual = p.residual_at(item_.n);
   a.out_col_step = out.w;
   a.residual_col_step = residual.w;
@@ -109,11 +112,14 @@ void Pointwise::list_passes(float* sums) {
     const int64_t block = channel / PackedLayout::kLanes, sub = channel % PackedLayout::kLanes;
     const int64_t left = std::min(end, (block + 1) * PackedLayout::kLanes) - channel;
     // Weights that come from afar are read once, in whole.
-    const TileWidth& width = weights_stay ? call_.kernels.pointwise_width_for(left, processor().paired_multiply_adds)
-                                          : call_.kernels.width_for(left);
+    const TileWidth& width =
+        wide_          ? *wide_
+        : weights_stay ? call_.kernels.pointwise_width_for(left, processor().paired_multiply_adds)
+                       : call_.kernels.width_for(left);
     const int64_t live = std::min<int64_t>(width.lanes, end - channel);
     a.live = static_cast<int32_t>(live);
     a.w_step = l.lanes(block);
+    a.w_block_step = l.panel_at(item_.g, block + 1, 0) - l.panel_at(item_.g, block, 0);
     a.scale = table(p.scale, p.scale_row_stride, channel, live, width.lanes, tables_.data());
     a.bias = table(p.bias, p.bias_row_stride, channel, live, width.lanes, tables_.data() + PackedLayout::kLanes);
     a.out = static_cast<float*>(p.output) + pixel0 + channel;
@@ -212,9 +218,17 @@ void Pointwise::run_streaming() {
       for (int64_t t = 0; t < row_tiles_; ++t)
         for (Pass& pass : passes_) run_pass_tile(pass, t);
   } else {
-    for (Pass& pass : passes_)
-      for (int64_t row = 0; row < rows_; ++row)
-        for (int64_t t = 0; t < row_tiles_; ++t) run_pass_tile(pass, t);
+    for (size_t i = 0; i < passes_.size(); ++i) {
+      Pass& pass = passes_[i];
+      const PointwiseArgs* next = wide_ && i + 1 < passes_.size() ? &passes_[i + 1].args : nullptr;
+      WeightsAhead ahead(next ? next->tile.w : nullptr, next ? next->count * PackedLayout::kLanes : 0);
+      for (int64_t row = 0; row < rows_; ++row) {
+        for (int64_t t = 0; t < row_tiles_; ++t) {
+          ahead.give(pass.args.tile, rows_ * row_tiles_);
+          run_pass_tile(pass, t);
+        }
+      }
+    }
   }
 }
 
@@ -249,6 +263,19 @@ void Pointwise::run_panels() {
       a.tile.out += cols * a.tile.out_col_step;
       if (a.tile.residual) a.tile.residual += cols * a.tile.residual_col_step;
     }
+  }
+}
+
+void pointwise_item(const Call& call, const WorkItem& item, const WorkItem* following, float* scratch) {
+  int64_t cut = item.block0;
+  while (call.wide_from(item, cut)) cut += 2;
+  WorkItem wide = item, rest = item;
+  wide.block1 = rest.block0 = cut;
+  if (rest.block0 < rest.block1) {
+    if (item.block0 < cut) Pointwise(call, wide, nullptr, scratch).run();
+    Pointwise(call, rest, following, scratch).run();
+  } else {
+    Pointwise(call, wide, following, scratch).run();
   }
 }
 

@@ -7,9 +7,12 @@
 
 namespace rnp::cpu {
 
-// One work item of a call whose tiles store their results. `scratch` is the item's (Call::band_floats, and behind them
-// Call::sum_floats); where the call copies its pixels, they lie there. `following` is the thread's next item, or null:
-// its pixels are fetched meanwhile.
+// Computes one work item of a call whose tiles store their results. `scratch` is the item's (Call::band_floats, and
+// behind them Call::sum_floats); where the call copies its pixels, they lie there. `following` is the thread's next
+// item, or null: its pixels are fetched meanwhile.
+void pointwise_item(const Call& call, const WorkItem& item, const WorkItem* following, float* scratch);
+
+// An item, or part of one, whose tiles are all wide or all not.
 class Pointwise {
  public:
   Pointwise(const Call& call, const WorkItem& item, const WorkItem* following, float* scratch);
@@ -42,6 +45,7 @@ class Pointwise {
   int64_t rows_, row_pixels_, row_tiles_;  // of one pixel step: all pixels, or those of a row of the image
   int64_t x_row_extra_;                    // floats from the end of a row to the next
   bool panels_;
+  const TileWidth* wide_;  // null: narrower ones
   std::vector<Pass> passes_;
   std::vector<float> tables_;  // scale and bias of a last block with fewer channels than lanes
 };

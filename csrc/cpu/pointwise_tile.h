@@ -37,6 +37,18 @@ struct PointwiseTile {
     const char* x[1] = {reinterpret_cast<const char*>(a.x)};
     const float* w = a.w;
     const ColSteps s(a.x_col_step * static_cast<int64_t>(sizeof(float)));
+    if constexpr (Plain::kWide) {
+      typename Plain::Ahead ahead(a);
+      // Channels left when no more of the tile to come are asked for, and its next ones.
+      const int64_t end = p.count - p.ahead_count;
+      const char* pixels = reinterpret_cast<const char*>(p.ahead);
+      Plain::template wide_channels<0, 1, 0, C>(acc, x, w, p.count, s, ahead, [&](int64_t left) RNP_LAMBDA {
+        if (left <= end || (p.count - left) % kChunk != 0) return;
+        prefetch<0>(pixels, s);
+        pixels += kChunk * sizeof(float);
+      });
+      return Plain::finish(acc, a);
+    }
     for (;;) {
       // What is rarely needed is read again, as in Tile::compute: there is no register for it.
       asm volatile("" ::: "memory");
@@ -95,6 +107,7 @@ void copy_panel(const float* const* from, int64_t count, float* to) {
 template <class V, int NV, class VC, int C>
 struct PanelTile {
   using T = typename V::T;
+  static constexpr bool kWide = Tile<V, 1, C, NV>::kWide;
 
   template <int c>
   static RNP_INLINE void columns(T (&row)[1][C][NV], const char* x, const T (&w)[NV]) {
@@ -106,9 +119,26 @@ struct PanelTile {
       } else {
         const T b = V::broadcast(x + kPixel);
         RNP_UNROLL
-        for (int v = 0; v < NV; ++v) row[0][c][v] = V::fma(b, w[v], row[0][c][v]);
+        for (int v = 0; v < NV; ++v)
+          row[0][c][v] = Tile<V, 1, C, NV>::template multiply_add<kWide>(b, w[v], row[0][c][v]);
       }
       columns<c + 1>(row, x, w);
+    }
+  }
+
+  // Input channels k … k1 - 1 behind x and w; of a wide tile the weights lie in two blocks.
+  template <int k, int k1>
+  static RNP_INLINE void channels(T (&acc)[1][C][NV], const char* x, const float* w, const TileArgs& a) {
+    if constexpr (k < k1) {
+      constexpr int kFirst = kWide ? NV / 2 : NV;
+      T weights[NV];
+      RNP_UNROLL
+      for (int v = 0; v < kFirst; ++v) weights[v] = V::load(w + k * kBlock + v * V::kWidth);
+      RNP_UNROLL
+      for (int v = kFirst; v < NV; ++v)
+        weights[v] = V::load(w + a.w_block_step + k * kBlock + (v - kFirst) * V::kWidth);
+      columns<0>(acc, x + k * sizeof(float), weights);
+      channels<k + 1, k1>(acc, x, w, a);
     }
   }
 
@@ -129,11 +159,13 @@ struct PanelTile {
         for (int c = 0; c < C; ++c) __builtin_prefetch(p.ahead_pixels[c] + p.offset + chunk * kChunk, 0, 2);
       }
       const char* x = reinterpret_cast<const char*>(a.x + chunk * kChunk * kMaxCols);
-      for (left = left < kChunk ? left : kChunk; left > 0; --left) {
-        T weights[NV];
-        RNP_UNROLL
-        for (int v = 0; v < NV; ++v) weights[v] = V::load(w + v * V::kWidth);
-        columns<0>(acc, x, weights);
+      left = left < kChunk ? left : kChunk;
+      if constexpr (kWide) {
+        for (; left >= 4; left -= 4, x += 4 * sizeof(float), w += 4 * kBlock) channels<0, 4>(acc, x, w, a);
+      }
+      _Pragma("GCC unroll 1")
+      for (; left > 0; --left) {
+        channels<0, 1>(acc, x, w, a);
         x += sizeof(float);
         w += a.w_step;
       }

@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "core/processor.h"
 #include "cpu/band.h"
 #include "cpu/block_output.h"
 #include "cpu/call.h"
@@ -23,6 +24,7 @@
 #include "cpu/prefetch.h"
 #include "cpu/scratch.h"
 #include "cpu/tiles.h"
+#include "cpu/weights_ahead.h"
 #include "cpu/winograd.h"
 #include "cpu/work_queue.h"
 
@@ -58,56 +60,80 @@ void run_tile(bool sum_kernel_rows, TileKernel tile, const std::vector<Run>& run
   } while (begin < runs.size());
 }
 
-void convolve_block(const Call& call, const WorkItem& item, int64_t in_live, int64_t block, int64_t out_live,
-                    TilePlan& plan, const BandGeometry& geometry, const float* band, float* sums,
-                    Prefetcher& prefetcher) {
-  const PrefixConv2dParams& p = call.p;
-  const ConvShape& s = p.shape;
+// What an item's blocks of output channels have in common.
+struct Convolution {
+  const Call& call;
+  const WorkItem& item;
+  int64_t in_live, out_live;
+  const BandGeometry& geometry;
+  const float* band;
+  float* sums;
+  Prefetcher& prefetcher;
+
+  int64_t ic_blocks() const { return std::max<int64_t>(1, (in_live + call.layout.ic_block - 1) / call.layout.ic_block); }
+};
+
+// Adds up one width of tiles over all pixels of a band: of `output`'s channels, those from `sub` on.
+void convolve(const Convolution& c, const TileWidth& width, const BlockOutput& output, int64_t block, int64_t sub,
+              int64_t live, TilePlan& plan) {
+  const Call& call = c.call;
   const PackedLayout& l = call.layout;
-  const int64_t w_step = l.lanes(block);
-  const int64_t ic_blocks = std::max<int64_t>(1, (in_live + l.ic_block - 1) / l.ic_block);
-  const BlockOutput output(call, item, block, out_live);
-  const Strides4 in_step = p.input_at(item.n);
+  const int64_t w_step = l.lanes(block), ic_blocks = c.ic_blocks();
   float* out = output.args.out;
   const float* residual = output.args.residual;
-  for (int64_t sub = 0, live = 0; sub < output.live; sub += live) {
-    const TileWidth& width = call.kernels.width_for(output.live - sub);
-    live = std::min<int64_t>(width.lanes, output.live - sub);
-    for (int64_t ib = 0; ib < ic_blocks; ++ib) {
-      const int64_t count = std::clamp<int64_t>(in_live - ib * l.ic_block, 0, l.ic_block);
-      const int64_t pixel = call.direct_input ? call.input_step(in_step.w) : count;
-      const float* x = call.direct_input ? band + ib * l.ic_block : band + ib * l.ic_block * geometry.pixels();
-      TileArgs args = output.args;
-      args.w = p.packed + l.panel_at(item.g, block, ib) + sub;
-      args.w_step = w_step;
-      args.live = static_cast<int32_t>(live);
-      args.partial_col_step = PackedLayout::kLanes;
-      args.partial_row_step = plan.cols * PackedLayout::kLanes;
-      if (args.scale) args.scale += sub;
-      if (args.bias) args.bias += sub;
-      args.x_row_step = geometry.row_step * plan.cols_in * pixel;
-      args.x_col_step = geometry.col_step * pixel;
-      plan.list_runs(pixel, count, l.ic_count(ib), w_step);
-      for (const RowTile& row : plan.row_tiles) {
-        for (const ColTile& col : plan.col_tiles) {
-          args.x = x + (row.first * geometry.row_step * plan.cols_in + col.first * geometry.col_step) * pixel;
-          args.partial = sums + (row.first * plan.cols + col.first) * PackedLayout::kLanes + sub;
-          if (out) {
-            args.out = call.advance(out, row.first * args.out_row_step + col.first * args.out_col_step + sub);
-            args.residual = residual ? call.advance(residual, row.first * args.residual_row_step +
-                                                                  col.first * args.residual_col_step + sub)
-                                     : nullptr;
-          }
-          prefetcher.step();
-          run_tile(call.kernels.sum_kernel_rows || p.sum_kernel_rows, width.tile[row.count - 1][col.count - 1],
-                   plan.runs(row, col), ib == 0, ib == ic_blocks - 1 && call.direct_output, args);
+  for (int64_t ib = 0; ib < ic_blocks; ++ib) {
+    const int64_t count = std::clamp<int64_t>(c.in_live - ib * l.ic_block, 0, l.ic_block);
+    const int64_t pixel = call.direct_input ? call.input_step(call.p.input_at(c.item.n).w) : count;
+    const float* x = c.band + ib * l.ic_block * (call.direct_input ? 1 : c.geometry.pixels());
+    TileArgs args = output.args;
+    args.w = call.p.packed + l.panel_at(c.item.g, block, ib) + sub;
+    args.w_step = w_step;
+    args.w_block_step = l.panel_at(c.item.g, block + 1, ib) - l.panel_at(c.item.g, block, ib);
+    args.live = static_cast<int32_t>(live);
+    args.partial_col_step = PackedLayout::kLanes;
+    args.partial_row_step = plan.cols * PackedLayout::kLanes;
+    args.partial_block_step = call.block_floats(c.item);
+    if (args.scale) args.scale += sub;
+    if (args.bias) args.bias += sub;
+    args.x_row_step = c.geometry.row_step * plan.cols_in * pixel;
+    args.x_col_step = c.geometry.col_step * pixel;
+    plan.list_runs(pixel, count, l.ic_count(ib), w_step);
+    const bool more = ib + 1 < ic_blocks;
+    const int64_t next_block = more ? block : block + width.lanes / PackedLayout::kLanes, next_ib = more ? ib + 1 : 0;
+    const bool known = width.lanes == call.kernels.wide.lanes && next_block < c.item.block1;
+    WeightsAhead ahead(known ? call.p.packed + l.panel_at(c.item.g, next_block, next_ib) : nullptr,
+                       l.area() * l.ic_count(next_ib) * PackedLayout::kLanes);
+    for (const RowTile& row : plan.row_tiles) {
+      for (const ColTile& col : plan.col_tiles) {
+        args.x = x + (row.first * c.geometry.row_step * plan.cols_in + col.first * c.geometry.col_step) * pixel;
+        args.partial = c.sums + (row.first * plan.cols + col.first) * PackedLayout::kLanes + sub;
+        if (out) {
+          args.out = call.advance(out, row.first * args.out_row_step + col.first * args.out_col_step + sub);
+          args.residual = residual ? call.advance(residual, row.first * args.residual_row_step +
+                                                                col.first * args.residual_col_step + sub)
+                                   : nullptr;
         }
+        ahead.give(args, plan.tiles());
+        c.prefetcher.step();
+        run_tile(call.kernels.sum_kernel_rows || call.p.sum_kernel_rows, width.tile[row.count - 1][col.count - 1],
+                 plan.runs(row, col), ib == 0, ib == ic_blocks - 1 && call.direct_output, args);
       }
     }
   }
+}
+
+void convolve_block(const Convolution& c, int64_t block, TilePlan& plan) {
+  const Call& call = c.call;
+  const BlockOutput output(call, c.item, block, c.out_live);
+  for (int64_t sub = 0, live = 0; sub < output.live; sub += live) {
+    const TileWidth& width = call.kernels.width_for(output.live - sub);
+    live = std::min<int64_t>(width.lanes, output.live - sub);
+    convolve(c, width, output, block, sub, live, plan);
+  }
   if (!call.direct_output)
-    finish_patch(p, {item.n, item.row0, item.row1 - item.row0, 0, s.out_w}, output.channel0, output.live,
-                 {sums, s.out_w * PackedLayout::kLanes, PackedLayout::kLanes}, call.kernels.transpose);
+    finish_patch(call.p, {c.item.n, c.item.row0, c.item.row1 - c.item.row0, 0, call.p.shape.out_w}, output.channel0,
+                 output.live, {c.sums, call.p.shape.out_w * PackedLayout::kLanes, PackedLayout::kLanes},
+                 call.kernels.transpose);
 }
 
 // A worker's plan of the band it computed last. Groups and samples have their bands in common, and where groups are
@@ -116,14 +142,16 @@ class LastPlan {
  public:
   MatrixWorker matrices;
 
-  TilePlan& of(const Call& call, const BandGeometry& geometry, int64_t row0, int64_t row1) {
-    if (!plan_ || row0 != row0_ || row1 != row1_)
-      plan_.emplace(call.p.shape, geometry, call.kernels, row0_ = row0, row1_ = row1, call.flat);
-    return *plan_;
+  TilePlan& of(const Call& call, const BandGeometry& geometry, bool wide, int64_t row0, int64_t row1) {
+    if (row0 != row0_ || row1 != row1_) plan_[0].reset(), plan_[1].reset();
+    row0_ = row0, row1_ = row1;
+    std::optional<TilePlan>& plan = plan_[wide];
+    if (!plan) plan.emplace(call.p.shape, geometry, call.kernels, wide, row0, row1, call.flat);
+    return *plan;
   }
 
  private:
-  std::optional<TilePlan> plan_;
+  std::optional<TilePlan> plan_[2];  // of wide tiles: the second
   int64_t row0_ = 0, row1_ = 0;
 };
 
@@ -149,18 +177,23 @@ void run_item(const Call& call, const WorkItem& item, const WorkItem* following,
       copy_band(p, geometry, item.n, item.g * l.icg, in_live, in_live, l.ic_block, call.kernels, scratch);
     }
     if (call.flat && call.direct_output && !p.pairs) {
-      Pointwise(call, item, following, scratch).run();
+      pointwise_item(call, item, following, scratch);
     } else {
-      TilePlan& plan = last.of(call, geometry, item.row0, item.row1);
+      const bool wide = call.wide_from(item, item.block0);
       const int64_t ic_blocks = std::max<int64_t>(1, (in_live + l.ic_block - 1) / l.ic_block);
       Prefetcher next;
       if (following && following->block0 < following->block1)
         next = Prefetcher(p, *following, following->g * l.icg,
                           live_in_group(p.in_live(following->n), following->g, l.icg), call.element,
-                          static_cast<int64_t>(plan.row_tiles.size() * plan.col_tiles.size()) *
-                              (item.block1 - item.block0) * ic_blocks);
-      for (int64_t b = item.block0; b < item.block1; ++b)
-        convolve_block(call, item, in_live, b, out_live, plan, geometry, band, scratch + call.band_floats(item), next);
+                          last.of(call, geometry, wide, item.row0, item.row1).tiles() *
+                              (item.block1 - item.block0) / (wide ? 2 : 1) * ic_blocks);
+      const Convolution c{call, item, in_live, out_live, geometry, band, scratch + call.band_floats(item), next};
+      int64_t block = item.block0;
+      for (; const TileWidth* width = call.wide_from(item, block); block += 2)
+        convolve(c, *width, BlockOutput(call, item, block, out_live, width->lanes), block, 0, width->lanes,
+                 last.of(call, geometry, true, item.row0, item.row1));
+      for (; block < item.block1; ++block)
+        convolve_block(c, block, last.of(call, geometry, false, item.row0, item.row1));
     }
   }
   if (item.tail) fill_tail(p, item.n, item.row0, item.row1, group0 + out_live, group0 + l.ocg);
@@ -246,8 +279,9 @@ std::string describe_kernel(const ConvShape& s, DType dtype) {
   const Kernels& kernels = kernels_of(current_isa(), pairs);
   if (kernels.matrix) return name + "matrices of 32 pixels x 32 channels";
   const int64_t rows = std::min(s.out_h, band_rows(s, pairs ? (s.group_in() + 1) / 2 : s.group_in()));
-  const TilePlan plan(s, BandGeometry(s, 0, rows), kernels, 0, rows, s.kh == 1 && s.kw == 1);
-  const int64_t lanes = kernels.width_for(s.group_out()).lanes;
+  const TileWidth* wide = kernels.wide_for(s.group_out(), processor().paired_multiply_adds);
+  const TilePlan plan(s, BandGeometry(s, 0, rows), kernels, wide, 0, rows, s.kh == 1 && s.kw == 1);
+  const int64_t lanes = wide ? wide->lanes : kernels.width_for(s.group_out()).lanes;
   return name + "tile " + std::to_string(plan.row_tiles[0].count) + "x" + std::to_string(plan.col_tiles[0].count) +
          " pixels x " + std::to_string(lanes) + " channels" +
          (dtype == DType::kFloat32 && (few_channels(s) || plane_products(s)) ? "; contiguous: planes" : "");

@@ -27,8 +27,10 @@ struct TilePlan {
   std::vector<RowTile> row_tiles;
   std::vector<ColTile> col_tiles;
 
-  TilePlan(const ConvShape& shape, const BandGeometry& geometry, const Kernels& kernels, int64_t row0, int64_t row1,
-           bool flat);
+  // `wide`: of the kernels' wide tiles.
+  TilePlan(const ConvShape& shape, const BandGeometry& geometry, const Kernels& kernels, bool wide, int64_t row0,
+           int64_t row1, bool flat);
+  int64_t tiles() const { return static_cast<int64_t>(row_tiles.size() * col_tiles.size()); }
 
   // Lists the taps of every kind of tile, for a block of input channels. Taps whose input lies in the padding for the
   // whole tile are left out; those for which one edge row or column does are marked; others read the band's zeros.

@@ -11,15 +11,17 @@ namespace {
 
 // Assembly only to fix the address form of a pixel (ColSteps): left alone, GCC 12 precomputes fourteen addresses and
 // spills them. The memory operand is there for the compiler alone: it says that the instruction reads.
-template <class T, int c>
+template <class T, int c, int kBytes>
 RNP_INLINE T broadcast_at(const char* x, const ColSteps& s) {
   T out;
   const auto& line = *reinterpret_cast<const char(*)[1]>(x);
   if constexpr (c == 0) {
-    asm("vbroadcastss (%1), %0" : "=v"(out) : "r"(x), "m"(line));
+    asm("vbroadcastss %c2(%1), %0" : "=v"(out) : "r"(x), "i"(kBytes), "m"(line));
   } else {
     constexpr int scale = c & -c, odd = c / scale;
-    asm("vbroadcastss (%1,%2,%c3), %0" : "=v"(out) : "r"(x), "r"(s.odd<odd>()), "i"(scale), "m"(line));
+    asm("vbroadcastss %c4(%1,%2,%c3), %0"
+        : "=v"(out)
+        : "r"(x), "r"(s.odd<odd>()), "i"(scale), "i"(kBytes), "m"(line));
   }
   return out;
 }
@@ -40,9 +42,9 @@ struct Vector512 {
   static RNP_INLINE Mask mask(int live) {
     return static_cast<Mask>(live >= 16 ? 0xffff : (1u << (live < 0 ? 0 : live)) - 1);
   }
-  template <int c>
+  template <int c, int kBytes = 0>
   static RNP_INLINE T broadcast(const char* x, const ColSteps& s) {
-    return broadcast_at<T, c>(x, s);
+    return broadcast_at<T, c, kBytes>(x, s);
   }
 };
 

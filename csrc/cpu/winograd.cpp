@@ -17,6 +17,7 @@
 #include "cpu/band.h"
 #include "cpu/epilogue.h"
 #include "cpu/sum_pixels.h"
+#include "cpu/weights_ahead.h"
 #include "cpu/winograd_items.h"
 
 namespace rnp::cpu {
@@ -89,36 +90,69 @@ void transform_input(const Work& work, const WinogradPiece& piece) {
       {pixels, piece.tiles(), channels, work.memory + piece.v, piece.point_step, piece.tile_step});
 }
 
-// All products of one block of output channels. A panel of weights serves every piece that the block reaches.
-void multiply(const Work& work, int64_t block) {
+// Register tiles of one width over a piece's tiles at one point: their sums of one block of output channels (of wide
+// tiles: of two), from channel `sub` of it on.
+struct Products {
+  const Work& work;
+  const WinogradPiece& piece;
+  int64_t block, point;
+
+  void run(const TileWidth& width, int64_t max_cols, int64_t sub, int64_t live, int64_t m_block,
+           WeightsAhead ahead = {}) const {
+    const WinogradCall& call = work.call;
+    const int64_t count = piece.tiles(), parts = (count + max_cols - 1) / max_cols;
+    const Run channels{0, 0, call.channels(piece.of->in_live), 0, kSkipNone};
+    const float* v = work.memory + piece.v + point * piece.point_step;
+    float* m = work.memory + work.item.m_of(m_block, call.layout) + point * work.item.m_step;
+    TileArgs args = {};
+    args.runs = &channels;
+    args.run_count = 1;
+    args.first = true;
+    args.w = call.p.winograd + call.layout.panel_at(block, point) + sub;
+    args.w_step = call.layout.lanes(block);
+    args.w_block_step = call.layout.panel_at(block + 1, point) - call.layout.panel_at(block, point);
+    args.x_col_step = piece.tile_step;
+    args.partial_col_step = kLanes;
+    args.partial_block_step = work.item.m_of(1, call.layout) - work.item.m_of(0, call.layout);
+    args.live = static_cast<int32_t>(live);
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t t0 = count * i / parts, t1 = count * (i + 1) / parts;
+      args.x = v + t0 * piece.tile_step;
+      args.partial = m + (piece.before + t0) * kLanes + sub;
+      ahead.give(args, parts);
+      width.tile[0][t1 - t0 - 1](args);
+    }
+  }
+};
+
+// All products of `blocks` blocks of output channels, one or two. A panel of weights serves every piece that its block
+// reaches.
+void multiply(const Work& work, int64_t first, int64_t blocks) {
   const WinogradCall& call = work.call;
-  TileArgs args = {};
-  args.run_count = 1;
-  args.first = true;
-  args.w_step = call.layout.lanes(block);
-  args.partial_col_step = kLanes;
+  const Kernels& kernels = call.kernels;
   const bool paired = processor().paired_multiply_adds;
   for (int64_t point = 0; point < call.layout.points(); ++point) {
-    const float* u = call.p.winograd + call.layout.panel_at(block, point);
-    float* m = work.memory + work.item.m + point * work.item.m_step;
+    // The next point's weights, or those of the blocks to come.
+    const int64_t next = point + 1 < call.layout.points() ? first : first + 2;
+    const float* ahead = next >= work.item.block1 ? nullptr
+                                                  : call.p.winograd +
+                                                        call.layout.panel_at(next, next == first ? point + 1 : 0);
     for (const WinogradPiece& piece : work) {
-      const int64_t live = piece.of->live(block), count = piece.tiles();
-      const int64_t parts = (count + call.kernels.max_cols - 1) / call.kernels.max_cols;
-      const Run run{0, 0, call.channels(piece.of->in_live), 0, kSkipNone};
-      const float* v = work.memory + piece.v + point * piece.point_step;
-      args.runs = &run;
-      args.x_col_step = piece.tile_step;
-      for (int64_t sub = 0, lanes = 0; sub < live; sub += lanes) {
-        const TileWidth& width = call.layout.folded() ? call.kernels.pointwise_width_for(live - sub, paired)
-                                                      : call.kernels.width_for(live - sub);
-        lanes = std::min<int64_t>(width.lanes, live - sub);
-        args.w = u + sub;
-        args.live = static_cast<int32_t>(lanes);
-        for (int64_t i = 0; i < parts; ++i) {
-          const int64_t t0 = count * i / parts, t1 = count * (i + 1) / parts;
-          args.x = v + t0 * piece.tile_step;
-          args.partial = m + (piece.before + t0) * kLanes + sub;
-          width.tile[0][t1 - t0 - 1](args);
+      const TileWidth* wide = blocks == 2 ? kernels.wide_for(piece.of->left(first), paired) : nullptr;
+      if (wide) {
+        Products{work, piece, first, point}.run(
+            *wide, kernels.wide_cols, 0, wide->lanes, 0,
+            WeightsAhead(ahead, call.channels(piece.of->in_live) * kLanes));
+        ahead = nullptr;
+        continue;
+      }
+      for (int64_t block = first; block < first + blocks; ++block) {
+        const int64_t live = piece.of->live(block);
+        for (int64_t sub = 0, lanes = 0; sub < live; sub += lanes) {
+          const TileWidth& width = call.layout.folded() ? kernels.pointwise_width_for(live - sub, paired)
+                                                        : kernels.width_for(live - sub);
+          lanes = std::min<int64_t>(width.lanes, live - sub);
+          Products{work, piece, block, point}.run(width, kernels.max_cols, sub, lanes, block - first);
         }
       }
     }
@@ -204,14 +238,14 @@ void transform_to_planes(const Work& work, const WinogradPiece& piece, int64_t b
   });
 }
 
-void transform_output(const Work& work, const WinogradPiece& piece, int64_t block) {
+void transform_output(const Work& work, const WinogradPiece& piece, int64_t block, int64_t m_block) {
   const WinogradCall& call = work.call;
   const PrefixConv2dParams& p = call.p;
   const int64_t live = piece.of->live(block);
   if (live <= 0) return;
   const WinogradTile* tiles = reinterpret_cast<const WinogradTile*>(work.memory + work.item.list) + piece.before;
   WinogradOutputArgs args = {};
-  args.m = work.memory + work.item.m + piece.before * kLanes;
+  args.m = work.memory + work.item.m_of(m_block, call.layout) + piece.before * kLanes;
   args.point_step = work.item.m_step;
   args.live = static_cast<int32_t>(live);
   if (call.direct_output) {
@@ -243,9 +277,11 @@ void run_item(const Work& work) {
     transform_input(work, piece);
     list_tiles(work, piece);
   }
-  for (int64_t block = item.block0; block < item.block1; ++block) {
-    multiply(work, block);
-    for (const WinogradPiece& piece : work) transform_output(work, piece, block);
+  for (int64_t block = item.block0, blocks = 0; block < item.block1; block += blocks) {
+    blocks = std::min(work.call.blocks_at_once(), item.block1 - block);
+    multiply(work, block, blocks);
+    for (int64_t i = 0; i < blocks; ++i)
+      for (const WinogradPiece& piece : work) transform_output(work, piece, block + i, i);
   }
 }
 

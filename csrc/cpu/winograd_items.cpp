@@ -144,7 +144,7 @@ void WinogradItems::place(const WinogradCall& call, WinogradItem& item) {
     widest = std::max(widest, call.channels(piece.of->in_live));
   }
   item.m_step = odd_lines(item.tiles * kLanes);
-  item.m = take(points * item.m_step);
+  item.m = take(call.blocks_at_once() * points * item.m_step);
   item.pixels = take(item.tiles * points * static_cast<int64_t>(sizeof(const float*) / sizeof(float)));
   const auto list = [&](int64_t tiles) {
     return take(tiles * static_cast<int64_t>(sizeof(WinogradTile) / sizeof(float)));

@@ -7,9 +7,11 @@
 // never runs past an in-prefix, nor is it cut.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "core/prefix_conv2d.h"
+#include "core/processor.h"
 #include "core/winograd.h"
 #include "cpu/microkernel.h"
 
@@ -33,6 +35,10 @@ struct WinogradCall {
   int64_t first_row(int64_t tile) const { return first_output(tile / tiles_w, p.shape.dilation_h); }
   int64_t first_col(int64_t tile) const { return first_output(tile % tiles_w, p.shape.dilation_w); }
   int index() const { return layout.folded() ? 2 : layout.tile == 4 ? 1 : 0; }
+  // Blocks of output channels that are multiplied before their sums are transformed: two for wide tiles.
+  int64_t blocks_at_once() const {
+    return kernels.wide_for(layout.c_out, processor().paired_multiply_adds) ? 2 : 1;
+  }
   // What a sample of so many live input channels sums over.
   int64_t channels(int64_t in_live) const { return layout.folded() ? layout.channels() : in_live; }
 
@@ -47,10 +53,9 @@ struct WinogradClass {
   std::vector<int64_t> samples;
 
   // Live output channels of a block of 32; not positive where the prefix does not reach it.
-  int64_t live(int64_t block) const {
-    const int64_t left = out_live - block * PackedLayout::kLanes;
-    return left < PackedLayout::kLanes ? left : PackedLayout::kLanes;
-  }
+  int64_t live(int64_t block) const { return std::min(left(block), PackedLayout::kLanes); }
+  // Likewise of this block and all behind it.
+  int64_t left(int64_t block) const { return out_live - block * PackedLayout::kLanes; }
 };
 
 struct WinogradPiece {
@@ -79,11 +84,12 @@ struct WinogradItem {
   int64_t tiles;           // of its pieces
   int64_t block0, block1;  // blocks of 32 output channels
   int64_t n, row0, row1;
-  // Floats from the scratch's begin: M[point][tile][32], the addresses of input pixels, the tiles, a line of zeros, a
+  // Floats from the scratch's begin: M[block][point][tile][32], the addresses of input pixels, the tiles, a line of zeros, a
   // row of tiles of outputs that are not contiguous, and those tiles; and how many floats the item needs.
   int64_t m, m_step, pixels, list, zeros, bare, bare_list, floats;
   double cost;
 
+  int64_t m_of(int64_t block, const WinogradLayout& layout) const { return m + block * layout.points() * m_step; }
   bool tail() const { return piece0 == piece1; }
 };
 
