@@ -153,8 +153,7 @@ struct Tile {
       for (int r = 0; r < R; ++r) x[r] += kUnroll * sizeof(float);
       w += kUnroll * kBlock;
     }
-    _Pragma("GCC unroll 1")
-    for (; count > 0; --count) {
+    _Pragma("GCC unroll 1") for (; count > 0; --count) {
       channels<r0, r1, c0, c1, 0, 1>(acc, x, w, w + block_step, s);
       RNP_UNROLL
       for (int r = 0; r < R; ++r) x[r] += sizeof(float);

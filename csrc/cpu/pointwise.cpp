@@ -112,10 +112,9 @@ void Pointwise::list_passes(float* sums) {
     const int64_t block = channel / PackedLayout::kLanes, sub = channel % PackedLayout::kLanes;
     const int64_t left = std::min(end, (block + 1) * PackedLayout::kLanes) - channel;
     // Weights that come from afar are read once, in whole.
-    const TileWidth& width =
-        wide_          ? *wide_
-        : weights_stay ? call_.kernels.pointwise_width_for(left, processor().paired_multiply_adds)
-                       : call_.kernels.width_for(left);
+    const TileWidth& width = wide_          ? *wide_
+                             : weights_stay ? call_.kernels.pointwise_width_for(left, processor().paired_multiply_adds)
+                                            : call_.kernels.width_for(left);
     const int64_t live = std::min<int64_t>(width.lanes, end - channel);
     a.live = static_cast<int32_t>(live);
     a.w_step = l.lanes(block);

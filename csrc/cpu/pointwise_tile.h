@@ -163,8 +163,7 @@ struct PanelTile {
       if constexpr (kWide) {
         for (; left >= 4; left -= 4, x += 4 * sizeof(float), w += 4 * kBlock) channels<0, 4>(acc, x, w, a);
       }
-      _Pragma("GCC unroll 1")
-      for (; left > 0; --left) {
+      _Pragma("GCC unroll 1") for (; left > 0; --left) {
         channels<0, 1>(acc, x, w, a);
         x += sizeof(float);
         w += a.w_step;

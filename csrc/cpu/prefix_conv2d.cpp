@@ -70,7 +70,9 @@ struct Convolution {
   float* sums;
   Prefetcher& prefetcher;
 
-  int64_t ic_blocks() const { return std::max<int64_t>(1, (in_live + call.layout.ic_block - 1) / call.layout.ic_block); }
+  int64_t ic_blocks() const {
+    return std::max<int64_t>(1, (in_live + call.layout.ic_block - 1) / call.layout.ic_block);
+  }
 };
 
 // Adds up one width of tiles over all pixels of a band: of `output`'s channels, those from `sub` on.
@@ -185,8 +187,8 @@ void run_item(const Call& call, const WorkItem& item, const WorkItem* following,
       if (following && following->block0 < following->block1)
         next = Prefetcher(p, *following, following->g * l.icg,
                           live_in_group(p.in_live(following->n), following->g, l.icg), call.element,
-                          last.of(call, geometry, wide, item.row0, item.row1).tiles() *
-                              (item.block1 - item.block0) / (wide ? 2 : 1) * ic_blocks);
+                          last.of(call, geometry, wide, item.row0, item.row1).tiles() * (item.block1 - item.block0) /
+                              (wide ? 2 : 1) * ic_blocks);
       const Convolution c{call, item, in_live, out_live, geometry, band, scratch + call.band_floats(item), next};
       int64_t block = item.block0;
       for (; const TileWidth* width = call.wide_from(item, block); block += 2)

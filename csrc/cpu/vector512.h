@@ -19,9 +19,7 @@ RNP_INLINE T broadcast_at(const char* x, const ColSteps& s) {
     asm("vbroadcastss %c2(%1), %0" : "=v"(out) : "r"(x), "i"(kBytes), "m"(line));
   } else {
     constexpr int scale = c & -c, odd = c / scale;
-    asm("vbroadcastss %c4(%1,%2,%c3), %0"
-        : "=v"(out)
-        : "r"(x), "r"(s.odd<odd>()), "i"(scale), "i"(kBytes), "m"(line));
+    asm("vbroadcastss %c4(%1,%2,%c3), %0" : "=v"(out) : "r"(x), "r"(s.odd<odd>()), "i"(scale), "i"(kBytes), "m"(line));
   }
   return out;
 }

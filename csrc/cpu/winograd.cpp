@@ -134,23 +134,22 @@ void multiply(const Work& work, int64_t first, int64_t blocks) {
   for (int64_t point = 0; point < call.layout.points(); ++point) {
     // The next point's weights, or those of the blocks to come.
     const int64_t next = point + 1 < call.layout.points() ? first : first + 2;
-    const float* ahead = next >= work.item.block1 ? nullptr
-                                                  : call.p.winograd +
-                                                        call.layout.panel_at(next, next == first ? point + 1 : 0);
+    const float* ahead = next >= work.item.block1
+                             ? nullptr
+                             : call.p.winograd + call.layout.panel_at(next, next == first ? point + 1 : 0);
     for (const WinogradPiece& piece : work) {
       const TileWidth* wide = blocks == 2 ? kernels.wide_for(piece.of->left(first), paired) : nullptr;
       if (wide) {
-        Products{work, piece, first, point}.run(
-            *wide, kernels.wide_cols, 0, wide->lanes, 0,
-            WeightsAhead(ahead, call.channels(piece.of->in_live) * kLanes));
+        Products{work, piece, first, point}.run(*wide, kernels.wide_cols, 0, wide->lanes, 0,
+                                                WeightsAhead(ahead, call.channels(piece.of->in_live) * kLanes));
         ahead = nullptr;
         continue;
       }
       for (int64_t block = first; block < first + blocks; ++block) {
         const int64_t live = piece.of->live(block);
         for (int64_t sub = 0, lanes = 0; sub < live; sub += lanes) {
-          const TileWidth& width = call.layout.folded() ? kernels.pointwise_width_for(live - sub, paired)
-                                                        : kernels.width_for(live - sub);
+          const TileWidth& width =
+              call.layout.folded() ? kernels.pointwise_width_for(live - sub, paired) : kernels.width_for(live - sub);
           lanes = std::min<int64_t>(width.lanes, live - sub);
           Products{work, piece, block, point}.run(width, kernels.max_cols, sub, lanes, block - first);
         }

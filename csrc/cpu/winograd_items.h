@@ -36,9 +36,7 @@ struct WinogradCall {
   int64_t first_col(int64_t tile) const { return first_output(tile % tiles_w, p.shape.dilation_w); }
   int index() const { return layout.folded() ? 2 : layout.tile == 4 ? 1 : 0; }
   // Blocks of output channels that are multiplied before their sums are transformed: two for wide tiles.
-  int64_t blocks_at_once() const {
-    return kernels.wide_for(layout.c_out, processor().paired_multiply_adds) ? 2 : 1;
-  }
+  int64_t blocks_at_once() const { return kernels.wide_for(layout.c_out, processor().paired_multiply_adds) ? 2 : 1; }
   // What a sample of so many live input channels sums over.
   int64_t channels(int64_t in_live) const { return layout.folded() ? layout.channels() : in_live; }
 
@@ -84,8 +82,8 @@ struct WinogradItem {
   int64_t tiles;           // of its pieces
   int64_t block0, block1;  // blocks of 32 output channels
   int64_t n, row0, row1;
-  // Floats from the scratch's begin: M[block][point][tile][32], the addresses of input pixels, the tiles, a line of zeros, a
-  // row of tiles of outputs that are not contiguous, and those tiles; and how many floats the item needs.
+  // Floats from the scratch's begin: M[block][point][tile][32], the addresses of input pixels, the tiles, a line of
+  // zeros, a row of tiles of outputs that are not contiguous, and those tiles; and how many floats the item needs.
   int64_t m, m_step, pixels, list, zeros, bare, bare_list, floats;
   double cost;
 

@@ -237,6 +237,71 @@ TEST(no_bit_depends_on_the_processor) {
   set_processor(before);
 }
 
+// Two blocks of output channels at once, as some processors want them, on whatever machine this runs.
+TEST(wide_tiles_equal_the_reference_and_change_no_bit) {
+  const auto square = [](const char* name, int64_t c_in, int64_t h, int64_t w, int64_t c_out, int64_t stride = 1) {
+    return ConvCase{.name = name,
+                    .n = 3,
+                    .c_in = c_in,
+                    .h = h,
+                    .w = w,
+                    .c_out = c_out,
+                    .kh = 3,
+                    .kw = 3,
+                    .stride_h = stride,
+                    .stride_w = stride,
+                    .top = 1,
+                    .bottom = 1,
+                    .left = 1,
+                    .right = 1};
+  };
+  const auto pointwise = [](const char* name, int64_t c_in, int64_t h, int64_t w, int64_t c_out, int64_t stride = 1) {
+    return ConvCase{.name = name,
+                    .n = 3,
+                    .c_in = c_in,
+                    .h = h,
+                    .w = w,
+                    .c_out = c_out,
+                    .kh = 1,
+                    .kw = 1,
+                    .stride_h = stride,
+                    .stride_w = stride};
+  };
+  ConvCase groups = square("two groups", 22, 7, 9, 140);
+  groups.groups = 2;
+  const ConvCase cases[] = {
+      square("rows of one tile's columns, two input blocks", 70, 5, 10, 150),
+      square("two rows of three columns, a row left", 13, 5, 7, 100),
+      square("steps of two", 9, 11, 15, 96, 2),
+      square("2x2, fewer tiles than shares of the weights", 40, 2, 2, 130),
+      square("one pixel", 17, 1, 1, 64),
+      groups,
+      pointwise("1x1, two input blocks", 300, 5, 9, 144),
+      pointwise("1x1, copied", 1024, 3, 7, 80),
+      pointwise("1x1, weights past L2", 520, 4, 5, 260),
+      pointwise("1x1, weights past L2, one tile", 520, 1, 2, 260),
+      pointwise("1x1 in steps of two", 21, 5, 33, 100, 2),
+  };
+  const Processor before = processor();
+  for (const ConvCase& c : cases)
+    for (int mode = 0; mode < kModes; ++mode) {
+      Problem<float> problem(c, static_cast<Mode>(mode), DType::kFloat32, true, 0);
+      const std::string where = std::string(c.name) + ", " + kModeNames[mode];
+      const auto run = [&](bool wide, const Threads& threads) {
+        set_processor({.paired_multiply_adds = wide});
+        problem.prepare();
+        cpu::prefix_conv2d(problem.p, threads);
+        problem.check(where + (wide ? ", wide" : ""));
+        return problem.output;
+      };
+      const std::vector<float> narrow = run(false, {});
+      for (int threads : {1, 3})
+        CHECK(std::memcmp(run(true, std_threads(threads)).data(), narrow.data(), sizeof(float) * narrow.size()) == 0)
+            << where << ", " << threads << " threads";
+    }
+  set_processor(before);
+}
+
 // The batch spans enough for its output to be stored past the caches, a sample alone does not.
 TEST(stores_past_the_caches_change_no_bit) {
   const ConvShape shape =

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/algorithm.h"
+#include "core/processor.h"
 #include "cpu/isa.h"
 #include "cpu/winograd.h"
 #include "tests/check.h"
@@ -28,6 +29,7 @@ const WinogradCase kCases[] = {
     {"whole tiles", 2, 32, 8, 12, 64},
     {"odd sizes", 4, 37, 13, 7, 45},
     {"many blocks", 3, 20, 26, 31, 70},
+    {"two pairs of blocks and a half", 3, 21, 9, 13, 150},
     {"without padding", 3, 17, 9, 10, 33, 0, 0, 0, 0},
     {"padding 2", 2, 5, 5, 6, 16, 2, 2, 2, 2},
     {"uneven padding", 3, 12, 6, 11, 20, 0, 2, 3, 1},
@@ -245,6 +247,29 @@ TEST(winograd_gives_a_sample_the_same_bits_alone_in_a_batch_and_with_any_threads
         }
       });
     }
+}
+
+// Wide tiles, of two blocks of output channels, and narrow ones; of a batch whose samples reach other blocks.
+TEST(no_bit_of_winograd_depends_on_the_processor) {
+  const Processor before = processor();
+  for (const WinogradCase& c : kCases)
+    for (Mode mode : {kFull, kMixed, kResidual}) {
+      if (c.c_out < 64) continue;
+      Problem problem(c, mode, true);
+      on_every_isa_and_tile(c, [&](int64_t tile, const std::string& where) {
+        const auto run = [&](bool wide) {
+          set_processor({.paired_multiply_adds = wide});
+          problem.prepare(tile);
+          cpu::prefix_conv2d(problem.p, {});
+          problem.check(where + c.name + ", " + kModeNames[mode]);
+          return problem.output;
+        };
+        const std::vector<float> narrow = run(false);
+        CHECK(std::memcmp(run(true).data(), narrow.data(), 4 * narrow.size()) == 0)
+            << where << c.name << ", " << kModeNames[mode];
+      });
+    }
+  set_processor(before);
 }
 
 TEST(winograd_and_direct_samples_share_a_batch) {
