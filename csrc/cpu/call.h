@@ -122,9 +122,10 @@ struct Call {
     return rnp::weights_stay(live_in_group(p.in_live(item.n), item.g, layout.icg),
                              live_in_group(p.out_live(item.n), item.g, layout.ocg));
   }
-  // The wide tiles, if two blocks from `block` on are the item's and live, and tiles store their results.
+  // The wide tiles, if two blocks from `block` on are the item's and live, and tiles store their results. They read
+  // weights for every six pixels; a row that is one tile of the others, or shares one, reads them more rarely.
   const TileWidth* wide_from(const WorkItem& item, int64_t block) const {
-    if (!direct_output || item.block1 - block < 2) return nullptr;
+    if (!direct_output || item.block1 - block < 2 || (!flat && p.shape.out_w <= kernels.max_cols)) return nullptr;
     return kernels.wide_for(live_in_group(p.out_live(item.n), item.g, layout.ocg) - block * PackedLayout::kLanes,
                             processor().paired_multiply_adds);
   }

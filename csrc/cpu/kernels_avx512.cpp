@@ -139,9 +139,6 @@ const Kernels& avx512_kernels() {
     // instead of 0.73 (bench/NOTES.md, "Two processors").
     k.wide_cols = 6;
     add_columns<V512, 4, 6>(k.wide);
-    add_shape<V512, 4, 2, 3>(k.wide);
-    add_shape<V512, 4, 2, 2>(k.wide);
-    add_shape<V512, 4, 2, 1>(k.wide);
     add_pointwise<V512, 4, 6>(k.wide);
     add_panels<V512, 4, V512, 6>(k.wide);
     return k;

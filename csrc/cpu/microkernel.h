@@ -33,11 +33,11 @@ struct TileArgs {
   int32_t live;                    // output channels to store, 1…lanes; of a wide tile all
 
   // Wide tiles, of two blocks of 32 output channels: floats from a block's weights and sums to the next block's. And
-  // weights to come, in both blocks: `ahead_rows` input channels of them (0, 1, 2 or 4) are fetched into L2 for every
-  // four that the tile multiplies, from `ahead` on.
+  // weights to come: `ahead_lines` cache lines of them are fetched into L2 from `ahead` on, `ahead_burst` before any
+  // four input channels.
   int64_t w_block_step, partial_block_step;
   const float* ahead;
-  int32_t ahead_rows;
+  int32_t ahead_lines, ahead_burst;
 
   // Sums of earlier input-channel blocks: read unless `first`, written unless `last`.
   bool first, last;

@@ -110,41 +110,25 @@ struct Tile {
     }
   }
 
-  // Weights to come: of each kUnroll input channels done, those of `rows` are asked for, in both blocks.
+  // Weights to come, of which some lines are asked for before any kUnroll input channels.
   struct Ahead {
     const float* at = nullptr;
-    int64_t block_step = 0;
-    int32_t rows = 0;  // or 1, 2, 4
+    int32_t lines = 0, burst = 0;
 
     RNP_INLINE Ahead() {}
-    explicit RNP_INLINE Ahead(const TileArgs& a) : at(a.ahead), block_step(a.w_block_step), rows(a.ahead_rows) {}
+    explicit RNP_INLINE Ahead(const TileArgs& a) : at(a.ahead), lines(a.ahead_lines), burst(a.ahead_burst) {}
 
     RNP_INLINE void ask() {
-      if (rows == 0) return;
-      ask_row();
-      if (rows == 1) return;
-      ask_row();
-      if (rows == 2) return;
-      ask_row();
-      ask_row();
-    }
-
-   private:
-    RNP_INLINE void ask_row() {
-      RNP_UNROLL
-      for (int v = 0; v < kBlock; v += 16) {
-        __builtin_prefetch(at + v, 0, 2);
-        __builtin_prefetch(at + block_step + v, 0, 2);
-      }
-      at += kBlock;
+      if (lines <= 0) return;
+      lines -= burst;
+      _Pragma("GCC unroll 1") for (int32_t i = burst; i > 0; --i, at += 16) __builtin_prefetch(at, 0, 2);
     }
   };
 
   // `count` input channels; before any kUnroll of them meanwhile(those left) is called. w and x move along.
   template <int r0, int r1, int c0, int c1, class F>
   static RNP_INLINE void wide_channels(T (&acc)[R][C][NV], const char* (&x)[R], const float* w, int64_t count,
-                                       const ColSteps& s, Ahead& ahead, F&& meanwhile) {
-    const int64_t block_step = ahead.block_step;
+                                       const ColSteps& s, int64_t block_step, Ahead& ahead, F&& meanwhile) {
     for (; count >= kUnroll; count -= kUnroll) {
       meanwhile(count);
       channels<r0, r1, c0, c1, 0, kUnroll>(acc, x, w, w + block_step, s);
@@ -161,6 +145,7 @@ struct Tile {
     }
   }
 
+  // `w_step`: of wide tiles, whose input channels are kBlock apart, from a block of output channels to the next.
   template <int r0, int r1, int c0, int c1>
   static RNP_INLINE void run(T (&acc)[R][C][NV], const float* from, const float* w, int64_t count, int64_t w_step,
                              int64_t row_step, const ColSteps& s, Ahead& ahead) {
@@ -168,7 +153,7 @@ struct Tile {
       const char* x[R];
       RNP_UNROLL
       for (int r = 0; r < R; ++r) x[r] = reinterpret_cast<const char*>(from + r * row_step);
-      if constexpr (kWide) return wide_channels<r0, r1, c0, c1>(acc, x, w, count, s, ahead, [](int64_t) {});
+      if constexpr (kWide) return wide_channels<r0, r1, c0, c1>(acc, x, w, count, s, w_step, ahead, [](int64_t) {});
       for (; count > 0; --count) {
         T weights[NV];
         RNP_UNROLL
@@ -188,12 +173,13 @@ struct Tile {
   template <int r0, int r1>
   static RNP_INLINE void by_columns(T (&acc)[R][C][NV], int skip, const float* x, const float* w, const Run& run_,
                                     const TileArgs& a, const ColSteps& s, Ahead& ahead) {
+    const int64_t w_step = kWide ? a.w_block_step : a.w_step;
     if (skip == kSkipNone) {
-      run<r0, r1, 0, C>(acc, x, w, run_.count, a.w_step, a.x_row_step, s, ahead);
+      run<r0, r1, 0, C>(acc, x, w, run_.count, w_step, a.x_row_step, s, ahead);
     } else if (skip == kSkipFirstCol) {
-      run<r0, r1, 1, C>(acc, x, w, run_.count, a.w_step, a.x_row_step, s, ahead);
+      run<r0, r1, 1, C>(acc, x, w, run_.count, w_step, a.x_row_step, s, ahead);
     } else {
-      run<r0, r1, 0, C - 1>(acc, x, w, run_.count, a.w_step, a.x_row_step, s, ahead);
+      run<r0, r1, 0, C - 1>(acc, x, w, run_.count, w_step, a.x_row_step, s, ahead);
     }
   }
 

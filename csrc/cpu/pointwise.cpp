@@ -220,7 +220,8 @@ void Pointwise::run_streaming() {
     for (size_t i = 0; i < passes_.size(); ++i) {
       Pass& pass = passes_[i];
       const PointwiseArgs* next = wide_ && i + 1 < passes_.size() ? &passes_[i + 1].args : nullptr;
-      WeightsAhead ahead(next ? next->tile.w : nullptr, next ? next->count * PackedLayout::kLanes : 0);
+      WeightsAhead ahead(next ? next->tile.w : nullptr, pass.args.tile.w_block_step,
+                         next ? next->count * PackedLayout::kLanes : 0);
       for (int64_t row = 0; row < rows_; ++row) {
         for (int64_t t = 0; t < row_tiles_; ++t) {
           ahead.give(pass.args.tile, rows_ * row_tiles_);

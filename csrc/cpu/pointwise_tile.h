@@ -42,11 +42,12 @@ struct PointwiseTile {
       // Channels left when no more of the tile to come are asked for, and its next ones.
       const int64_t end = p.count - p.ahead_count;
       const char* pixels = reinterpret_cast<const char*>(p.ahead);
-      Plain::template wide_channels<0, 1, 0, C>(acc, x, w, p.count, s, ahead, [&](int64_t left) RNP_LAMBDA {
-        if (left <= end || (p.count - left) % kChunk != 0) return;
-        prefetch<0>(pixels, s);
-        pixels += kChunk * sizeof(float);
-      });
+      Plain::template wide_channels<0, 1, 0, C>(acc, x, w, p.count, s, a.w_block_step, ahead,
+                                                [&](int64_t left) RNP_LAMBDA {
+                                                  if (left <= end || (p.count - left) % kChunk != 0) return;
+                                                  prefetch<0>(pixels, s);
+                                                  pixels += kChunk * sizeof(float);
+                                                });
       return Plain::finish(acc, a);
     }
     for (;;) {

@@ -103,7 +103,7 @@ void convolve(const Convolution& c, const TileWidth& width, const BlockOutput& o
     const bool more = ib + 1 < ic_blocks;
     const int64_t next_block = more ? block : block + width.lanes / PackedLayout::kLanes, next_ib = more ? ib + 1 : 0;
     const bool known = width.lanes == call.kernels.wide.lanes && next_block < c.item.block1;
-    WeightsAhead ahead(known ? call.p.packed + l.panel_at(c.item.g, next_block, next_ib) : nullptr,
+    WeightsAhead ahead(known ? call.p.packed + l.panel_at(c.item.g, next_block, next_ib) : nullptr, args.w_block_step,
                        l.area() * l.ic_count(next_ib) * PackedLayout::kLanes);
     for (const RowTile& row : plan.row_tiles) {
       for (const ColTile& col : plan.col_tiles) {
@@ -281,8 +281,10 @@ std::string describe_kernel(const ConvShape& s, DType dtype) {
   const Kernels& kernels = kernels_of(current_isa(), pairs);
   if (kernels.matrix) return name + "matrices of 32 pixels x 32 channels";
   const int64_t rows = std::min(s.out_h, band_rows(s, pairs ? (s.group_in() + 1) / 2 : s.group_in()));
-  const TileWidth* wide = kernels.wide_for(s.group_out(), processor().paired_multiply_adds);
-  const TilePlan plan(s, BandGeometry(s, 0, rows), kernels, wide, 0, rows, s.kh == 1 && s.kw == 1);
+  const bool flat = s.kh == 1 && s.kw == 1;
+  const TileWidth* wide =
+      flat || s.out_w > kernels.max_cols ? kernels.wide_for(s.group_out(), processor().paired_multiply_adds) : nullptr;
+  const TilePlan plan(s, BandGeometry(s, 0, rows), kernels, wide, 0, rows, flat);
   const int64_t lanes = wide ? wide->lanes : kernels.width_for(s.group_out()).lanes;
   return name + "tile " + std::to_string(plan.row_tiles[0].count) + "x" + std::to_string(plan.col_tiles[0].count) +
          " pixels x " + std::to_string(lanes) + " channels" +

@@ -44,14 +44,6 @@ int64_t tile_rows(const TileWidth& width, int64_t cols, int64_t rows) {
   return best;
 }
 
-// Columns of a tile at most. Two rows of half as many take turns with one row where that makes fewer tiles (7 columns:
-// 3 for two rows, not 4).
-int64_t tile_cols(const Kernels& kernels, bool wide, int64_t cols, bool flat) {
-  if (!wide) return kernels.max_cols;
-  const int64_t one = kernels.wide_cols, two = one / 2;
-  return !flat && (cols + two - 1) / two < 2 * ((cols + one - 1) / one) ? two : one;
-}
-
 }  // namespace
 
 TilePlan::TilePlan(const ConvShape& s, const BandGeometry& geometry, const Kernels& kernels, bool wide, int64_t row0,
@@ -62,7 +54,7 @@ TilePlan::TilePlan(const ConvShape& s, const BandGeometry& geometry, const Kerne
     cols = cols_in = (row1 - row0) * s.out_w;
     row_tiles.push_back({0, 1, kind_of(skips, row_kinds_)});
   }
-  const int64_t most = tile_cols(kernels, wide, cols, flat), pieces = (cols + most - 1) / most;
+  const int64_t most = wide ? kernels.wide_cols : kernels.max_cols, pieces = (cols + most - 1) / most;
   col_tiles.reserve(static_cast<size_t>(pieces));
   for (int64_t i = 0; i < pieces; ++i) {
     const int64_t first = cols * i / pieces, count = cols * (i + 1) / pieces - first;
@@ -71,13 +63,7 @@ TilePlan::TilePlan(const ConvShape& s, const BandGeometry& geometry, const Kerne
   }
   skips.assign(static_cast<size_t>(kh), kSkipNone);
   for (int64_t r = 0; !flat && r < row1 - row0;) {
-    const int64_t left = row1 - row0 - r;
-    int64_t count = 1;
-    if (wide) {
-      count = tile_rows(kernels.wide, (cols + pieces - 1) / pieces, left);
-    } else if (pieces == 1) {
-      count = tile_rows(kernels.widest(), cols, left);
-    }
+    const int64_t count = pieces == 1 && !wide ? tile_rows(kernels.widest(), cols, row1 - row0 - r) : 1;
     find_skips(row0 + r, count, s.stride_h, s.pad_top, s.dilation_h, s.h, kSkipFirstRow, kSkipLastRow, skips);
     row_tiles.push_back({r, count, kind_of(skips, row_kinds_)});
     r += count;

@@ -1,31 +1,39 @@
 // Weights of the next pass, fetched while wide tiles run.
 #pragma once
 
-#include "core/packing.h"
+#include <algorithm>
+#include <cstdint>
+
 #include "cpu/microkernel.h"
 
 namespace rnp::cpu {
 
-// What the wide tiles of a pass ask for: `floats` of each of two blocks from `next` on, the weights of the next pass.
-// The first four tiles ask for a quarter each, or, where there are fewer (layers of few pixels, whose weights come from
-// afar), two for a half or one for all.
+// What the wide tiles of a pass ask for: `floats` of each of two blocks, `block_step` apart, from `next` on. Every tile
+// asks for an equal part, spread over its multiply-adds: asked for at once, weights from past L2 fill the miss buffers
+// that the tile's own loads wait for (512 channels at 7x7, batch 8: 1.08 of oneDNN's speed with a quarter in each of
+// the first four tiles).
 class WeightsAhead {
  public:
   WeightsAhead() = default;
-  WeightsAhead(const float* next, int64_t floats) : next_(next), floats_(floats) {}
+  WeightsAhead(const float* next, int64_t block_step, int64_t floats)
+      : next_(next), block_step_(block_step), lines_(floats / kLine) {}
 
   // Before each of the pass's `tiles` tiles.
   void give(TileArgs& args, int64_t tiles) {
-    const int64_t share = tiles < 2 ? 4 : tiles < 4 ? 2 : 1, from = tile_ * share;  // in quarters
-    const bool some = next_ && from < 4;
-    args.ahead = some ? next_ + floats_ * from / 4 / PackedLayout::kLanes * PackedLayout::kLanes : nullptr;
-    args.ahead_rows = some ? static_cast<int32_t>(share) : 0;
+    args.ahead_lines = 0;
+    if (!next_) return;
+    const int64_t all = 2 * lines_, first = all * tile_ / tiles, end = all * (tile_ + 1) / tiles;
     ++tile_;
+    args.ahead = next_ + (first < lines_ ? first * kLine : block_step_ + (first - lines_) * kLine);
+    args.ahead_lines = static_cast<int32_t>(end - first);
+    // A pass multiplies about as many weights as it asks for: 16 lines for any four input channels.
+    args.ahead_burst = static_cast<int32_t>(std::max<int64_t>(1, (16 + tiles - 1) / tiles));
   }
 
  private:
+  static constexpr int64_t kLine = 16;  // floats
   const float* next_ = nullptr;
-  int64_t floats_ = 0, tile_ = 0;
+  int64_t block_step_ = 0, lines_ = 0, tile_ = 0;
 };
 
 }  // namespace rnp::cpu

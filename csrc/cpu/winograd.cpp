@@ -140,8 +140,10 @@ void multiply(const Work& work, int64_t first, int64_t blocks) {
     for (const WinogradPiece& piece : work) {
       const TileWidth* wide = blocks == 2 ? kernels.wide_for(piece.of->left(first), paired) : nullptr;
       if (wide) {
-        Products{work, piece, first, point}.run(*wide, kernels.wide_cols, 0, wide->lanes, 0,
-                                                WeightsAhead(ahead, call.channels(piece.of->in_live) * kLanes));
+        const int64_t block_step = call.layout.panel_at(first + 1, 0) - call.layout.panel_at(first, 0);
+        Products{work, piece, first, point}.run(
+            *wide, kernels.wide_cols, 0, wide->lanes, 0,
+            WeightsAhead(ahead, block_step, call.channels(piece.of->in_live) * kLanes));
         ahead = nullptr;
         continue;
       }

@@ -267,14 +267,13 @@ TEST(wide_tiles_equal_the_reference_and_change_no_bit) {
                     .stride_h = stride,
                     .stride_w = stride};
   };
-  ConvCase groups = square("two groups", 22, 7, 9, 140);
+  ConvCase groups = square("two groups", 22, 3, 19, 140);
   groups.groups = 2;
   const ConvCase cases[] = {
-      square("rows of one tile's columns, two input blocks", 70, 5, 10, 150),
-      square("two rows of three columns, a row left", 13, 5, 7, 100),
-      square("steps of two", 9, 11, 15, 96, 2),
-      square("2x2, fewer tiles than shares of the weights", 40, 2, 2, 130),
-      square("one pixel", 17, 1, 1, 64),
+      square("rows of three tiles, two input blocks", 70, 5, 16, 150),
+      square("uneven rows", 13, 4, 31, 100),
+      square("steps of two", 9, 7, 37, 96, 2),
+      square("one row", 40, 1, 15, 130),
       groups,
       pointwise("1x1, two input blocks", 300, 5, 9, 144),
       pointwise("1x1, copied", 1024, 3, 7, 80),
