@@ -66,6 +66,11 @@ Stock grouped_path(const ConvShape& s, DType dtype, bool channels_last) {
                                                                   : s.group_in() == 1 && s.group_out() == 2));
     const bool lanes =
         (((s.kw == 3 || s.kw == 5) && s.stride_w <= 2) || (s.kw == 7 && s.stride_w == 1)) && s.dilation_w == 1;
+    // Large maps are all traffic. Without lines asked for ahead, on a Xeon, batch 1 and 8: 32 channels at 112x112 0.95
+    // and 1.07 of oneDNN's time, 64 in steps of two from there 1.09 and 1.14, 128 in steps of two from 56x56 0.72 and
+    // 0.95.
+    const bool large = s.out_h * s.out_w >= (s.stride_w == 1 ? 112 * 112 : 56 * 56);
+    if (depthwise && large && processor().follows_rows) return Stock::kOneDnn;
     return groups && lanes ? Stock::kNone : Stock::kOneDnn;
   }
   // Lanes are positions: unaligned loads, and on small maps short runs (14x14 and 7x7, one thread: 1.2 to 3 times
@@ -81,8 +86,10 @@ Stock grouped_path(const ConvShape& s, DType dtype, bool channels_last) {
 // Contiguous NCHW of few input channels: 0.4 to 0.9 of oneDNN's time (8 -> 8 at 56x56, 3 -> 64 at 224x224 and 32x32, 3
 // -> 16 at 32x32, 1 -> 6 with 5x5 at 28x28), level for large maps in steps of two (3 -> 32 from 224x224: 0.9 to 1.0),
 // slower where no input serves two outputs (2x2 in steps of two, 4 -> 96 at 64x64: 0.8 alone and 1.23 in a batch).
+// On a Xeon 3 -> 64 takes 1.18 and 1.02 of it at 224x224, batch 1 and 8, and 1.06 and 0.70 at 32x32.
 bool planes_win(const ConvShape& s) {
   if (!few_channels(s)) return false;
+  if (processor().follows_rows && s.out_h * s.out_w >= 112 * 112 && s.c_out > 8) return false;
   return s.stride_h * s.stride_w == 1 || (s.out_h * s.out_w <= 56 * 56 && s.kh * s.kw >= 9);
 }
 
