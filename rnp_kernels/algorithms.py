@@ -5,7 +5,8 @@ that it is the faster one: float32, 3x3, stride 1, dilated or not, no groups; an
 stride 2 over 2 to 4 channels, whose 2x2 pixels it folds into channels. The rule looks at the layer's shape and at a
 sample's own prefixes, never at the batch or the threads. It takes effect where transformed weights are at hand: in a
 `PrefixConv2d` whose call needs no gradient, in a converted network, and where `prefix_conv2d(winograd=...)` is given
-them. Everything else is computed directly.
+them. The gradient of the input of a 3x3 layer with stride 1 transforms weights of its own, where the map has 400
+positions or more (csrc/cpu/input_grad.cpp). Everything else is computed directly.
 
 What "auto" costs and changes:
 

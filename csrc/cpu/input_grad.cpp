@@ -12,12 +12,15 @@
 #include <numeric>
 #include <vector>
 
+#include "core/algorithm.h"
 #include "core/half.h"
 #include "core/packing.h"
+#include "core/winograd.h"
 #include "cpu/plane_pointwise.h"
 #include "cpu/prefix_conv2d.h"
 #include "cpu/prefix_conv2d_grad.h"
 #include "cpu/scratch.h"
+#include "cpu/winograd.h"
 
 namespace rnp::cpu {
 namespace {
@@ -173,6 +176,28 @@ PrefixConv2dParams convolution(const PrefixConv2dGradParams& p, const Phase& row
   return c;
 }
 
+// Gradients of maps of at least so many positions go through Winograd, where the forward's rule names it: the weights,
+// which change with every step, are transformed in a call, and that must pay for a sample alone. In time of direct
+// multiply-adds a pair of channels takes about two hundred, a position nine of which five are saved.
+constexpr int64_t kFewestPositions = 20 * 20;
+
+// The weights of a convolution of stride 1, turned as in pack_turned and transformed; none where Winograd is not to be
+// used. The header is pack_winograd's.
+const float* transform_turned(const PrefixConv2dGradParams& p, PrefixConv2dParams& c, const Threads& threads) {
+  static thread_local ScratchMemory memory;
+  const ConvShape& s = c.shape;
+  if (s.kh != 3 || s.out_h * s.out_w < kFewestPositions) return nullptr;
+  const int64_t in_live = largest(c.in_prefix, s.n, s.c_in), out_live = largest(c.out_prefix, s.n, s.c_out);
+  c.winograd_tile = winograd_tile(s, c.dtype);
+  if (c.winograd_tile == 0 || in_live == 0 || out_live == 0) return nullptr;
+  const WinogradLayout layout{c.winograd_tile, s.c_in, s.c_out, s.kh};
+  float* transformed = memory.get(static_cast<size_t>(layout.total_floats()));
+  const Strides4& st = p.weight_stride;
+  const float* last_tap = static_cast<const float*>(p.weight) + (s.kh - 1) * st.h + (s.kw - 1) * st.w;
+  pack_winograd({last_tap, c.dtype, {st.c, st.n, -st.h, -st.w}}, layout, transformed, threads, in_live, out_live);
+  return transformed;
+}
+
 }  // namespace
 
 void prefix_conv2d_input_grad(const PrefixConv2dGradParams& p, const Threads& threads) {
@@ -190,6 +215,7 @@ void prefix_conv2d_input_grad(const PrefixConv2dGradParams& p, const Threads& th
       if (idle(row) || idle(col)) continue;
       PrefixConv2dParams c = convolution(p, row, col, element);
       c.tail = cleared ? Tail::kSkip : Tail::kZero;
+      if (s.stride_h * s.stride_w == 1) c.winograd = transform_turned(p, c, threads);
       const PackedLayout layout(c.shape);
       float* weights = scratch.get(static_cast<size_t>(layout.total_floats()));
       c.weight = weights;
@@ -199,7 +225,7 @@ void prefix_conv2d_input_grad(const PrefixConv2dGradParams& p, const Threads& th
       } else {
         c.weight = nullptr;
         c.packed = weights;
-        pack(p, row, col, layout, threads, weights);
+        if (!c.winograd || !WinogradSamples(c).all()) pack(p, row, col, layout, threads, weights);
       }
       c.sum_kernel_rows = true;  // torch's sums are short here, on some shapes one chain for each tap
       prefix_conv2d(c, threads);

@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "cpu/copy_pixels_tile.h"
 #include "cpu/microkernel_tile.h"
 #include "cpu/plane_pointwise_tile.h"
 #include "cpu/pointwise_tile.h"
@@ -70,7 +71,6 @@ const Kernels& avx2_kernels() {
     k.streams = true;
     add_tiles<1>(k.width[0]);
     add_tiles<2>(k.width[1]);
-    k.depthwise_row = &depthwise_row<V256>;
     k.copy_pixels = &copy_pixels<V256>;
     k.transpose = &transpose;
     k.winograd = winograd_kernels<V256>();

@@ -6,6 +6,7 @@
 // GCC 12 warns about its own _mm512_undefined_ps.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
+#include "cpu/copy_pixels_tile.h"
 #include "cpu/microkernel_tile.h"
 #include "cpu/plane_pointwise_tile.h"
 #include "cpu/pointwise_tile.h"
@@ -129,7 +130,6 @@ const Kernels& avx512_kernels() {
     add_panels<V512, 1, V512, 14>(k.width[1]);
     add_panels<V512, 2, V512, 14>(k.width[2]);
     k.copy_panel = &copy_panel<V512>;
-    k.depthwise_row = &depthwise_row<V512>;
     k.copy_pixels = &copy_pixels<V512>;
     k.transpose = &transpose;
     k.winograd = winograd_kernels<V512>();

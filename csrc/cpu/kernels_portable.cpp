@@ -1,5 +1,6 @@
 // Portable kernels: the compiler's 4-wide vectors, at the baseline instruction set. Up to 5 pixels x 8 channels: 10
 // accumulators, 2 weights, 1 broadcast and 1 product of 16 registers.
+#include "cpu/copy_pixels_tile.h"
 #include "cpu/microkernel_tile.h"
 #include "cpu/plane_pointwise_tile.h"
 #include "cpu/pointwise_tile.h"
@@ -56,7 +57,6 @@ const Kernels& portable_kernels() {
     add_columns<V128, 2, 5>(k.width[1]);
     add_pointwise<V128, 1, 5>(k.width[0]);
     add_pointwise<V128, 2, 5>(k.width[1]);
-    k.depthwise_row = &depthwise_row<V128>;
     k.copy_pixels = &copy_pixels<V128>;
     k.winograd = winograd_kernels<V128>();
     add_planes<V128, 5>(k);

@@ -105,26 +105,6 @@ struct PlaneTileArgs {
 };
 using PlaneTileKernel = void (*)(const PlaneTileArgs&);
 
-// Channels of a panel of the depthwise band: whole vectors of every ISA, and one cache line, so that neighbouring
-// pixels never share a cache set.
-constexpr int64_t kDepthwisePanel = 16;
-
-// One output row of a depthwise convolution: `cols` pixels, `channels` channels.
-struct DepthwiseArgs {
-  const float* x;        // first tap of the first pixel, in the first panel
-  int64_t x_panel_step;  // floats between panels
-  const float* w;        // [tap][w_step]
-  int64_t taps, w_step;
-  const int64_t* tap_offset;  // floats from a pixel's first tap
-  int64_t cols, channels;
-  int64_t x_col_step, out_col_step, residual_col_step;
-  float* out;
-  const float* scale;
-  const float* bias;
-  const float* residual;
-  bool relu;
-};
-
 // Copies `count` channels of each of `cols` pixels, from `pixel_stride` apart to `channels` apart.
 using CopyPixels = void (*)(const float* from, int64_t pixel_stride, int64_t cols, int64_t count, int64_t channels,
                             float* to);
@@ -157,7 +137,6 @@ struct Kernels {
   // Without fused multiply-add every product rounds too: each kernel row is then summed by itself, for shorter chains.
   bool sum_kernel_rows;
   bool streams;  // knows TileArgs::stream, for tiles of 16 channels or more
-  void (*depthwise_row)(const DepthwiseArgs&);
   CopyPixels copy_pixels;
   Transpose transpose;  // null: element by element
   // Fills a panel with `count` channels of kMaxCols pixels. Null: no panels, and `pointwise` alone.

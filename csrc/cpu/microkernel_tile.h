@@ -2,16 +2,12 @@
 // everything here has internal linkage.
 //
 // GCC 12 keeps the accumulators in registers only if every loop over them is unrolled and induction variables are left
-// alone
-// (-fno-ivopts); the C++ build checks nothing of this, `bench/NOTES.md` says how to look.
+// alone (-fno-ivopts): tests/test_cpu_disassembly.py looks.
 #pragma once
 
 #include "core/count.h"
+#include "cpu/inlining.h"
 #include "cpu/microkernel.h"
-
-#define RNP_INLINE inline __attribute__((always_inline))
-#define RNP_LAMBDA __attribute__((always_inline))
-#define RNP_UNROLL _Pragma("GCC unroll 16")
 
 namespace rnp::cpu {
 namespace {
@@ -320,97 +316,6 @@ struct Tile {
     });
   }
 };
-
-// One vector of channels of a depthwise row. The pixels of a panel hold one vector, so they are neighbours in memory.
-// Nine taps' weights stay in registers.
-template <class V, int kTaps, bool kFull>
-RNP_INLINE void depthwise_vector(const DepthwiseArgs& a, const float* panel, int64_t c, typename V::Mask mask) {
-  using T = typename V::T;
-  const auto load = [&](const float* p) { return kFull ? V::load(p) : V::masked_load(p, mask); };
-  T w[kTaps > 0 ? kTaps : 1];
-  if constexpr (kTaps > 0) {
-    RNP_UNROLL
-    for (int t = 0; t < kTaps; ++t) w[t] = load(a.w + t * a.w_step + c);
-  }
-  const T scale = a.scale ? load(a.scale + c) : V::zero(), bias = a.bias ? load(a.bias + c) : V::zero();
-  for (int64_t p = 0; p < a.cols; ++p) {
-    const float* x = panel + p * a.x_col_step;
-    T acc = V::zero();
-    RNP_COUNT_FMA(a.taps * V::kWidth);
-    if constexpr (kTaps > 0) {
-      RNP_UNROLL
-      for (int t = 0; t < kTaps; ++t) acc = V::fma(V::load(x + a.tap_offset[t]), w[t], acc);
-    } else {
-      for (int64_t t = 0; t < a.taps; ++t)
-        acc = V::fma(V::load(x + a.tap_offset[t]), load(a.w + t * a.w_step + c), acc);
-    }
-    if (a.scale) acc = V::mul(acc, scale);
-    if (a.bias) acc = V::add(acc, bias);
-    if (a.residual) acc = V::add(acc, load(a.residual + p * a.residual_col_step + c));
-    if (a.relu) acc = V::relu(acc);
-    float* to = a.out + p * a.out_col_step + c;
-    kFull ? V::store(to, acc) : V::masked_store(to, mask, acc);
-  }
-}
-
-template <class V, bool kFull>
-RNP_INLINE void depthwise_any(const DepthwiseArgs& a, const float* panel, int64_t c, typename V::Mask mask) {
-  if (a.taps == 9) {
-    depthwise_vector<V, 9, kFull>(a, panel, c, mask);
-  } else {
-    depthwise_vector<V, 0, kFull>(a, panel, c, mask);
-  }
-}
-
-template <class V>
-void depthwise_row(const DepthwiseArgs& a) {
-  for (int64_t c = 0; c < a.channels; c += V::kWidth) {
-    const float* panel = a.x + c / kDepthwisePanel * a.x_panel_step + c % kDepthwisePanel;
-    const int left = static_cast<int>(a.channels - c < V::kWidth ? a.channels - c : V::kWidth);
-    if (left == V::kWidth) {
-      depthwise_any<V, true>(a, panel, c, V::mask(left));
-    } else {
-      depthwise_any<V, false>(a, panel, c, V::mask(left));
-    }
-  }
-}
-
-// Up to kVectors vectors of each pixel. Live channels lie in pieces, `pixel_stride` apart, which no hardware prefetcher
-// follows well: the lines of a pixel about 32 lines ahead are asked for.
-template <class V, int kVectors>
-RNP_INLINE void copy_vectors(const float* from, int64_t pixel_stride, int64_t cols, int64_t count, int64_t channels,
-                             float* to) {
-  constexpr int kAhead = 32 * 16 / (kVectors * V::kWidth) > 0 ? 32 * 16 / (kVectors * V::kWidth) : 1;
-  const auto mask = V::mask(static_cast<int>(count - (kVectors - 1) * V::kWidth));
-  const bool full = count == kVectors * V::kWidth;
-  for (int64_t x = 0; x < cols; ++x, from += pixel_stride, to += channels) {
-    if (x + kAhead < cols) {
-      RNP_UNROLL
-      for (int v = 0; v < kVectors; v += 16 / V::kWidth)
-        __builtin_prefetch(from + kAhead * pixel_stride + v * V::kWidth);
-    }
-    RNP_UNROLL
-    for (int v = 0; v + 1 < kVectors; ++v) V::store(to + v * V::kWidth, V::load(from + v * V::kWidth));
-    constexpr int kLast = (kVectors - 1) * V::kWidth;
-    if (full) {
-      V::store(to + kLast, V::load(from + kLast));
-    } else {
-      V::masked_store(to + kLast, mask, V::masked_load(from + kLast, mask));
-    }
-  }
-}
-
-template <class V>
-void copy_pixels(const float* from, int64_t pixel_stride, int64_t cols, int64_t count, int64_t channels, float* to) {
-  constexpr int64_t kMost = 4 * V::kWidth;
-  for (; count > kMost; count -= kMost, from += kMost, to += kMost)
-    copy_vectors<V, 4>(from, pixel_stride, cols, kMost, channels, to);
-  const int64_t vectors = (count + V::kWidth - 1) / V::kWidth;
-  if (vectors == 4) copy_vectors<V, 4>(from, pixel_stride, cols, count, channels, to);
-  if (vectors == 3) copy_vectors<V, 3>(from, pixel_stride, cols, count, channels, to);
-  if (vectors == 2) copy_vectors<V, 2>(from, pixel_stride, cols, count, channels, to);
-  if (vectors == 1) copy_vectors<V, 1>(from, pixel_stride, cols, count, channels, to);
-}
 
 template <class V, int NV, int R, int C>
 RNP_INLINE void add_shape(TileWidth& width) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <vector>
 
 #include "core/parallel.h"
@@ -13,8 +14,11 @@
 namespace rnp::cpu {
 
 // weight: (c_out, c_in, layout.kernel, layout.kernel) float32. `packed` has layout.total_floats() floats. The transform
-// is computed in double precision and rounded once.
-void pack_winograd(const WeightView& weight, const WinogradLayout& layout, float* packed, const Threads& threads);
+// is computed in double precision and rounded once. Only what samples of at most `in_live` input and `out_live` output
+// channels read is written, but whole blocks of 32 output channels.
+constexpr int64_t kAllChannels = std::numeric_limits<int64_t>::max();
+void pack_winograd(const WeightView& weight, const WinogradLayout& layout, float* packed, const Threads& threads,
+                   int64_t in_live = kAllChannels, int64_t out_live = kAllChannels);
 
 // Null if `packed` (of `floats` floats) was written by pack_winograd for a weight (c_out, c_in, kernel, kernel);
 // otherwise what differs. On success `tile` receives the tile it was written for.

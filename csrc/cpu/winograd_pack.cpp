@@ -47,49 +47,54 @@ void filter_matrix(const WinogradLayout& l, FilterMatrix& g) {
   point_row(-1, 2, 3, g[2]);
 }
 
-// One channel's filter, of what is summed over, and one output channel's.
-struct Filter {
-  double tap[kMaxTaps][kMaxTaps];
+// One channel, of what is summed over: the filters of a block's output channels side by side, so that the compiler
+// transforms several at once.
+struct Filters {
+  alignas(64) double tap[kMaxTaps][kMaxTaps][PackedLayout::kLanes] = {};
 
-  Filter(const WinogradLayout& l, const float* w, const Strides4& st, int64_t channel) {
+  Filters(const WinogradLayout& l, const float* w, const Strides4& st, int64_t channel, int64_t live) {
     const int64_t ic = channel % l.c_in, phase = channel / l.c_in, step = l.folded() ? 2 : 1;
-    for (int64_t j = 0; j < l.taps(); ++j)
-      for (int64_t k = 0; k < l.taps(); ++k) {
-        const int64_t y = j * step + phase / 2, x = k * step + phase % 2;
-        tap[j][k] = y < l.kernel && x < l.kernel ? static_cast<double>(w[ic * st.c + y * st.h + x * st.w]) : 0;
-      }
+    for (int64_t oc = 0; oc < live; ++oc)
+      for (int64_t j = 0; j < l.taps(); ++j)
+        for (int64_t k = 0; k < l.taps(); ++k) {
+          const int64_t y = j * step + phase / 2, x = k * step + phase % 2;
+          if (y < l.kernel && x < l.kernel)
+            tap[j][k][oc] = static_cast<double>(w[oc * st.n + ic * st.c + y * st.h + x * st.w]);
+        }
   }
 };
 
+// to[lane] = sum over k of g[k] * from[k][lane], in that order.
+template <typename T>
+void combine(const double* g, const double (*from)[PackedLayout::kLanes], int64_t step, int64_t taps, int64_t lanes,
+             T* to) {
+  double sum[PackedLayout::kLanes] = {};
+  for (int64_t k = 0; k < taps; ++k)
+    for (int64_t i = 0; i < PackedLayout::kLanes; ++i) sum[i] += g[k] * from[k * step][i];
+  for (int64_t i = 0; i < lanes; ++i) to[i] = static_cast<T>(sum[i]);
+}
+
 void transform_block(const float* w, const Strides4& st, const WinogradLayout& l, const FilterMatrix& g, int64_t block,
-                     float* packed) {
+                     int64_t channels, float* packed) {
   const int64_t lanes = l.lanes(block), first = block * PackedLayout::kLanes, taps = l.taps();
   const int64_t live = std::min(lanes, l.c_out - first), edge = l.edge(),
                 panel = l.panel_at(block, 1) - l.panel_at(block, 0);
   float* base = packed + l.panel_at(block, 0);
-  std::memset(base, 0, sizeof(float) * static_cast<size_t>(panel * l.points()));
-  for (int64_t c = 0; c < l.channels(); ++c)
-    for (int64_t oc = 0; oc < live; ++oc) {
-      const Filter from(l, w + (first + oc) * st.n, st, c);
-      double half[kMaxEdge][kMaxTaps];
-      for (int64_t i = 0; i < edge; ++i)
-        for (int64_t j = 0; j < taps; ++j) {
-          half[i][j] = 0;
-          for (int64_t k = 0; k < taps; ++k) half[i][j] += g[i][k] * from.tap[k][j];
-        }
-      float* to = base + c * lanes + oc;
-      for (int64_t i = 0; i < edge; ++i)
-        for (int64_t j = 0; j < edge; ++j, to += panel) {
-          double sum = 0;
-          for (int64_t k = 0; k < taps; ++k) sum += half[i][k] * g[j][k];
-          *to = static_cast<float>(sum);
-        }
+  for (int64_t c = 0; c < channels; ++c) {
+    const Filters from(l, w + first * st.n, st, c, live);
+    alignas(64) double half[kMaxTaps][PackedLayout::kLanes];
+    float* to = base + c * lanes;
+    for (int64_t i = 0; i < edge; ++i) {
+      for (int64_t j = 0; j < taps; ++j) combine(g[i], &from.tap[0][j], kMaxTaps, taps, PackedLayout::kLanes, half[j]);
+      for (int64_t j = 0; j < edge; ++j, to += panel) combine(g[j], half, 1, taps, lanes, to);
     }
+  }
 }
 
 }  // namespace
 
-void pack_winograd(const WeightView& weight, const WinogradLayout& l, float* packed, const Threads& threads) {
+void pack_winograd(const WeightView& weight, const WinogradLayout& l, float* packed, const Threads& threads,
+                   int64_t in_live, int64_t out_live) {
   const Header header(l);
   std::memcpy(packed, &header, sizeof(header));
   std::fill(packed + PackedLayout::kHeaderWords, packed + l.data_at(), 0.0f);
@@ -98,10 +103,12 @@ void pack_winograd(const WeightView& weight, const WinogradLayout& l, float* pac
   write_fingerprint(weight, PackedLayout(s), packed);
   FilterMatrix g = {};
   filter_matrix(l, g);
+  const int64_t channels = l.folded() ? l.channels() : std::min(in_live, l.c_in);
+  const int64_t blocks = (std::min(out_live, l.c_out) + PackedLayout::kLanes - 1) / PackedLayout::kLanes;
   std::atomic<int64_t> next{0};
-  threads(static_cast<int>(std::min<int64_t>(l.oc_blocks(), threads.count)), [&](int) {
-    for (int64_t b = next++; b < l.oc_blocks(); b = next++)
-      transform_block(static_cast<const float*>(weight.data), weight.stride, l, g, b, packed);
+  threads(static_cast<int>(std::min<int64_t>(blocks, threads.count)), [&](int) {
+    for (int64_t b = next++; b < blocks; b = next++)
+      transform_block(static_cast<const float*>(weight.data), weight.stride, l, g, b, channels, packed);
   });
 }
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <type_traits>
 
+#include "core/algorithm.h"
 #include "cpu/isa.h"
 #include "tests/check.h"
 #include "tests/conv_case.h"
@@ -168,6 +169,32 @@ const ConvCase kLargeMap = {.name = "3x3 on 90x90",
                             .left = 1,
                             .right = 1};
 
+// Maps of so many positions that the input's gradient goes through Winograd.
+const ConvCase kWinogradMaps[] = {{.name = "3x3 on 20x21",
+                                   .n = 3,
+                                   .c_in = 40,
+                                   .h = 20,
+                                   .w = 21,
+                                   .c_out = 70,
+                                   .kh = 3,
+                                   .kw = 3,
+                                   .top = 1,
+                                   .bottom = 1,
+                                   .left = 1,
+                                   .right = 1},
+                                  {.name = "3x3 on 22x25, uneven padding",
+                                   .n = 3,
+                                   .c_in = 67,
+                                   .h = 22,
+                                   .w = 25,
+                                   .c_out = 17,
+                                   .kh = 3,
+                                   .kw = 3,
+                                   .top = 0,
+                                   .bottom = 2,
+                                   .left = 3,
+                                   .right = 1}};
+
 }  // namespace
 
 TEST(float32_gradients_equal_the_reference_on_every_isa) { check_dtype<float>(DType::kFloat32, 0, "float32"); }
@@ -192,6 +219,7 @@ TEST(gradients_of_batches_that_are_cut_into_units_and_slots) {
 TEST(gradients_have_the_same_bits_on_any_threads) {
   std::vector<std::pair<ConvCase, int64_t>> all = {{kSmallMaps, 23}, {kLargeMap, 3}};
   for (const ConvCase& c : conv_cases()) all.emplace_back(c, 1);
+  for (const ConvCase& c : kWinogradMaps) all.emplace_back(c, 1);
   on_every_isa(DType::kFloat32, [&](const std::string& isa) {
     for (const auto& [shape, copies] : all) {
       GradProblem<float> first(shape, kMixed, DType::kFloat32, true, copies), other = first;
@@ -210,9 +238,43 @@ TEST(gradients_have_the_same_bits_on_any_threads) {
   });
 }
 
+TEST(input_gradients_through_winograd) {
+  for (const ConvCase& c : kWinogradMaps)
+    for (int mode = 0; mode < kModes; ++mode)
+      for (bool channels_last : {true, false}) {
+        GradProblem<float> problem(c, static_cast<Mode>(mode), DType::kFloat32, channels_last);
+        on_every_isa(DType::kFloat32, [&](const std::string& isa) {
+          const std::string where = isa + ", " + c.name + ", " + kModeNames[mode];
+          problem.prepare();
+          cpu::prefix_conv2d_input_grad(problem.p, std_threads(2));
+          cpu::prefix_conv2d_weight_grad(problem.p, {});
+          problem.check(where, 0);
+          const std::vector<float> found = problem.grad_input;
+          double error = 0, size = 0;
+          for (int64_t n = 0; n < c.n; ++n)
+            for (int64_t i = 0; i < c.c_in; ++i)
+              for (int64_t y = 0; y < c.h; ++y)
+                for (int64_t x = 0; x < c.w; ++x) {
+                  const double sum = problem.input_sum[problem.at(strides_of(c.c_in, c.h, c.w, false), n, i, y, x)];
+                  error += std::pow(found[problem.at(problem.p.grad_input_stride, n, i, y, x)] - sum, 2);
+                  size += sum * sum;
+                }
+          CHECK(error <= 1e-10 * size) << where << ": relative L2 error " << std::sqrt(error / size);
+          set_algorithm("direct");
+          problem.prepare();
+          cpu::prefix_conv2d_input_grad(problem.p, {});
+          set_algorithm("auto");
+          const bool same = std::memcmp(found.data(), problem.grad_input.data(), 4 * found.size()) == 0;
+          CHECK_EQUAL(same, mode == kZero) << where << ": Winograd has other bits than direct convolution";
+        });
+      }
+}
+
 TEST(the_gradient_of_a_sample_has_the_same_bits_alone) {
-  on_every_isa(DType::kFloat32, [](const std::string& isa) {
-    for (const ConvCase& c : conv_cases()) {
+  std::vector<ConvCase> all = conv_cases();
+  all.insert(all.end(), std::begin(kWinogradMaps), std::end(kWinogradMaps));
+  on_every_isa(DType::kFloat32, [&](const std::string& isa) {
+    for (const ConvCase& c : all) {
       GradProblem<float> batch(c, kMixed, DType::kFloat32, true), alone = batch;
       cpu::prefix_conv2d_input_grad(batch.p, {});
       for (int64_t n = 0; n < c.n; ++n) {
