@@ -177,12 +177,13 @@ PrefixConv2dParams convolution(const PrefixConv2dGradParams& p, const Phase& row
 }
 
 // Gradients of maps of at least so many positions go through Winograd, where the forward's rule names it: the weights,
-// which change with every step, are transformed in a call, and that must pay for a sample alone. In time of direct
-// multiply-adds a pair of channels takes about two hundred, a position nine of which five are saved.
+// which change with every step, are transformed in the call, and that must pay for a sample alone. Emerald Rapids, one
+// thread, direct over Winograd, batch 1 and 16: 128 channels at 20x20 0.99 and 2.3, at 28x28 1.33 and 2.5, 256 at 28x28
+// 1.22 and 2.1, 512 at 28x28 1.38 and 3.9, 64 at 56x56 1.9 and 2.5.
 constexpr int64_t kFewestPositions = 20 * 20;
 
 // The weights of a convolution of stride 1, turned as in pack_turned and transformed; none where Winograd is not to be
-// used. The header is pack_winograd's.
+// used.
 const float* transform_turned(const PrefixConv2dGradParams& p, PrefixConv2dParams& c, const Threads& threads) {
   static thread_local ScratchMemory memory;
   const ConvShape& s = c.shape;

@@ -16,6 +16,7 @@
 #include "cpu/epilogue.h"
 #include "cpu/grouped.h"
 #include "cpu/isa.h"
+#include "cpu/kernels.h"
 #include "cpu/matrix_item.h"
 #include "cpu/microkernel.h"
 #include "cpu/pack_weight.h"
@@ -30,18 +31,6 @@
 
 namespace rnp::cpu {
 namespace {
-
-const Kernels& kernels_of(Isa isa, bool pairs = false) {
-#if defined(__x86_64__)
-#if defined(RNP_AMX)
-  if (pairs && isa == Isa::kAvx512Amx) return amx_kernels();
-#endif
-  if (pairs) return avx512bf16_kernels();
-  if (isa >= Isa::kAvx512) return avx512_kernels();
-  if (isa == Isa::kAvx2) return avx2_kernels();
-#endif
-  return portable_kernels();
-}
 
 // Sums the runs of a tile, in one chain or in one per kernel row. The cut must not depend on the tile, hence not on the
 // band.
@@ -225,6 +214,18 @@ std::optional<PrefixConv2dParams> pixels_for_samples(const PrefixConv2dParams& p
 }
 
 }  // namespace
+
+const Kernels& kernels_of(Isa isa, bool pairs) {
+#if defined(__x86_64__)
+#if defined(RNP_AMX)
+  if (pairs && isa == Isa::kAvx512Amx) return amx_kernels();
+#endif
+  if (pairs) return avx512bf16_kernels();
+  if (isa >= Isa::kAvx512) return avx512_kernels();
+  if (isa == Isa::kAvx2) return avx2_kernels();
+#endif
+  return portable_kernels();
+}
 
 void prefix_conv2d(const PrefixConv2dParams& p, const Threads& threads) {
   if (const auto pixels = pixels_for_samples(p)) return prefix_conv2d(*pixels, threads);

@@ -38,9 +38,20 @@ struct WinogradOutputArgs {
   bool stream;  // store past the caches; whole vectors and aligned cache lines only (kernels whose `streams` says so)
 };
 
+// Weights of one input channel (of what is summed over) and `lanes` output channels, a multiple of 8, to U[point].
+struct WinogradFilterArgs {
+  static constexpr int kMaxTaps = 4, kLanes = 32;
+  const double* g;                                     // [point of an axis][kMaxTaps]
+  alignas(64) double tap[kMaxTaps][kMaxTaps][kLanes];  // [row][column]; 0 where a channel or a tap is missing
+  int64_t lanes;
+  float* to;
+  int64_t point_step;
+};
+
 struct WinogradKernels {  // index 0: F(2x2, 3x3), 1: F(4x4, 3x3), 2: F(4x4, 4x4)
   void (*input[3])(const WinogradInputArgs&);
   void (*output[3])(const WinogradOutputArgs&);
+  void (*filter[3])(const WinogradFilterArgs&);
 };
 
 }  // namespace rnp::cpu

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "cpu/kernels.h"
 #include "cpu/winograd.h"
 
 namespace rnp::cpu {
@@ -16,7 +17,7 @@ struct Header {
   }
 };
 
-constexpr int64_t kMaxEdge = 7, kMaxTaps = 4;
+constexpr int64_t kMaxEdge = 7, kMaxTaps = WinogradFilterArgs::kMaxTaps;
 using FilterMatrix = double[kMaxEdge][kMaxTaps];
 
 // The row of G that belongs to a finite point x, where n is the product of its distances to the others.
@@ -47,47 +48,31 @@ void filter_matrix(const WinogradLayout& l, FilterMatrix& g) {
   point_row(-1, 2, 3, g[2]);
 }
 
-// One channel, of what is summed over: the filters of a block's output channels side by side, so that the compiler
-// transforms several at once.
-struct Filters {
-  alignas(64) double tap[kMaxTaps][kMaxTaps][PackedLayout::kLanes] = {};
-
-  Filters(const WinogradLayout& l, const float* w, const Strides4& st, int64_t channel, int64_t live) {
-    const int64_t ic = channel % l.c_in, phase = channel / l.c_in, step = l.folded() ? 2 : 1;
-    for (int64_t oc = 0; oc < live; ++oc)
-      for (int64_t j = 0; j < l.taps(); ++j)
-        for (int64_t k = 0; k < l.taps(); ++k) {
-          const int64_t y = j * step + phase / 2, x = k * step + phase % 2;
-          if (y < l.kernel && x < l.kernel)
-            tap[j][k][oc] = static_cast<double>(w[oc * st.n + ic * st.c + y * st.h + x * st.w]);
-        }
-  }
-};
-
-// to[lane] = sum over k of g[k] * from[k][lane], in that order.
-template <typename T>
-void combine(const double* g, const double (*from)[PackedLayout::kLanes], int64_t step, int64_t taps, int64_t lanes,
-             T* to) {
-  double sum[PackedLayout::kLanes] = {};
-  for (int64_t k = 0; k < taps; ++k)
-    for (int64_t i = 0; i < PackedLayout::kLanes; ++i) sum[i] += g[k] * from[k * step][i];
-  for (int64_t i = 0; i < lanes; ++i) to[i] = static_cast<T>(sum[i]);
+// The filters of one channel, of what is summed over, and the first `live` output channels from `w` on.
+void gather(const WinogradLayout& l, const float* w, const Strides4& st, int64_t channel, int64_t live,
+            WinogradFilterArgs& a) {
+  const int64_t ic = channel % l.c_in, phase = channel / l.c_in, step = l.folded() ? 2 : 1;
+  for (int64_t oc = 0; oc < live; ++oc)
+    for (int64_t j = 0; j < l.taps(); ++j)
+      for (int64_t k = 0; k < l.taps(); ++k) {
+        const int64_t y = j * step + phase / 2, x = k * step + phase % 2;
+        a.tap[j][k][oc] =
+            y < l.kernel && x < l.kernel ? static_cast<double>(w[oc * st.n + ic * st.c + y * st.h + x * st.w]) : 0;
+      }
 }
 
 void transform_block(const float* w, const Strides4& st, const WinogradLayout& l, const FilterMatrix& g, int64_t block,
                      int64_t channels, float* packed) {
-  const int64_t lanes = l.lanes(block), first = block * PackedLayout::kLanes, taps = l.taps();
-  const int64_t live = std::min(lanes, l.c_out - first), edge = l.edge(),
-                panel = l.panel_at(block, 1) - l.panel_at(block, 0);
-  float* base = packed + l.panel_at(block, 0);
+  const int64_t lanes = l.lanes(block), first = block * PackedLayout::kLanes;
+  const auto transform = kernels_of(current_isa()).winograd.filter[l.folded() ? 2 : l.tile == 4 ? 1 : 0];
+  WinogradFilterArgs a = {};
+  a.g = g[0];
+  a.lanes = lanes;
+  a.point_step = l.panel_at(block, 1) - l.panel_at(block, 0);
   for (int64_t c = 0; c < channels; ++c) {
-    const Filters from(l, w + first * st.n, st, c, live);
-    alignas(64) double half[kMaxTaps][PackedLayout::kLanes];
-    float* to = base + c * lanes;
-    for (int64_t i = 0; i < edge; ++i) {
-      for (int64_t j = 0; j < taps; ++j) combine(g[i], &from.tap[0][j], kMaxTaps, taps, PackedLayout::kLanes, half[j]);
-      for (int64_t j = 0; j < edge; ++j, to += panel) combine(g[j], half, 1, taps, lanes, to);
-    }
+    gather(l, w + first * st.n, st, c, std::min(lanes, l.c_out - first), a);
+    a.to = packed + l.panel_at(block, 0) + c * lanes;
+    transform(a);
   }
 }
 

@@ -7,6 +7,7 @@
 
 #include "core/winograd.h"
 #include "cpu/microkernel_tile.h"
+#include "cpu/winograd_filter.h"
 #include "cpu/winograd_kernels.h"
 
 namespace rnp::cpu {
@@ -249,7 +250,8 @@ RNP_INLINE WinogradKernels winograd_kernels() {
   using F4 = Winograd<V, 4, 3>;
   using Folded = Winograd<V, 4, 4>;
   return {{&F2::transform_input, &F4::transform_input, &Folded::transform_input},
-          {&F2::transform_output, &F4::transform_output, &Folded::transform_output}};
+          {&F2::transform_output, &F4::transform_output, &Folded::transform_output},
+          {&transform_filters<4, 3>, &transform_filters<6, 3>, &transform_filters<7, 4>}};
 }
 
 }  // namespace
