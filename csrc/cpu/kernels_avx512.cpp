@@ -1,5 +1,5 @@
-// AVX-512 kernels: up to 14 pixels x 32 channels, 28 accumulators + 2 weights + 1 broadcast of the 32 registers; and
-// tiles of 16 and of 8 channels.
+// AVX-512 kernels: up to 14 pixels x 32 channels, 28 accumulators + 2 weights + 1 broadcast of the 32 registers; tiles
+// of 16 and of 8 channels; and wide ones, up to 6 pixels x 64 channels, 24 + 4 + 1.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
