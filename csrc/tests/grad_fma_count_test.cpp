@@ -7,11 +7,13 @@
 #include <algorithm>
 #include <string>
 
+#include "core/algorithm.h"
 #include "core/count.h"
 #include "core/macs.h"
 #include "cpu/isa.h"
 #include "cpu/prefix_conv2d_grad.h"
 #include "cpu/weight_grad_kernel.h"
+#include "cpu/winograd.h"
 #include "tests/check.h"
 #include "tests/conv_case.h"
 
@@ -30,6 +32,11 @@ int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
 struct Counts {
   int64_t forward, input_grad, weight_grad;
 };
+
+// Whether the input's gradient may go through Winograd (cpu/input_grad.cpp): then so does the forward here.
+bool transformed_for_its_gradient(const ConvShape& s) {
+  return s.kh == 3 && s.stride_h == 1 && s.out_h * s.out_w >= 400;
+}
 
 // Multiply-adds of the three calls of a training step.
 Counts counted(const ConvShape& s, const Prefixes& in_prefix, const Prefixes& out_prefix, int threads = 1) {
@@ -51,6 +58,13 @@ Counts counted(const ConvShape& s, const Prefixes& in_prefix, const Prefixes& ou
   cpu::pack_weight({weight.data(), f.dtype, f.weight_stride}, layout, packed.data(), {});
   f.input = input.data(), f.weight = weight.data(), f.packed = packed.data(), f.output = output.data();
   f.in_prefix = in_prefix.data(), f.out_prefix = out_prefix.data();
+  std::vector<float> transformed;
+  if (transformed_for_its_gradient(s) && winograd_tile(s, f.dtype)) {
+    const WinogradLayout winograd{winograd_tile(s, f.dtype), s.c_in, s.c_out};
+    transformed.resize(static_cast<size_t>(winograd.total_floats()));
+    cpu::pack_winograd({weight.data(), f.dtype, f.weight_stride}, winograd, transformed.data(), {});
+    f.winograd = transformed.data(), f.winograd_tile = winograd.tile;
+  }
 
   cpu::PrefixConv2dGradParams g;
   g.shape = s;
@@ -91,19 +105,23 @@ void on_every_isa(F&& body) {
 const Prefixes kFull = {96, 96, 96, 96}, kMixed = {96, 0, 33, 48}, kOther = {7, 96, 96, 64};
 
 TEST(input_grad_executes_what_the_forward_does_the_other_way_round) {
-  on_every_isa([](const std::string& isa) {
-    for (const int64_t kernel : {1, 3}) {
-      for (const int64_t side : {7, 20}) {
-        // Stride 1 and half the kernel as padding: its own transpose.
-        const ConvShape s = square(96, side, 96, kernel).shape();
-        for (const auto& [in, out] : {std::pair{kFull, kFull}, {kMixed, kOther}, {kOther, kMixed}}) {
-          const int64_t found = counted(s, in, out).input_grad, wanted = counted(s, out, in).forward;
-          CHECK_EQUAL(found, wanted) << isa << ", kernel " << kernel << " on " << side;
-          CHECK_EQUAL(counted(s, in, out, 3).input_grad, found) << isa << ", 3 threads";
+  for (const char* algorithm : {"auto", "direct"}) {
+    set_algorithm(algorithm);
+    on_every_isa([&](const std::string& isa) {
+      for (const int64_t kernel : {1, 3}) {
+        for (const int64_t side : {7, 20}) {
+          // Stride 1 and half the kernel as padding: its own transpose.
+          const ConvShape s = square(96, side, 96, kernel).shape();
+          for (const auto& [in, out] : {std::pair{kFull, kFull}, {kMixed, kOther}, {kOther, kMixed}}) {
+            const int64_t found = counted(s, in, out).input_grad, wanted = counted(s, out, in).forward;
+            CHECK_EQUAL(found, wanted) << isa << ", " << algorithm << ", kernel " << kernel << " on " << side;
+            CHECK_EQUAL(counted(s, in, out, 3).input_grad, found) << isa << ", 3 threads";
+          }
         }
       }
-    }
-  });
+    });
+  }
+  set_algorithm("auto");
 }
 
 // Behind a stride of 2 each tap meets every second position: no product is spent on the zeros between them.
