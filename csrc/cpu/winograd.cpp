@@ -16,6 +16,7 @@
 #include "core/processor.h"
 #include "cpu/band.h"
 #include "cpu/epilogue.h"
+#include "cpu/inlining.h"
 #include "cpu/sum_pixels.h"
 #include "cpu/weights_ahead.h"
 #include "cpu/winograd_items.h"
@@ -90,39 +91,54 @@ void transform_input(const Work& work, const WinogradPiece& piece) {
       {pixels, piece.tiles(), channels, work.memory + piece.v, piece.point_step, piece.tile_step});
 }
 
-// Register tiles of one width over a piece's tiles at one point: their sums of one block of output channels (of wide
-// tiles: of two), from channel `sub` of it on.
-struct Products {
-  const Work& work;
-  const WinogradPiece& piece;
-  int64_t block, point;
+// Register tiles over the tiles of a piece: what all points, pieces and blocks have in common is set once.
+class Products {
+ public:
+  explicit Products(const Work& work) : work_(work) {
+    args_.run_count = 1;
+    args_.runs = &channels_;
+    args_.first = true;
+    args_.partial_col_step = kLanes;
+    args_.partial_block_step = work.call.layout.points() * work.item.m_step;
+  }
 
-  void run(const TileWidth& width, int64_t max_cols, int64_t sub, int64_t live, int64_t m_block,
-           WeightsAhead ahead = {}) const {
-    const WinogradCall& call = work.call;
-    const int64_t count = piece.tiles(), parts = (count + max_cols - 1) / max_cols;
-    const Run channels{0, 0, call.channels(piece.of->in_live), 0, kSkipNone};
-    const float* v = work.memory + piece.v + point * piece.point_step;
-    float* m = work.memory + work.item.m_of(m_block, call.layout) + point * work.item.m_step;
-    TileArgs args = {};
-    args.runs = &channels;
-    args.run_count = 1;
-    args.first = true;
-    args.w = call.p.winograd + call.layout.panel_at(block, point) + sub;
-    args.w_step = call.layout.lanes(block);
-    args.w_block_step = call.layout.panel_at(block + 1, point) - call.layout.panel_at(block, point);
-    args.x_col_step = piece.tile_step;
-    args.partial_col_step = kLanes;
-    args.partial_block_step = work.item.m_of(1, call.layout) - work.item.m_of(0, call.layout);
-    args.live = static_cast<int32_t>(live);
+  // Of a piece at a point whose sums begin at `m`, channels of which lie at `v`.
+  RNP_INLINE void begin(const WinogradPiece& piece, const float* v, float* m) {
+    channels_.count = work_.call.channels(piece.of->in_live);
+    args_.x_col_step = piece.tile_step;
+    count_ = piece.tiles(), v_ = v, m_ = m + piece.before * kLanes;
+  }
+
+  // One width of tiles: `live` output channels from `sub` on of the block with weights `u`, `w_step` apart, and sums
+  // `block_sums` behind those of the first.
+  RNP_INLINE void run(const TileWidth& width, int64_t max_cols, const float* u, int64_t w_step, int64_t sub,
+                      int64_t live, int64_t block_sums, WeightsAhead* ahead) {
+    const int64_t count = count_, parts = (count + max_cols - 1) / max_cols, tile_step = args_.x_col_step;
+    const float* v = v_;
+    args_.w = u + sub;
+    args_.w_step = w_step;
+    args_.live = static_cast<int32_t>(live);
+    args_.ahead_lines = 0;
+    float* m = m_ + block_sums + sub;
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t t0 = count * i / parts, t1 = count * (i + 1) / parts;
-      args.x = v + t0 * piece.tile_step;
-      args.partial = m + (piece.before + t0) * kLanes + sub;
-      ahead.give(args, parts);
-      width.tile[0][t1 - t0 - 1](args);
+      args_.x = v + t0 * tile_step;
+      args_.partial = m + t0 * kLanes;
+      if (ahead) ahead->give(args_, parts);
+      width.tile[0][t1 - t0 - 1](args_);
     }
   }
+
+  void set_block_step(int64_t floats) { args_.w_block_step = floats; }
+  int64_t block_sums() const { return args_.partial_block_step; }
+
+ private:
+  const Work& work_;
+  Run channels_{0, 0, 0, 0, kSkipNone};
+  TileArgs args_ = {};
+  int64_t count_ = 0;
+  const float* v_ = nullptr;
+  float* m_ = nullptr;
 };
 
 // All products of `blocks` blocks of output channels, one or two. A panel of weights serves every piece that its block
@@ -131,29 +147,36 @@ void multiply(const Work& work, int64_t first, int64_t blocks) {
   const WinogradCall& call = work.call;
   const Kernels& kernels = call.kernels;
   const bool paired = processor().paired_multiply_adds;
+  Products products(work);
+  const int64_t w_step[2] = {call.layout.lanes(first), blocks == 2 ? call.layout.lanes(first + 1) : 0};
   for (int64_t point = 0; point < call.layout.points(); ++point) {
-    // The next point's weights, or those of the blocks to come.
-    const int64_t next = point + 1 < call.layout.points() ? first : first + 2;
-    const float* ahead = next >= work.item.block1
-                             ? nullptr
-                             : call.p.winograd + call.layout.panel_at(next, next == first ? point + 1 : 0);
+    const float* u = call.p.winograd + call.layout.panel_at(first, point);
+    const float* u1 = blocks == 2 ? call.p.winograd + call.layout.panel_at(first + 1, point) : nullptr;
+    float* m = work.memory + work.item.m + point * work.item.m_step;
+    WeightsAhead ahead, *asks = nullptr;  // asks: the tiles of the first piece
+    if (blocks == 2) {                    // the next point's weights, or those of the blocks to come
+      const int64_t next = point + 1 < call.layout.points() ? first : first + 2;
+      if (next < work.item.block1)
+        ahead = WeightsAhead(call.p.winograd + call.layout.panel_at(next, next == first ? point + 1 : 0), u1 - u,
+                             call.channels(work.begin()->of->in_live) * kLanes);
+      products.set_block_step(u1 - u);
+      asks = &ahead;
+    }
     for (const WinogradPiece& piece : work) {
+      products.begin(piece, work.memory + piece.v + point * piece.point_step, m);
       const TileWidth* wide = blocks == 2 ? kernels.wide_for(piece.of->left(first), paired) : nullptr;
       if (wide) {
-        const int64_t block_step = call.layout.panel_at(first + 1, 0) - call.layout.panel_at(first, 0);
-        Products{work, piece, first, point}.run(
-            *wide, kernels.wide_cols, 0, wide->lanes, 0,
-            WeightsAhead(ahead, block_step, call.channels(piece.of->in_live) * kLanes));
-        ahead = nullptr;
+        products.run(*wide, kernels.wide_cols, u, kLanes, 0, wide->lanes, 0, asks);
+        asks = nullptr;
         continue;
       }
-      for (int64_t block = first; block < first + blocks; ++block) {
-        const int64_t live = piece.of->live(block);
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t live = piece.of->live(first + b);
         for (int64_t sub = 0, lanes = 0; sub < live; sub += lanes) {
           const TileWidth& width =
               call.layout.folded() ? kernels.pointwise_width_for(live - sub, paired) : kernels.width_for(live - sub);
           lanes = std::min<int64_t>(width.lanes, live - sub);
-          Products{work, piece, block, point}.run(width, kernels.max_cols, sub, lanes, block - first);
+          products.run(width, kernels.max_cols, b ? u1 : u, w_step[b], sub, lanes, b * products.block_sums(), nullptr);
         }
       }
     }
