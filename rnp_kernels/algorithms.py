@@ -14,9 +14,10 @@ What "auto" costs and changes:
   for F(4x4), 7e-7 for F(2x2); 1.3e-6 for a stem), where direct convolution has about 2e-7.
 * Memory: the transformed weights are kept beside the parameters, 4 times the size of the 3x3 (and 7x7) weights for
   F(4x4) and 16/9 of it for F(2x2). They are made when a call first needs them and never saved.
-  `forget_transformed_weights(model)` drops them; under "direct" none are made.
+  `forget_transformed_weights(model)` drops them; under "direct" none are made. A thread that computes gradients keeps
+  room for one layer's, the largest so far.
 * NaN and infinity: one such value among the live inputs makes all outputs of every tile that reads it NaN (up to 4x4
-  pixels) instead of the outputs that depend on it. Values beyond a prefix are never read.
+  pixels) instead of the outputs that depend on it; in grad_output likewise. Values beyond a prefix are never read.
 * Bits: "auto" and "direct" round differently. Under either one a sample has the same bits alone and in any batch.
 """
 

@@ -61,6 +61,8 @@ struct PackedLayout {
   int64_t area() const { return kh * kw; }
   int64_t oc_blocks() const { return (ocg + kLanes - 1) / kLanes; }
   int64_t ic_blocks() const { return (icw + ic_block - 1) / ic_block; }
+  // Blocks that so many live input words reach; one, of none, where there are none: its sums are the 0 to be stored.
+  int64_t live_ic_blocks(int64_t live) const { return std::max<int64_t>(1, (live + ic_block - 1) / ic_block); }
   int64_t lanes(int64_t oc_block) const { return ocg - oc_block * kLanes <= kHalfLanes ? kHalfLanes : kLanes; }
   int64_t ic_count(int64_t ib) const { return std::min(ic_block, icw - ib * ic_block); }
 

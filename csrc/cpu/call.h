@@ -48,6 +48,14 @@ inline bool streams_past_caches(const PrefixConv2dParams& p) {
   return !p.pooled && output_channels(p) * s.out_h * s.out_w * element > kStreamAbove;
 }
 
+// The wide tiles, if they are the ones to use where `left` output channels are left from the beginning of a block on.
+// They read weights for every six pixels; a row that is one tile of the others, or shares one, reads them more rarely.
+// (1x1: rows run on.)
+inline const TileWidth* wide_tiles(const Kernels& kernels, const ConvShape& s, int64_t left) {
+  if (s.kh * s.kw > 1 && s.out_w <= kernels.max_cols) return nullptr;
+  return kernels.wide_for(left, processor().paired_multiply_adds);
+}
+
 // Rows of fewer pixels are not worth tiles of their own.
 constexpr int64_t kFewestRowPixels = 7;
 
@@ -122,12 +130,11 @@ struct Call {
     return rnp::weights_stay(live_in_group(p.in_live(item.n), item.g, layout.icg),
                              live_in_group(p.out_live(item.n), item.g, layout.ocg));
   }
-  // The wide tiles, if two blocks from `block` on are the item's and live, and tiles store their results. They read
-  // weights for every six pixels; a row that is one tile of the others, or shares one, reads them more rarely.
+  // Likewise of an item from `block` on: two blocks of it, whose tiles store their results.
   const TileWidth* wide_from(const WorkItem& item, int64_t block) const {
-    if (!direct_output || item.block1 - block < 2 || (!flat && p.shape.out_w <= kernels.max_cols)) return nullptr;
-    return kernels.wide_for(live_in_group(p.out_live(item.n), item.g, layout.ocg) - block * PackedLayout::kLanes,
-                            processor().paired_multiply_adds);
+    if (!direct_output || item.block1 - block < 2) return nullptr;
+    return wide_tiles(kernels, p.shape,
+                      live_in_group(p.out_live(item.n), item.g, layout.ocg) - block * PackedLayout::kLanes);
   }
   bool uses_panels(const WorkItem& item) const { return panels && weights_stay(item); }
   // Whether a pass of a tile may: it must fill whole lines.

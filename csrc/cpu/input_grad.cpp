@@ -187,7 +187,7 @@ constexpr int64_t kFewestPositions = 20 * 20;
 const float* transform_turned(const PrefixConv2dGradParams& p, PrefixConv2dParams& c, const Threads& threads) {
   static thread_local ScratchMemory memory;
   const ConvShape& s = c.shape;
-  if (s.kh != 3 || s.out_h * s.out_w < kFewestPositions) return nullptr;
+  if (s.out_h * s.out_w < kFewestPositions) return nullptr;
   const int64_t in_live = largest(c.in_prefix, s.n, s.c_in), out_live = largest(c.out_prefix, s.n, s.c_out);
   c.winograd_tile = winograd_tile(s, c.dtype);
   if (c.winograd_tile == 0 || in_live == 0 || out_live == 0) return nullptr;

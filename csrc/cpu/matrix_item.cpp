@@ -36,7 +36,7 @@ struct Item {
         l(c.layout),
         geometry(s, i.row0, i.row1),
         in_live(c.in_words(i)),
-        ic_blocks(std::max<int64_t>(1, (in_live + l.ic_block - 1) / l.ic_block)),
+        ic_blocks(l.live_ic_blocks(in_live)),
         direct(c.direct_input && in_live % kMatrix == 0),
         ragged(in_live % kMatrix != 0),
         taps_w(s.kw) {

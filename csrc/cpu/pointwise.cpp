@@ -85,7 +85,7 @@ void Pointwise::list_passes(float* sums) {
   const int64_t first = item_.block0 * PackedLayout::kLanes;
   const int64_t end = std::min(out_live_, item_.block1 * PackedLayout::kLanes);
   const bool weights_stay = call_.weights_stay(item_);
-  const int64_t ic_blocks = std::max<int64_t>(1, ceil_div(in_live_, l.ic_block));
+  const int64_t ic_blocks = l.live_ic_blocks(in_live_);
   const int64_t line = p.row ? p.row[item_.n] : 0, group0 = item_.g * l.ocg;
   const bool partial = (end - first) % call_.kernels.width[0].lanes != 0;
   if (partial) tables_.resize(2 * PackedLayout::kLanes);

@@ -9,7 +9,6 @@
 #include <optional>
 #include <vector>
 
-#include "core/processor.h"
 #include "cpu/band.h"
 #include "cpu/block_output.h"
 #include "cpu/call.h"
@@ -58,10 +57,6 @@ struct Convolution {
   const float* band;
   float* sums;
   Prefetcher& prefetcher;
-
-  int64_t ic_blocks() const {
-    return std::max<int64_t>(1, (in_live + call.layout.ic_block - 1) / call.layout.ic_block);
-  }
 };
 
 // Adds up one width of tiles over all pixels of a band: of `output`'s channels, those from `sub` on.
@@ -69,7 +64,7 @@ void convolve(const Convolution& c, const TileWidth& width, const BlockOutput& o
               int64_t live, TilePlan& plan) {
   const Call& call = c.call;
   const PackedLayout& l = call.layout;
-  const int64_t w_step = l.lanes(block), ic_blocks = c.ic_blocks();
+  const int64_t w_step = l.lanes(block), ic_blocks = l.live_ic_blocks(c.in_live);
   float* out = output.args.out;
   const float* residual = output.args.residual;
   for (int64_t ib = 0; ib < ic_blocks; ++ib) {
@@ -171,13 +166,12 @@ void run_item(const Call& call, const WorkItem& item, const WorkItem* following,
       pointwise_item(call, item, following, scratch);
     } else {
       const bool wide = call.wide_from(item, item.block0);
-      const int64_t ic_blocks = std::max<int64_t>(1, (in_live + l.ic_block - 1) / l.ic_block);
       Prefetcher next;
       if (following && following->block0 < following->block1)
         next = Prefetcher(p, *following, following->g * l.icg,
                           live_in_group(p.in_live(following->n), following->g, l.icg), call.element,
                           last.of(call, geometry, wide, item.row0, item.row1).tiles() * (item.block1 - item.block0) /
-                              (wide ? 2 : 1) * ic_blocks);
+                              (wide ? 2 : 1) * l.live_ic_blocks(in_live));
       const Convolution c{call, item, in_live, out_live, geometry, band, scratch + call.band_floats(item), next};
       int64_t block = item.block0;
       for (; const TileWidth* width = call.wide_from(item, block); block += 2)
@@ -282,10 +276,8 @@ std::string describe_kernel(const ConvShape& s, DType dtype) {
   const Kernels& kernels = kernels_of(current_isa(), pairs);
   if (kernels.matrix) return name + "matrices of 32 pixels x 32 channels";
   const int64_t rows = std::min(s.out_h, band_rows(s, pairs ? (s.group_in() + 1) / 2 : s.group_in()));
-  const bool flat = s.kh == 1 && s.kw == 1;
-  const TileWidth* wide =
-      flat || s.out_w > kernels.max_cols ? kernels.wide_for(s.group_out(), processor().paired_multiply_adds) : nullptr;
-  const TilePlan plan(s, BandGeometry(s, 0, rows), kernels, wide, 0, rows, flat);
+  const TileWidth* wide = wide_tiles(kernels, s, s.group_out());
+  const TilePlan plan(s, BandGeometry(s, 0, rows), kernels, wide, 0, rows, s.kh == 1 && s.kw == 1);
   const int64_t lanes = wide ? wide->lanes : kernels.width_for(s.group_out()).lanes;
   return name + "tile " + std::to_string(plan.row_tiles[0].count) + "x" + std::to_string(plan.col_tiles[0].count) +
          " pixels x " + std::to_string(lanes) + " channels" +

@@ -5,12 +5,18 @@ namespace {
 
 // 3x3, padding 1, on a map so small that padding meets every tile.
 ConvCase small_map(const char* name, int64_t side, int64_t c_in, int64_t c_out) {
-  ConvCase c = {.name = name, .n = 2, .c_in = c_in, .h = side, .w = side, .c_out = c_out, .kh = 3, .kw = 3};
-  c.top = c.bottom = c.left = c.right = 1;
-  return c;
+  return padded_case(name, 2, c_in, side, side, c_out, 3);
 }
 
 }  // namespace
+
+ConvCase padded_case(const char* name, int64_t n, int64_t c_in, int64_t h, int64_t w, int64_t c_out, int64_t kernel,
+                     int64_t stride) {
+  ConvCase c = {.name = name, .n = n, .c_in = c_in, .h = h, .w = w, .c_out = c_out, .kh = kernel, .kw = kernel};
+  c.stride_h = c.stride_w = stride;
+  c.top = c.bottom = c.left = c.right = kernel / 2;
+  return c;
+}
 
 const std::vector<ConvCase>& conv_cases() {
   static const std::vector<ConvCase> cases = {

@@ -35,6 +35,10 @@ struct ConvCase {
   }
 };
 
+// A square kernel, padded by half of itself.
+ConvCase padded_case(const char* name, int64_t n, int64_t c_in, int64_t h, int64_t w, int64_t c_out, int64_t kernel,
+                     int64_t stride = 1);
+
 const std::vector<ConvCase>& conv_cases();
 
 class Random {  // uniform in [-1, 1), the same on every machine

@@ -144,56 +144,15 @@ void check_dtype(DType dtype, double unit, const char* name) {
       }
 }
 
-const ConvCase kSmallMaps = {.name = "3x3 on 5x5, many samples",
-                             .n = 1,
-                             .c_in = 40,
-                             .h = 5,
-                             .w = 5,
-                             .c_out = 48,
-                             .kh = 3,
-                             .kw = 3,
-                             .top = 1,
-                             .bottom = 1,
-                             .left = 1,
-                             .right = 1};
-const ConvCase kLargeMap = {.name = "3x3 on 90x90",
-                            .n = 1,
-                            .c_in = 12,
-                            .h = 90,
-                            .w = 90,
-                            .c_out = 40,
-                            .kh = 3,
-                            .kw = 3,
-                            .top = 1,
-                            .bottom = 1,
-                            .left = 1,
-                            .right = 1};
+const ConvCase kSmallMaps = padded_case("3x3 on 5x5, many samples", 1, 40, 5, 5, 48, 3);
+const ConvCase kLargeMap = padded_case("3x3 on 90x90", 1, 12, 90, 90, 40, 3);
 
 // Maps of so many positions that the input's gradient goes through Winograd.
-const ConvCase kWinogradMaps[] = {{.name = "3x3 on 20x21",
-                                   .n = 3,
-                                   .c_in = 40,
-                                   .h = 20,
-                                   .w = 21,
-                                   .c_out = 70,
-                                   .kh = 3,
-                                   .kw = 3,
-                                   .top = 1,
-                                   .bottom = 1,
-                                   .left = 1,
-                                   .right = 1},
-                                  {.name = "3x3 on 22x25, uneven padding",
-                                   .n = 3,
-                                   .c_in = 67,
-                                   .h = 22,
-                                   .w = 25,
-                                   .c_out = 17,
-                                   .kh = 3,
-                                   .kw = 3,
-                                   .top = 0,
-                                   .bottom = 2,
-                                   .left = 3,
-                                   .right = 1}};
+const std::vector<ConvCase> kWinogradMaps = [] {
+  ConvCase uneven = padded_case("3x3 on 22x25, uneven padding", 3, 67, 22, 25, 17, 3);
+  uneven.top = 0, uneven.bottom = 2, uneven.left = 3;
+  return std::vector<ConvCase>{padded_case("3x3 on 20x21", 3, 40, 20, 21, 70, 3), uneven};
+}();
 
 }  // namespace
 
@@ -272,7 +231,7 @@ TEST(input_gradients_through_winograd) {
 
 TEST(the_gradient_of_a_sample_has_the_same_bits_alone) {
   std::vector<ConvCase> all = conv_cases();
-  all.insert(all.end(), std::begin(kWinogradMaps), std::end(kWinogradMaps));
+  all.insert(all.end(), kWinogradMaps.begin(), kWinogradMaps.end());
   on_every_isa(DType::kFloat32, [&](const std::string& isa) {
     for (const ConvCase& c : all) {
       GradProblem<float> batch(c, kMixed, DType::kFloat32, true), alone = batch;

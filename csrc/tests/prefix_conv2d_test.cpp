@@ -239,47 +239,19 @@ TEST(no_bit_depends_on_the_processor) {
 
 // Two blocks of output channels at once, as some processors want them, on whatever machine this runs.
 TEST(wide_tiles_equal_the_reference_and_change_no_bit) {
-  const auto square = [](const char* name, int64_t c_in, int64_t h, int64_t w, int64_t c_out, int64_t stride = 1) {
-    return ConvCase{.name = name,
-                    .n = 3,
-                    .c_in = c_in,
-                    .h = h,
-                    .w = w,
-                    .c_out = c_out,
-                    .kh = 3,
-                    .kw = 3,
-                    .stride_h = stride,
-                    .stride_w = stride,
-                    .top = 1,
-                    .bottom = 1,
-                    .left = 1,
-                    .right = 1};
-  };
-  const auto pointwise = [](const char* name, int64_t c_in, int64_t h, int64_t w, int64_t c_out, int64_t stride = 1) {
-    return ConvCase{.name = name,
-                    .n = 3,
-                    .c_in = c_in,
-                    .h = h,
-                    .w = w,
-                    .c_out = c_out,
-                    .kh = 1,
-                    .kw = 1,
-                    .stride_h = stride,
-                    .stride_w = stride};
-  };
-  ConvCase groups = square("two groups", 22, 3, 19, 140);
+  ConvCase groups = padded_case("two groups", 3, 22, 3, 19, 140, 3);
   groups.groups = 2;
   const ConvCase cases[] = {
-      square("rows of three tiles, two input blocks", 70, 5, 16, 150),
-      square("uneven rows", 13, 4, 31, 100),
-      square("steps of two", 9, 7, 37, 96, 2),
-      square("one row", 40, 1, 15, 130),
+      padded_case("rows of three tiles, two input blocks", 3, 70, 5, 16, 150, 3),
+      padded_case("uneven rows", 3, 13, 4, 31, 100, 3),
+      padded_case("steps of two", 3, 9, 7, 37, 96, 3, 2),
+      padded_case("one row", 3, 40, 1, 15, 130, 3),
       groups,
-      pointwise("1x1, two input blocks", 300, 5, 9, 144),
-      pointwise("1x1, copied", 1024, 3, 7, 80),
-      pointwise("1x1, weights past L2", 520, 4, 5, 260),
-      pointwise("1x1, weights past L2, one tile", 520, 1, 2, 260),
-      pointwise("1x1 in steps of two", 21, 5, 33, 100, 2),
+      padded_case("1x1, two input blocks", 3, 300, 5, 9, 144, 1),
+      padded_case("1x1, copied", 3, 1024, 3, 7, 80, 1),
+      padded_case("1x1, weights past L2", 3, 520, 4, 5, 260, 1),
+      padded_case("1x1, weights past L2, one tile", 3, 520, 1, 2, 260, 1),
+      padded_case("1x1 in steps of two", 3, 21, 5, 33, 100, 1, 2),
   };
   const Processor before = processor();
   for (const ConvCase& c : cases)
