@@ -153,6 +153,12 @@ int64_t winograd_tile(std::array<int64_t, 3> input, std::array<int64_t, 4> weigh
   return rnp::winograd_tile(shape_of(input, weight, stride, padding, dilation, groups), dtype_of(dtype));
 }
 
+bool transforms_in_call(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
+                        std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups,
+                        const std::string& dtype) {
+  return rnp::transforms_in_call(shape_of(input, weight, stride, padding, dilation, groups), dtype_of(dtype));
+}
+
 int choose_algorithm(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
                      std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups,
                      const std::string& dtype, int64_t in_prefix, int64_t out_prefix) {
@@ -301,9 +307,8 @@ PYBIND11_MODULE(_C, m) {
         "of compute capability 9.0, by a library with code for sm_90a.");
   m.def("algorithm", &rnp::get_algorithm, "The name last given to set_algorithm.");
   m.def("set_algorithm", &rnp::set_algorithm, py::arg("name"),
-        "Use 'auto' (a measured rule), 'direct', 'winograd2' or 'winograd4' for the convolutions that the CPU operator "
-        "is\n"
-        "given transformed weights for. ValueError, and no change, for another name.");
+        "Use 'auto' (a measured rule), 'direct', 'winograd2' or 'winograd4' on a CPU. ValueError, and no change, for\n"
+        "another name.");
   m.def("winograd_can", &winograd_can, py::arg("weight"), py::arg("stride"), py::arg("dilation"), py::arg("groups"),
         "Whether Winograd can compute a float32 convolution with these arguments at all, fast or not.");
   m.def("winograd_tile", &winograd_tile, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
@@ -311,6 +316,9 @@ PYBIND11_MODULE(_C, m) {
         "The tile (2 or 4) for which the weights of this layer are worth transforming under the algorithm in force, or "
         "0.\n"
         "Arguments as in stock_path.");
+  m.def("transforms_in_call", &transforms_in_call, py::arg("input"), py::arg("weight"), py::arg("stride"),
+        py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("dtype"),
+        "Whether the operator, given no transformed weights, transforms them in the call. Arguments as in stock_path.");
   m.def("choose_algorithm", &choose_algorithm, py::arg("input"), py::arg("weight"), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("dtype"), py::arg("in_prefix"),
         py::arg("out_prefix"),

@@ -44,6 +44,15 @@ def winograd_tile(
     groups: int,
     dtype: str,
 ) -> int: ...
+def transforms_in_call(
+    input: Sequence[int],
+    weight: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    dtype: str,
+) -> bool: ...
 def choose_algorithm(
     input: Sequence[int],
     weight: Sequence[int],

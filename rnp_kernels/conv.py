@@ -114,7 +114,8 @@ class PrefixConv2d(nn.Conv2d):
         if route is not None and route.tile and not needs_autograd(input, weight, bias):
             winograd = self._pack_cache().transformed(weight, route.tile)
         output = None
-        if in_prefix is None and out_prefix is None and route is not None:
+        by_operator = route is not None and route.transforms and winograd is None  # with gradients, both ways
+        if in_prefix is None and out_prefix is None and route is not None and not by_operator:
             output = self._run_full_width(input, weight, bias, route, winograd)
         if output is None:
             output = prefix_conv2d(
@@ -156,7 +157,7 @@ class PrefixConv2d(nn.Conv2d):
     ) -> Tensor | None:
         """The shortest way to the operator's own result where every sample has full width; None where there is none."""
         groups = self.__dict__["groups"]
-        path, stride, paddings, dilation, kernel_size, _ = route
+        path, stride, paddings, dilation, kernel_size, *_ = route
         if winograd is not None:
             packed = None  # no sample is computed directly
         elif path == stock.CONV2D:

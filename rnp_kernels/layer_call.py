@@ -123,7 +123,7 @@ class LayerCall:
 
     def __init__(
         self, module: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None, route: stock.Route,
-        held: tuple[Tensor | None, Tensor | None], output: Tensor,
+        held: tuple[Tensor | None, Tensor | None], output: Tensor, with_gradients: StockCall | None,
     ) -> None:  # fmt: skip
         """For a call with these arguments, which gave `output`; `held` are the pack and the transform."""
         self._weight, self._bias = weight, bias
@@ -138,8 +138,7 @@ class LayerCall:
             input.stride(), weight.stride(), output.stride(), route.tile,
         )  # fmt: skip
         self._pooled = self._kernel.pools_output
-        # With gradients nothing is transformed, whatever the algorithm.
-        self._stock = StockCall(module, input, weight, bias, route, None) if route.path == stock.CONV2D else None
+        self._stock = with_gradients
 
     def __call__(
         self, state: dict[str, Any], input: Tensor, in_prefix: Tensor | None, out_prefix: Tensor | None
@@ -214,9 +213,11 @@ def prepare(
     if weight.is_neg() or not (bias is None or (bias.dtype is _float32 and bias.is_contiguous())):
         return None
     held = pack, transformed = cache.kept(weight, module.groups, route.tile)
+    stock_call = None
+    if route.path != stock.OURS and not route.transforms:
+        winograd_can = _C.winograd_can(tuple(weight.shape), route.stride, route.dilation, module.groups)
+        stock_call = StockCall(module, input, weight, bias, route, _algorithm() if winograd_can else None)
     if transformed is not None or (route.path == stock.OURS and pack is not None and not route.tile):
-        return LayerCall(module, input, weight, bias, route, held, output)
-    if route.path == stock.OURS:
-        return None
-    winograd_can = _C.winograd_can(tuple(weight.shape), route.stride, route.dilation, module.groups)
-    return StockCall(module, input, weight, bias, route, _algorithm() if winograd_can else None)
+        with_gradients = stock_call if route.path == stock.CONV2D else None
+        return LayerCall(module, input, weight, bias, route, held, output, with_gradients)
+    return stock_call

@@ -31,6 +31,7 @@ class Route(NamedTuple):
     dilation: tuple[int, int]
     kernel_size: tuple[int, int]
     tile: int  # of the Winograd algorithm at full width, or 0
+    transforms: bool  # whether the operator itself transforms weights for it, where it is given none
 
 
 def tell_the_operator() -> None:
@@ -53,20 +54,25 @@ def route(conv: nn.Conv2d, input: Tensor, weight: Tensor, padding: int | Sequenc
     kernel = tuple(weight.shape[2:])
     paddings = four_paddings(padding, kernel, stride, dilation)
     path = _path(conv, input, weight, stride, paddings, dilation)
-    tile = 0
+    tile, transforms = 0, False
     if input.dtype is torch.float32 is weight.dtype and _C.winograd_can(
         tuple(weight.shape), stride, dilation, conv.groups
     ):
-        tile = _C.winograd_tile(
-            tuple(input.shape[1:]), tuple(weight.shape), stride, paddings, dilation, conv.groups, "float32"
-        )
+        layer = (tuple(input.shape[1:]), tuple(weight.shape), stride, paddings, dilation, conv.groups, "float32")
+        tile, transforms = _C.winograd_tile(*layer), _C.transforms_in_call(*layer)
     if backends.LOG:
         chosen = NAMES[path] or describe_kernel(input, weight, stride, paddings, dilation, conv.groups)
         if tile:
-            filters = "4x4) of 2x2 pixels folded into channels" if kernel == (7, 7) else "3x3)"
-            chosen = f"Winograd F({tile}x{tile}, {filters} without gradients, else {chosen}"
+            winograd = describe_winograd(tile, kernel)
+            chosen = winograd if transforms else f"{winograd} without gradients, else {chosen}"
         backends.log(input, weight, stride, paddings, conv.groups, f"backend cpu, full width: {chosen}")
-    return Route(path, stride, paddings, dilation, kernel, tile)
+    return Route(path, stride, paddings, dilation, kernel, tile, transforms)
+
+
+def describe_winograd(tile: int, kernel: tuple[int, ...]) -> str:
+    """The algorithm in words."""
+    filters = "4x4) of 2x2 pixels folded into channels" if kernel == (7, 7) else "3x3)"
+    return f"Winograd F({tile}x{tile}, {filters}"
 
 
 def describe_kernel(input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> str:
@@ -82,13 +88,16 @@ def describe_operator(arguments: tuple[Any, ...]) -> str:
     (input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual, activation,
      _tail, pooled, _packed, _winograd) = arguments  # fmt: skip
     own = describe_kernel(input, weight, stride, padding, dilation, groups)
+    name = str(input.dtype).removeprefix("torch.")
+    layer = (tuple(input.shape[1:]), tuple(weight.shape), stride, padding, dilation, groups, name)
+    if 0 not in input.shape and _C.transforms_in_call(*layer):
+        return f"{describe_winograd(_C.winograd_tile(*layer), weight.shape[2:])}, few live channels: {own}"
     plain = scale is None and row is None and residual is None and activation == "none" and not pooled
     plain = plain and (bias is None or (bias.dim() == 1 and bias.dtype is input.dtype))
     if not plain or 0 in input.shape:
         return own
     last = output_memory_format(input, weight) is torch.channels_last
-    name = str(input.dtype).removeprefix("torch.")
-    path = _C.stock_path(tuple(input.shape[1:]), tuple(weight.shape), stride, padding, dilation, groups, name, last)
+    path = _C.stock_path(*layer, last)
     if path == OURS:
         return own
     pruned = in_prefix is not None or out_prefix is not None

@@ -143,7 +143,64 @@ def test_the_default_uses_it_and_direct_does_not() -> None:
     assert not torch.equal(first, direct)
     truth = nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
     assert relative(direct, truth) < relative(first, truth) <= BOUND
-    assert torch.equal(conv(x), direct), "a call that needs gradients is computed directly"
+    assert torch.equal(conv(x), direct), "a call that needs gradients on a small map is computed directly"
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=["NHWC", "NCHW"])
+def test_the_operator_transforms_weights_that_nobody_keeps(
+    isa: str, threads: None, memory_format: torch.memory_format
+) -> None:
+    w, bias = torch.randn(96, 64, 3, 3), torch.randn(96)
+    packed = rnp_kernels.pack_weight(w)
+    i, o = torch.tensor([64, 40, 64, 0], dtype=torch.int32), torch.tensor([96, 96, 33, 96], dtype=torch.int32)
+    for height, transforms in ((20, True), (19, False)):
+        x = torch.randn(4, 64, height, 20).contiguous(memory_format=memory_format)
+        tile = _C.winograd_tile((64, height, 20), (96, 64, 3, 3), (1, 1), (1,) * 4, (1, 1), 1, "float32")
+        assert tile == 4
+        winograd = rnp_kernels.pack_winograd(w, tile)
+
+        def call(x: Tensor, i: Tensor, o: Tensor, **held: Tensor) -> Tensor:
+            return rnp_kernels.prefix_conv2d(x, w, bias, padding=1, in_prefix=i, out_prefix=o, **held)
+
+        given = call(x, i, o, winograd=winograd)
+        with rnp_kernels.algorithm("direct"):
+            direct = call(x, i, o)
+        assert not torch.equal(given, direct)
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            y = call(x, i, o)
+            assert torch.equal(y, given if transforms else direct)
+            assert torch.equal(call(x, i, o, packed=packed), y), "a pack changes no bit"
+            alone = [call(x[n : n + 1], i[n : n + 1], o[n : n + 1]) for n in range(4)]
+            assert torch.equal(torch.cat(alone), y), "a sample has the same bits alone"
+        nothing = torch.zeros(4, dtype=torch.int32)
+        assert torch.equal(call(x, nothing, o)[0, :, 0, 0], bias), "no live input: the bias"
+        assert not call(x, i, nothing).any()
+
+
+@pytest.mark.parametrize("channels, size", [(64, 56), (96, 20)], ids=["torch's own without Winograd", "ours"])
+def test_a_module_gives_the_same_bits_with_and_without_gradients(channels: int, size: int) -> None:
+    conv = PrefixConv2d(channels, channels, 3, padding=1)
+    x = torch.randn(2, channels, size, size).contiguous(memory_format=torch.channels_last).requires_grad_()
+    upstream = torch.randn(2, channels, size, size).contiguous(memory_format=torch.channels_last)
+    for _ in range(2):  # the second time with other weights
+        with torch.no_grad():
+            whole = conv(x)
+            assert torch.equal(conv(x), whole)
+        for _ in range(3):  # the long way, then whatever is kept
+            y = conv(x)
+            assert y.requires_grad and torch.equal(y, whole)
+            y.backward(upstream)
+        exact = x.detach().double().requires_grad_(), conv.weight.detach().double().requires_grad_()
+        truth = nn.functional.conv2d(*exact, conv.bias.detach().double(), padding=1)
+        assert relative(whole, truth.detach()) <= BOUND
+        truth.backward(upstream.double())
+        assert relative(x.grad / 3, exact[0].grad) <= BOUND and relative(conv.weight.grad / 3, exact[1].grad) <= BOUND
+        x.grad = conv.weight.grad = None
+        with rnp_kernels.algorithm("direct"):
+            assert not torch.equal(conv(x), whole)
+        with torch.no_grad():
+            conv.weight.mul_(-0.5)
 
 
 def test_a_module_gives_the_same_bits_on_every_way(threads: None) -> None:

@@ -20,6 +20,10 @@ Algorithm choose_algorithm(const ConvShape& shape, DType dtype, int64_t in_live,
 // Edge of the tile for which this layer wants its weights transformed; 0 if no prefix of it uses Winograd.
 int64_t winograd_tile(const ConvShape& shape, DType dtype);
 
+// Whether weights for which nobody keeps a transform are worth transforming in the call: in training, where they change
+// with every step, forward and for the input's gradient. False where winograd_tile is 0.
+bool transforms_in_call(const ConvShape& shape, DType dtype);
+
 // "auto" (the rule), "direct", or, to measure and test, "winograd2" or "winograd4": that tile wherever it can be used.
 // Throws std::invalid_argument for another name.
 void set_algorithm(const std::string& name);

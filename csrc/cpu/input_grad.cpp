@@ -176,27 +176,18 @@ PrefixConv2dParams convolution(const PrefixConv2dGradParams& p, const Phase& row
   return c;
 }
 
-// Gradients of maps of at least so many positions go through Winograd, where the forward's rule names it: the weights,
-// which change with every step, are transformed in the call, and that must pay for a sample alone. Emerald Rapids, one
-// thread, direct over Winograd, batch 1 and 16: 128 channels at 20x20 0.99 and 2.3, at 28x28 1.33 and 2.5, 256 at 28x28
-// 1.22 and 2.1, 512 at 28x28 1.38 and 3.9, 64 at 56x56 1.9 and 2.5.
-constexpr int64_t kFewestPositions = 20 * 20;
-
 // The weights of a convolution of stride 1, turned as in pack_turned and transformed; none where Winograd is not to be
 // used.
 const float* transform_turned(const PrefixConv2dGradParams& p, PrefixConv2dParams& c, const Threads& threads) {
-  static thread_local ScratchMemory memory;
   const ConvShape& s = c.shape;
-  if (s.out_h * s.out_w < kFewestPositions) return nullptr;
+  if (!transforms_in_call(s, c.dtype)) return nullptr;
   const int64_t in_live = largest(c.in_prefix, s.n, s.c_in), out_live = largest(c.out_prefix, s.n, s.c_out);
   c.winograd_tile = winograd_tile(s, c.dtype);
-  if (c.winograd_tile == 0 || in_live == 0 || out_live == 0) return nullptr;
-  const WinogradLayout layout{c.winograd_tile, s.c_in, s.c_out, s.kh};
-  float* transformed = memory.get(static_cast<size_t>(layout.total_floats()));
+  if (in_live == 0 || out_live == 0) return nullptr;
   const Strides4& st = p.weight_stride;
   const float* last_tap = static_cast<const float*>(p.weight) + (s.kh - 1) * st.h + (s.kw - 1) * st.w;
-  pack_winograd({last_tap, c.dtype, {st.c, st.n, -st.h, -st.w}}, layout, transformed, threads, in_live, out_live);
-  return transformed;
+  return transform_for_call({last_tap, c.dtype, {st.c, st.n, -st.h, -st.w}}, {c.winograd_tile, s.c_in, s.c_out, s.kh},
+                            threads, in_live, out_live);
 }
 
 }  // namespace

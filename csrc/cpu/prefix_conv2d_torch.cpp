@@ -245,13 +245,15 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
   if (winograd && winograd_can(s, p.dtype)) {
     transformed = usable_winograd(weight, PackedLayout(s), *winograd, &p.winograd_tile);
     p.winograd = static_cast<const float*>(transformed->const_data_ptr());
+  } else if (transforms_in_call(s, p.dtype)) {
+    p.winograd_tile = winograd_tile(s, p.dtype);
   }
   // Samples of full width take the stock path where that is the faster one, whatever the company they are in.
   const bool plain = !scale && !row && !residual && !pooled && p.activation == Activation::kNone &&
                      (!bias || (bias->dim() == 1 && bias->scalar_type() == input.scalar_type()));
   std::vector<int64_t> stock;
   const bool wide_by_winograd =
-      p.winograd && static_cast<int64_t>(choose_algorithm(s, p.dtype, s.c_in, s.c_out)) == p.winograd_tile;
+      p.winograd_tile != 0 && static_cast<int64_t>(choose_algorithm(s, p.dtype, s.c_in, s.c_out)) == p.winograd_tile;
   const Stock path =
       plain && s.n > 0 && !wide_by_winograd ? stock_path(s, p.dtype, last, bfloat16_in_use(s, p.dtype)) : Stock::kNone;
   if (path != Stock::kNone) {
@@ -266,12 +268,15 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
   }
   p.in_prefix = in_values.empty() ? nullptr : in_values.data();
   p.out_prefix = out_values.empty() ? nullptr : out_values.data();
+  const int64_t in_live = largest(p.in_prefix, s.n, s.c_in), out_live = largest(p.out_prefix, s.n, s.c_out);
+  if (p.winograd_tile != 0 && !p.winograd && s.n > 0 && in_live > 0 && out_live > 0)
+    p.winograd = transform_for_call(view_of(kOp, weight), {p.winograd_tile, s.c_in, s.c_out, s.kh}, torch_threads(),
+                                    in_live, out_live);
   std::optional<Tensor> weights;
   if (p.dtype != DType::kFloat64 && (!p.winograd || !WinogradSamples(p).all())) {
     const PackedLayout layout = layout_in_use(s, p.dtype);
     p.pairs = layout.pairs;
-    weights =
-        usable_packed(weight, layout, packed, largest(p.in_prefix, s.n, s.c_in), largest(p.out_prefix, s.n, s.c_out));
+    weights = usable_packed(weight, layout, packed, in_live, out_live);
     p.packed = static_cast<const float*>(weights->const_data_ptr());
   }
 

@@ -20,6 +20,10 @@ constexpr int64_t kAllChannels = std::numeric_limits<int64_t>::max();
 void pack_winograd(const WeightView& weight, const WinogradLayout& layout, float* packed, const Threads& threads,
                    int64_t in_live = kAllChannels, int64_t out_live = kAllChannels);
 
+// The same in memory that the calling thread keeps, valid until it transforms others.
+const float* transform_for_call(const WeightView& weight, const WinogradLayout& layout, const Threads& threads,
+                                int64_t in_live, int64_t out_live);
+
 // Null if `packed` (of `floats` floats) was written by pack_winograd for a weight (c_out, c_in, kernel, kernel);
 // otherwise what differs. On success `tile` receives the tile it was written for.
 const char* winograd_mismatch(const float* packed, int64_t floats, int64_t c_out, int64_t c_in, int64_t kernel,

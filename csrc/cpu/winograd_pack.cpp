@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
 #include "cpu/winograd.h"
 
 namespace rnp::cpu {
@@ -95,6 +96,14 @@ void pack_winograd(const WeightView& weight, const WinogradLayout& l, float* pac
     for (int64_t b = next++; b < blocks; b = next++)
       transform_block(static_cast<const float*>(weight.data), weight.stride, l, g, b, channels, packed);
   });
+}
+
+const float* transform_for_call(const WeightView& weight, const WinogradLayout& layout, const Threads& threads,
+                                int64_t in_live, int64_t out_live) {
+  static thread_local ScratchMemory memory;
+  float* transformed = memory.get(static_cast<size_t>(layout.total_floats()));
+  pack_winograd(weight, layout, transformed, threads, in_live, out_live);
+  return transformed;
 }
 
 const char* winograd_mismatch(const float* packed, int64_t floats, int64_t c_out, int64_t c_in, int64_t kernel,

@@ -14,6 +14,7 @@ import pytest
 
 from rnp import cli, demo, report
 from rnp.config import Length
+from rnp.demo_plan import MAIN_TARGET, OTHER_SECONDS, full_plan, quick_plan
 
 PNG = b"\x89PNG\r\n\x1a\n"
 KEYS = ("policy", "accuracy", "accuracy_interval", "mean_macs", "theoretical_speedup", "measured_speedup",
@@ -63,8 +64,8 @@ def test_every_static_rival_has_the_mean_macs_of_its_agent(result: Result) -> No
     for row in budgets:
         if row["kind"] == "uniform":
             assert row["mean_macs"] == pytest.approx(agents[row["target"]]["mean_macs"])
-    assert result.values["thin_macs"] * demo.MAIN_TARGET <= result.values["dense_macs"]
-    assert result.values["thin_macs"] * demo.MAIN_TARGET > 0.9 * result.values["dense_macs"]
+    assert result.values["thin_macs"] * MAIN_TARGET <= result.values["dense_macs"]
+    assert result.values["thin_macs"] * MAIN_TARGET > 0.9 * result.values["dense_macs"]
 
 
 def test_differences_and_difficulty_have_intervals_around_them(result: Result) -> None:
@@ -118,8 +119,8 @@ def test_environment_seed_and_command_are_there(result: Result) -> None:
     words = result.values["command"].split()
     assert words[:2] == ["rnp", "demo"] and words[words.index("--seed") + 1] == "1"
     steps = words[words.index("--steps") + 1]
-    plan = demo.quick_plan().with_steps(steps)
-    assert (*plan.lengths, plan.thin) == (*demo.quick_plan().lengths, demo.quick_plan().thin)
+    plan = quick_plan().with_steps(steps)
+    assert (*plan.lengths, plan.thin) == (*quick_plan().lengths, quick_plan().thin)
     assert result.values["command"] in result.printed
 
 
@@ -141,10 +142,10 @@ def test_a_finished_run_resumed_trains_nothing_again(result: Result, capsys: pyt
 
 
 def test_the_phases_share_the_time_asked_for() -> None:
-    plan = demo.full_plan(6.0)
+    plan = full_plan(6.0)
     seconds = [length.seconds for length in plan.lengths]
     assert sum(seconds) == pytest.approx(plan.thin.seconds, abs=1)
-    assert sum(seconds) + plan.thin.seconds + demo.OTHER_SECONDS == pytest.approx(360, abs=1)
+    assert plan.thin.seconds + OTHER_SECONDS == pytest.approx(360, abs=1)
     assert len(plan.targets) + 1 >= 5 and max(plan.targets) == 5.0
 
 
@@ -157,7 +158,7 @@ def test_wrong_steps_are_refused_before_anything_runs(text: str, tmp_path: Path)
 
 def test_too_few_minutes_are_refused() -> None:
     with pytest.raises(SystemExit, match="--minutes must leave time to train"):
-        demo.full_plan(0.5)
+        full_plan(0.5)
 
 
 def test_the_command_of_a_timed_run_gives_its_lengths_in_steps() -> None:
@@ -165,5 +166,5 @@ def test_the_command_of_a_timed_run_gives_its_lengths_in_steps() -> None:
     history = [{"steps": steps} for steps in (10, 20, 30, 40, 50)]
     words = demo.command(arguments, history).split()
     assert words[-2:] == ["--steps", "10,20,30,40,50"]
-    plan = demo.full_plan(6.0).with_steps(words[-1])
+    plan = full_plan(6.0).with_steps(words[-1])
     assert plan.lengths[3] == Length(steps=40) and plan.thin == Length(steps=50)

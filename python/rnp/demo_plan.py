@@ -1,0 +1,63 @@
+"""How long each part of `rnp demo` takes, and how much of what it looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from rnp.config import Length
+
+GROUPS = 4
+PHASES = ("pretrain", "agent", "finetune", "agent")
+# Shares of the training time; the thin network has all of it, at the same time on cores of its own.
+SHARES = {"pretrain": 0.56, "agent": 0.14, "finetune": 0.16}  # the agent twice
+OTHER_SECONDS = 60.0  # scenes, measurements and the report, about, on two cores
+MAIN_TARGET = 3.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does: numbers of scenes, the length of each phase, and which budgets are measured."""
+
+    train_scenes: int
+    validation_scenes: int
+    test_scenes: int
+    lengths: tuple[Length, ...]  # of PHASES
+    thin: Length
+    targets: tuple[float, ...]  # theoretical speed-ups
+    timing_batches: int
+    rounds: int
+    batch_size: int = 32
+
+    def with_steps(self, text: str) -> Plan:
+        """The same with phase lengths in steps: five numbers, PHASES and the thin network, separated by commas."""
+        try:
+            steps = [Length(steps=int(part)) for part in text.split(",")]
+        except ValueError as error:
+            raise SystemExit(f"rnp demo: --steps takes five numbers of steps, got {text!r} ({error})") from None
+        if len(steps) != len(PHASES) + 1:
+            raise SystemExit(f"rnp demo: --steps takes {len(PHASES) + 1} numbers, got {len(steps)}: {text!r}")
+        return replace(self, lengths=tuple(steps[:-1]), thin=steps[-1])
+
+
+def full_plan(minutes: float) -> Plan:
+    """The plan that takes about so many minutes on two cores."""
+    training = 60 * minutes - OTHER_SECONDS
+    if training < 5:
+        raise SystemExit(f"rnp demo: --minutes must leave time to train, at least 1.2, got {minutes:g}")
+    return Plan(
+        train_scenes=9_000,
+        validation_scenes=4_000,
+        test_scenes=10_000,
+        lengths=tuple(Length(seconds=round(SHARES[phase] * training, 1)) for phase in PHASES),
+        thin=Length(seconds=training),
+        targets=(1.5, 2.0, MAIN_TARGET, 4.0, 5.0),
+        timing_batches=16,
+        rounds=5,
+    )
+
+
+def quick_plan() -> Plan:
+    """Every part of the demo in seconds, in steps and so the same twice; the figures mean nothing."""
+    lengths = tuple(Length(steps=steps) for steps in (48, 16, 16, 16))
+    targets = (1.5, 2.0, MAIN_TARGET, 4.0, 5.0)
+    return Plan(1500, 250, 300, lengths, Length(steps=32), targets, timing_batches=2, rounds=3)
