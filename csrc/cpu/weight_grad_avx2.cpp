@@ -22,7 +22,8 @@ struct V256 {
 }  // namespace
 
 const WeightGradKernels& avx2_weight_grad_kernels() {
-  static const WeightGradKernels kernels = weight_grad_kernels<V256, 4>(&transpose);
+  static const WeightGradKernels kernels = {
+      weight_grad_tiles<V256, 4, 1>(), weight_grad_tiles<V256, 4, 2>(), {}, &copy_panel<V256>, &transpose};
   return kernels;
 }
 

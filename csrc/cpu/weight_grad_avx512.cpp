@@ -1,5 +1,5 @@
-// AVX-512 kernels of the weight's gradient: 8 input x 32 output channels, 16 sums + 2 + 1 of the 32 registers. Eight
-// channels are a panel, and four chains of additions would already fill one FMA unit.
+// AVX-512 kernels of the weight's gradient: 6 input x 64 output channels, 24 sums + 4 + 1 of the 32 registers and 10
+// reads for 24 multiply-adds; where one panel is alone, 8 x 32, 10 reads for 16 (bench/NOTES.md, "Two processors").
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -17,13 +17,18 @@ struct V512 {
   static void store(float* p, T v) { _mm512_storeu_ps(p, v); }
   static T broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static T add(T a, T b) { return _mm512_add_ps(a, b); }
-  static T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
+  // In place: GCC 12 would give sums other registers, and spill some.
+  static T fma(T a, T b, T c) {
+    asm("vfmadd231ps %1, %2, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+  }
 };
 
 }  // namespace
 
 const WeightGradKernels& avx512_weight_grad_kernels() {
-  static const WeightGradKernels kernels = weight_grad_kernels<V512, 8>(&transpose);
+  static const WeightGradKernels kernels = {weight_grad_tiles<V512, 8, 1>(), weight_grad_tiles<V512, 8, 2>(),
+                                            weight_grad_tiles<V512, 6, 4>(), &copy_panel<V512>, &transpose};
   return kernels;
 }
 

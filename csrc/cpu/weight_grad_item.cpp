@@ -20,7 +20,7 @@ int64_t clamp_live(int64_t prefix, int64_t group, int64_t size, int64_t first, i
 // One row: `cols` pixels of `live` channels into panels of W channels, `panel_step` apart; the last panel is filled up
 // with zeros.
 template <int W, typename T>
-void pack_row(const T* from, int64_t pixel_stride, int64_t channel_stride, int64_t cols, int64_t live,
+void pack_row(CopyPanel copy, const T* from, int64_t pixel_stride, int64_t channel_stride, int64_t cols, int64_t live,
               int64_t panel_step, float* to) {
   constexpr int64_t kBlock = 8;  // pixels: the lines of a pixel are still in L1 when its next panel is read
   for (int64_t x0 = 0; x0 < cols; x0 += kBlock) {
@@ -36,7 +36,7 @@ void pack_row(const T* from, int64_t pixel_stride, int64_t channel_stride, int64
         for (int64_t i = 0; i < W; ++i)
           for (int64_t x = x0; x < x1; ++x) panel[x * W + i] = to_float(pixels[x * pixel_stride + i * channel_stride]);
       } else if constexpr (std::is_same_v<T, float>) {
-        for (int64_t x = x0; x < x1; ++x) std::memcpy(panel + x * W, pixels + x * pixel_stride, W * sizeof(float));
+        copy(pixels + x0 * pixel_stride, pixel_stride, x1 - x0, W, panel + x0 * W);
       } else {
         for (int64_t x = x0; x < x1; ++x)
           for (int64_t i = 0; i < W; ++i) panel[x * W + i] = to_float(pixels[x * pixel_stride + i]);
@@ -49,13 +49,14 @@ void pack_row(const T* from, int64_t pixel_stride, int64_t channel_stride, int64
 template <int W>
 void pack_planes(Transpose transpose, const float* from, int64_t channel_stride, int64_t cols, int64_t live,
                  int64_t panel_step, float* to) {
-  for (int64_t c = 0; c < (live + W - 1) / W * W; c += kGradPanel) {
+  constexpr int64_t kAtOnce = 8;
+  for (int64_t c = 0; c < (live + W - 1) / W * W; c += kAtOnce) {
     float* panel = to + c / W * panel_step + c % W;
-    if (live - c >= kGradPanel) {
-      transpose(from + c * channel_stride, channel_stride, kGradPanel, cols, panel, W);
+    if (live - c >= kAtOnce) {
+      transpose(from + c * channel_stride, channel_stride, kAtOnce, cols, panel, W);
       continue;
     }
-    for (int64_t i = 0; i < kGradPanel; ++i)
+    for (int64_t i = 0; i < kAtOnce; ++i)
       for (int64_t x = 0; x < cols; ++x) panel[x * W + i] = c + i < live ? from[(c + i) * channel_stride + x] : 0.0f;
   }
 }
@@ -100,6 +101,7 @@ class ItemRun {
   }
 
   // Has the tiles of `now` fetch what will be packed of `unit`: packing from memory took a third of a 1x1 layer's time.
+  // On every processor: none prefetches past what is packed while tiles compute.
   void prefetch(const GradUnit& unit, const GradUnit& now) {
     const Strides4 &x = p_.input_stride, &g = p_.grad_output_stride;
     const bool pixels = x.c == 1 && g.c == 1, planes = x.w == 1 && g.w == 1;
@@ -158,7 +160,7 @@ class ItemRun {
     if constexpr (std::is_same_v<T, float>)
       if (pixel_stride == 1 && channel_stride != 1 && kernels_.transpose)
         return pack_planes<W>(kernels_.transpose, from, channel_stride, cols, live, panel_step, to);
-    pack_row<W>(from, pixel_stride, channel_stride, cols, live, panel_step, to);
+    pack_row<W>(kernels_.copy, from, pixel_stride, channel_stride, cols, live, panel_step, to);
   }
 
   template <typename T>
@@ -187,39 +189,74 @@ class ItemRun {
     }
   }
 
+  // Images of a unit of which some part of the item is live, one behind the other.
+  struct Run {
+    int64_t image0, image1;
+    int64_t lanes, channels;  // the most that any of them has of the part
+
+    bool operator==(const Run& other) const { return image0 == other.image0 && image1 == other.image1; }
+  };
+
+  // The first run of one panel of the input and one of grad_output in [image0, image1); empty where nothing is live.
+  Run run_from(const GradUnit& unit, int64_t block, int64_t panel, int64_t image0, int64_t image1) const {
+    Run run = {image0, image0, 0, 0};
+    for (int64_t i = image0; i < image1; ++i) {
+      const int64_t n = plan_.order[unit.image0 + i];
+      const int64_t lanes = std::min(kGradLanes, out_live(n) - block * kGradLanes);
+      const int64_t channels = std::min(kGradPanel, in_live(n) - panel * kGradPanel);
+      if (lanes > 0 && channels > 0) {
+        run.lanes = std::max(run.lanes, lanes), run.channels = std::max(run.channels, channels);
+        run.image1 = i + 1;
+      } else if (run.image1 > run.image0) {
+        break;
+      } else {
+        run.image0 = run.image1 = i + 1;
+      }
+    }
+    return run;
+  }
+
   // Images [image0, image1) of the unit, output rows [row0, row1).
   void add_chunk(const GradUnit& unit, int64_t image0, int64_t image1, int64_t row0, int64_t row1) {
-    const auto sample = [&](int64_t image) { return plan_.order[unit.image0 + image]; };
-    for (int64_t b = 0; b < grad_blocks(item_); ++b) {
+    const int64_t blocks = grad_blocks(item_), at_once = kernels_.pair.lanes ? 2 : 1;
+    for (int64_t b = 0; b < blocks; b += at_once) {
+      const int64_t count = std::min(at_once, blocks - b);
       for (int64_t panel = 0; panel < grad_panels(item_); ++panel) {
-        for (Prefetcher& prefetcher : next_) prefetcher.step();
-        for (int64_t i = image0; i < image1;) {  // runs of images in which this part is live
-          int64_t end = i, lanes = 0;
-          for (; end < image1; ++end) {
-            const int64_t live = out_live(sample(end)) - b * kGradLanes;
-            if (live <= 0 || in_live(sample(end)) <= panel * kGradPanel) break;
-            lanes = std::max(lanes, std::min(live, kGradLanes));
+        for (int64_t k = 0; k < count; ++k)
+          for (Prefetcher& prefetcher : next_) prefetcher.step();
+        // Two blocks share a run of images: one chain of additions is the same as two.
+        int64_t from[2] = {image0, image0};
+        while (from[0] < image1 || from[1] < image1) {
+          Run run[2];
+          for (int64_t k = 0; k < count; ++k) run[k] = run_from(unit, b + k, panel, from[k], image1);
+          if (count == 2 && run[0] == run[1] && run[1].lanes > kernels_.narrow.lanes) {
+            add_taps(unit, kernels_.pair, b, 0, panel, run[0], row0, row1);
+          } else {
+            for (int64_t k = 0; k < count; ++k)
+              for (int64_t lane = 0; lane < run[k].lanes; lane += kernels_.broad.lanes)
+                add_taps(unit, kernels_.for_lanes(run[k].lanes - lane), b + k, lane, panel, run[k], row0, row1);
           }
-          if (end > i) add_taps(unit, b, panel, i, end, row0, row1, lanes);
-          i = std::max(end, i + 1);
+          from[0] = run[0].image1, from[1] = count == 2 ? run[1].image1 : image1;
         }
       }
     }
   }
 
-  void add_taps(const GradUnit& unit, int64_t block, int64_t panel, int64_t image0, int64_t image1, int64_t row0,
-                int64_t row1, int64_t lanes) {
+  // The lanes of `tiles` from `lane` of a block on, all taps.
+  void add_taps(const GradUnit& unit, const WeightGradTiles& tiles, int64_t block, int64_t lane, int64_t panel,
+                const Run& run, int64_t row0, int64_t row1) {
     WeightGradArgs a;
-    a.images = image1 - image0;
+    a.images = run.image1 - run.image0;
     a.x_image_step = x_image_;
     a.x_row_step = plan_.rows.out_step * cols_ * kGradPanel;
     a.x_col_step = plan_.cols.out_step * kGradPanel;
     a.g_image_step = g_image_;
     a.g_row_step = s_.out_w * kGradLanes;
-    const int64_t channels = std::min(kGradPanel, item_.in_count - panel * kGradPanel);
-    const float* x = x_ + panel * x_panel_ + image0 * x_image_;
-    const float* g = g_ + block * g_block_ + image0 * g_image_;
-    float* sums = sums_ + block * block_floats() + panel * s_.kh * s_.kw * kGradPanel * kGradLanes;
+    a.g_panel_step = g_block_;
+    a.sums_panel_step = block_floats();
+    const float* x = x_ + panel * x_panel_ + run.image0 * x_image_;
+    const float* g = g_ + block * g_block_ + run.image0 * g_image_ + lane;
+    float* sums = sums_ + block * block_floats() + panel * s_.kh * s_.kw * kGradPanel * kGradLanes + lane;
     for (int64_t i = 0; i < s_.kh; ++i) {
       const int64_t first = std::max(row0, plan_.rows.taps[i].first);
       a.rows = std::min(row1, plan_.rows.taps[i].end) - first;
@@ -229,14 +266,11 @@ class ItemRun {
         a.cols = range.end - range.first;
         if (a.rows <= 0 || a.cols <= 0) continue;
         const int64_t from = (range.first * s_.stride_w + j * s_.dilation_w - s_.pad_left - x0_) / plan_.cols.step;
-        for (int64_t lane = 0; lane < lanes; lane += kernels_.lanes) {
-          const WeightGradKernel* tile = kernels_.tile[lanes - lane > kernels_.half_lanes];
-          a.g = g + ((first - unit.row0) * s_.out_w + range.first) * kGradLanes + lane;
-          for (int64_t c = 0; c < channels; c += kernels_.max_channels) {
-            a.x = x + (y * cols_ + from) * kGradPanel + c;
-            a.sums = sums + c * kGradLanes + lane;
-            tile[std::min<int64_t>(channels - c, kernels_.max_channels) - 1](a);
-          }
+        a.g = g + ((first - unit.row0) * s_.out_w + range.first) * kGradLanes;
+        for (int64_t c = 0; c < run.channels; c += tiles.max_channels) {
+          a.x = x + (y * cols_ + from) * kGradPanel + c;
+          a.sums = sums + c * kGradLanes;
+          tiles.tile[std::min<int64_t>(run.channels - c, tiles.max_channels) - 1](a);
         }
       }
     }

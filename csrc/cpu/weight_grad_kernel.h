@@ -8,10 +8,10 @@
 
 namespace rnp::cpu {
 
-// Channels of a panel of grad_output (one vector line of the sums) and of the input.
-constexpr int64_t kGradLanes = 32, kGradPanel = 8;
+// Channels of a panel of grad_output (a row of the sums) and of the input (a line of a cache).
+constexpr int64_t kGradLanes = 32, kGradPanel = 16;
 
-// For each channel c < channels of an input panel and each lane:
+// For each channel c < channels of an input panel and each lane of one or two panels of grad_output:
 //   sums[c][lane] += sum over images, rows and columns of x[image][row][col][c] * g[image][row][col][lane]
 // The sum over the positions is one chain of its own, added to `sums` at the end.
 struct WeightGradArgs {
@@ -20,16 +20,29 @@ struct WeightGradArgs {
   const float* g;
   int64_t g_image_step, g_row_step;  // floats; columns are kGradLanes apart
   int64_t images, rows, cols;
-  float* sums;  // rows of kGradLanes
+  float* sums;                            // rows of kGradLanes
+  int64_t g_panel_step, sums_panel_step;  // floats to the second panel; unused where there is one
 };
 
 using WeightGradKernel = void (*)(const WeightGradArgs&);
 
+// Tiles of one width.
+struct WeightGradTiles {
+  int lanes;                          // 0: there are none
+  int max_channels;                   // of one call
+  WeightGradKernel tile[kGradPanel];  // [channels - 1], channels 1…max_channels
+};
+
+// `cols` pixels of `width` channels, a whole number of panels of 16, into a panel of that width.
+using CopyPanel = void (*)(const float* from, int64_t pixel_stride, int64_t cols, int64_t width, float* to);
+
 struct WeightGradKernels {
-  int lanes, half_lanes;                 // of the wide and of the narrow variant
-  int max_channels;                      // of one call
-  WeightGradKernel tile[2][kGradPanel];  // [wide][channels - 1], channels 1…max_channels
-  Transpose transpose;                   // null: element by element
+  WeightGradTiles narrow, broad;  // up to kGradLanes lanes, one twice the other
+  WeightGradTiles pair;           // two panels at once
+  CopyPanel copy;
+  Transpose transpose;  // null: element by element
+
+  const WeightGradTiles& for_lanes(int64_t lanes) const { return lanes > narrow.lanes ? broad : narrow; }
 };
 
 const WeightGradKernels& portable_weight_grad_kernels();

@@ -19,7 +19,8 @@ struct V128 {
 }  // namespace
 
 const WeightGradKernels& portable_weight_grad_kernels() {
-  static const WeightGradKernels kernels = weight_grad_kernels<V128, 4>(nullptr);
+  static const WeightGradKernels kernels = {
+      weight_grad_tiles<V128, 4, 1>(), weight_grad_tiles<V128, 4, 2>(), {}, &copy_panel<V128>, nullptr};
   return kernels;
 }
 

@@ -9,6 +9,13 @@
 namespace rnp::cpu {
 namespace {
 
+// First float of vector v, where panels are `step` apart.
+template <class V>
+constexpr int64_t vector_at(int v, int64_t step) {
+  constexpr int kPanelVectors = kGradLanes / V::kWidth;
+  return v / kPanelVectors * step + v % kPanelVectors * V::kWidth;
+}
+
 template <class V, int C, int NV>
 void weight_grad_tile(const WeightGradArgs& a) {
   using T = typename V::T;
@@ -26,7 +33,7 @@ void weight_grad_tile(const WeightGradArgs& a) {
         RNP_COUNT_FMA(C * NV * V::kWidth);
         T lanes[NV];
 #pragma GCC unroll 16
-        for (int v = 0; v < NV; ++v) lanes[v] = V::load(g + v * V::kWidth);
+        for (int v = 0; v < NV; ++v) lanes[v] = V::load(g + vector_at<V>(v, a.g_panel_step));
 #pragma GCC unroll 16
         for (int c = 0; c < C; ++c) {
           const T b = V::broadcast(x + c);
@@ -42,29 +49,38 @@ void weight_grad_tile(const WeightGradArgs& a) {
   for (int c = 0; c < C; ++c) {
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
-      float* to = a.sums + c * kGradLanes + v * V::kWidth;
+      float* to = a.sums + c * kGradLanes + vector_at<V>(v, a.sums_panel_step);
       V::store(to, V::add(V::load(to), acc[c][v]));
     }
   }
 }
 
-template <class V, int C>
-void add_weight_grad_channels(WeightGradKernels& k) {
-  k.tile[0][C - 1] = &weight_grad_tile<V, C, 1>;
-  k.tile[1][C - 1] = &weight_grad_tile<V, C, 2>;
-  if constexpr (C > 1) add_weight_grad_channels<V, C - 1>(k);
+template <class V, int C, int NV>
+void add_weight_grad_channels(WeightGradTiles& t) {
+  t.tile[C - 1] = &weight_grad_tile<V, C, NV>;
+  if constexpr (C > 1) add_weight_grad_channels<V, C - 1, NV>(t);
 }
 
-// Both variants for 1…C input channels.
-template <class V, int C>
-WeightGradKernels weight_grad_kernels(Transpose transpose) {
-  WeightGradKernels k = {};
-  k.lanes = 2 * V::kWidth;
-  k.half_lanes = V::kWidth;
-  k.max_channels = C;
-  add_weight_grad_channels<V, C>(k);
-  k.transpose = transpose;
-  return k;
+template <class V>
+void copy_panel(const float* from, int64_t pixel_stride, int64_t cols, int64_t width, float* to) {
+  for (int64_t x = 0; x < cols; ++x, from += pixel_stride, to += width) {
+    for (int64_t c = 0; c < width; c += kGradPanel) {
+      __builtin_prefetch(from + cols * pixel_stride + c);  // of the pixels that come next
+#pragma GCC unroll 4
+      for (int v = 0; v < kGradPanel / V::kWidth; ++v)
+        V::store(to + c + v * V::kWidth, V::load(from + c + v * V::kWidth));
+    }
+  }
+}
+
+// Tiles of NV vectors by 1…C input channels.
+template <class V, int C, int NV>
+WeightGradTiles weight_grad_tiles() {
+  WeightGradTiles t = {};
+  t.lanes = NV * V::kWidth;
+  t.max_channels = C;
+  add_weight_grad_channels<V, C, NV>(t);
+  return t;
 }
 
 }  // namespace
