@@ -1,6 +1,8 @@
 """nn.Conv2d in eager mode against PrefixConv2d in its place: full width, no prefixes, warm.
 
-    python bench/dropin.py [--threads 1] [--clock wall|cpu] [--filter NAME] [--batch 1 8] [--dtype float32]
+    python bench/dropin.py [--training] [--threads 1] [--clock wall|cpu] [--filter NAME] [--batch 1 8] [--dtype float32]
+
+With --training, a step: forward, and the gradients of weight, bias and input (of an image of up to 4 channels: none).
 
 One line per layer, layout and batch: the median of nn.Conv2d in microseconds, the median ratio ours / theirs of runs
 taken in turn (rnp.bench.timing), its p20 and p80, the same of nn.Conv2d against itself (differences below that say
@@ -18,6 +20,7 @@ only).
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable
 
@@ -106,6 +109,29 @@ def gate(name: str, ours: Tensor, conv: nn.Conv2d, x: Tensor) -> None:
         raise SystemExit(f"{name}: wrong by up to {(ours.double() - truth).abs().max().item():.3g}")
 
 
+LARGEST_ERROR = 1e-5  # of a gradient: relative, in L2, against float64
+
+
+def step(conv: nn.Conv2d, x: Tensor, upstream: Tensor) -> Callable[[], list[Tensor]]:
+    """Forward and backward; gives the gradients."""
+    wanted = [conv.weight, conv.bias, *([x] if x.requires_grad else [])]
+
+    def run() -> list[Tensor]:
+        with torch.enable_grad():
+            return list(torch.autograd.grad(conv(x), wanted, upstream))
+
+    return run
+
+
+def gate_gradients(name: str, ours: list[Tensor], conv: nn.Conv2d, x: Tensor, upstream: Tensor) -> None:
+    exact = copy.deepcopy(conv).double()
+    truth = step(exact, x.detach().double().requires_grad_(x.requires_grad), upstream.double())()
+    for what, got, wanted in zip(("weight", "bias", "input"), ours, truth, strict=False):
+        error = ((got.double() - wanted).norm() / wanted.norm()).item()
+        if not error <= LARGEST_ERROR:
+            raise SystemExit(f"{name}: the gradient of {what} is wrong by {error:.3g} of its norm")
+
+
 def row(label: str, path: str, sides: dict[str, Callable[[], object]], rounds: int, clock: str) -> float:
     """Measures and prints one; its ratio."""
     times = measure(sides, "theirs", seconds=0.0, rounds=rounds, clock=clock)
@@ -122,6 +148,7 @@ def row(label: str, path: str, sides: dict[str, Callable[[], object]], rounds: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--training", action="store_true", help="steps of training, not inference")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--filter", default="", help="only layers whose name contains this")
@@ -148,14 +175,20 @@ def main() -> None:
                 theirs.eval()
                 ours = PrefixConv2d.from_conv2d(theirs)
                 x = torch.randn(batch, c_in, side, side).to(dtype).contiguous(memory_format=layout)
-                with torch.inference_mode():
+                with torch.no_grad() if options.training else torch.inference_mode():
                     for _ in range(3):
                         result, _ = ours(x), theirs(x)
                     gate(name, result, theirs, x)
                     route = stock.route(ours, x, ours.weight, ours.padding)
-                    path = f"Winograd, tiles of {route.tile}" if route.tile else PATHS[route.path]
+                    winograd = route.transforms if options.training else route.tile
+                    path = f"Winograd, tiles of {route.tile}" if winograd else PATHS[route.path]
                     del result
                     sides = {"theirs": lambda: theirs(x), "ours": lambda: ours(x)}  # noqa: B023 (called in this iteration only)
+                    if options.training:
+                        upstream = torch.randn_like(theirs(x))
+                        x = x.clone().requires_grad_(c_in > 4)
+                        sides = {"theirs": step(theirs, x, upstream), "ours": step(ours, x, upstream)}
+                        gate_gradients(name, sides["ours"](), theirs, x, upstream)
                     label = f"{str(layout).removeprefix('torch.'):17} batch {batch}  {name:28}"
                     median = row(label, path, sides, options.rounds, options.clock)
                     if median > LIMIT:

@@ -3,10 +3,11 @@
 "auto", the default, takes Winograd's F(4x4, 3x3) or F(2x2, 3x3) where a measured rule (csrc/core/algorithm.cpp) says
 that it is the faster one: float32, 3x3, stride 1, dilated or not, no groups; and F(4x4, 4x4) for a 7x7 kernel with
 stride 2 over 2 to 4 channels, whose 2x2 pixels it folds into channels. The rule looks at the layer's shape and at a
-sample's own prefixes, never at the batch or the threads. It takes effect where transformed weights are at hand: in a
+sample's own prefixes, never at the batch or the threads. It takes effect where transformed weights are at hand (in a
 `PrefixConv2d` whose call needs no gradient, in a converted network, and where `prefix_conv2d(winograd=...)` is given
-them. The gradient of the input of a 3x3 layer with stride 1 transforms weights of its own, where the map has 400
-positions or more (csrc/cpu/input_grad.cpp). Everything else is computed directly.
+them), and where the operator transforms them in the call, because that pays for one sample alone: 3x3 layers whose
+output has 400 positions or more (`transforms_in_call` in csrc/core/algorithm.cpp), in training above all, forward and
+for the input's gradient. Everything else is computed directly.
 
 What "auto" costs and changes:
 
@@ -14,7 +15,7 @@ What "auto" costs and changes:
   for F(4x4), 7e-7 for F(2x2); 1.3e-6 for a stem), where direct convolution has about 2e-7.
 * Memory: the transformed weights are kept beside the parameters, 4 times the size of the 3x3 (and 7x7) weights for
   F(4x4) and 16/9 of it for F(2x2). They are made when a call first needs them and never saved.
-  `forget_transformed_weights(model)` drops them; under "direct" none are made. A thread that computes gradients keeps
+  `forget_transformed_weights(model)` drops them; under "direct" none are made. A thread that transforms in calls keeps
   room for one layer's, the largest so far.
 * NaN and infinity: one such value among the live inputs makes all outputs of every tile that reads it NaN (up to 4x4
   pixels) instead of the outputs that depend on it; in grad_output likewise. Values beyond a prefix are never read.

@@ -31,10 +31,12 @@ class PrefixConv2d(nn.Conv2d):
     without prefixes so is the result, to rounding. On a CPU the weights are packed for the kernels at the second call
     that sees them unchanged. Where Winograd is the faster algorithm and no gradient is needed
     (`rnp_kernels.set_algorithm`), they are transformed for it at the first call: calls without gradients give the same
-    bits, calls with gradients are computed directly. The pack takes about as much memory as the weights, the transform
-    4 or 16/9 times as much. Both are never saved or copied, and are made again when the weights change: in place, by
-    assignment, by conversion. A write through `weight.data` that spares all the elements which the operator compares
-    (one in each filter) is not seen: write under `torch.no_grad()` instead, or call `forget_packed_weight()` after it.
+    bits. Calls with gradients transform 3x3 weights for maps of 400 positions or more, and keep nothing: there the bits
+    are those of calls without; smaller maps and stems are computed directly. The pack takes about as much memory as the
+    weights, the transform 4 or 16/9 times as much. Both are never saved or copied, and are made again when the weights
+    change: in place, by assignment, by conversion. A write through `weight.data` that spares all the elements which the
+    operator compares (one in each filter) is not seen: write under `torch.no_grad()` instead, or call
+    `forget_packed_weight()` after it.
 
     The CUDA backend keeps a pack likewise, for the stream that made it; a CUDA graph under capture packs inside the
     graph. It cannot compare elements without waiting for the device: no write through `weight.data` in place is seen.
@@ -114,7 +116,7 @@ class PrefixConv2d(nn.Conv2d):
         if route is not None and route.tile and not needs_autograd(input, weight, bias):
             winograd = self._pack_cache().transformed(weight, route.tile)
         output = None
-        by_operator = route is not None and route.transforms and winograd is None  # with gradients, both ways
+        by_operator = route is not None and route.transforms and winograd is None  # with gradients: forward and back
         if in_prefix is None and out_prefix is None and route is not None and not by_operator:
             output = self._run_full_width(input, weight, bias, route, winograd)
         if output is None:

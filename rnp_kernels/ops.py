@@ -155,7 +155,8 @@ def prefix_conv2d(
         packed: `pack_weight(weight, groups)`, to spare packing at every call. One element of each filter is compared
             with it, so most stale packs are noticed and not used; whoever edits weights should pack again.
         winograd: `pack_winograd(weight, tile)`, on a CPU: samples for which the algorithm in force
-            (`rnp_kernels.set_algorithm`) names that tile are computed by it. None: all directly.
+            (`rnp_kernels.set_algorithm`) names that tile are computed by it. None: the call transforms weights for
+            3x3 layers of 400 output positions or more, and computes everything else directly.
 
     Returns:
         The output (N, C_out, OH, OW), in the layout conv2d would give it; with `pooled`, a pair of it and the means. An

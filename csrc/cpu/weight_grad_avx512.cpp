@@ -24,10 +24,15 @@ struct V512 {
   }
 };
 
+// One vector of output channels: a broadcast serves one multiply-add, which may as well read it itself.
+struct V512Alone : V512 {
+  static T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
+};
+
 }  // namespace
 
 const WeightGradKernels& avx512_weight_grad_kernels() {
-  static const WeightGradKernels kernels = {weight_grad_tiles<V512, 8, 1>(), weight_grad_tiles<V512, 8, 2>(),
+  static const WeightGradKernels kernels = {weight_grad_tiles<V512Alone, 16, 1>(), weight_grad_tiles<V512, 8, 2>(),
                                             weight_grad_tiles<V512, 6, 4>(), &copy_panel<V512>, &transpose};
   return kernels;
 }

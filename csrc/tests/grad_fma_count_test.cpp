@@ -1,9 +1,8 @@
 // The gradients execute the multiply-adds of the prefixes, up to this rounding:
 //
 //   input's gradient   what the forward executes for the same convolution of grad_output, prefixes exchanged
-//   weight's gradient  output channels up to a whole vector, input channels up to a panel of 8 (or the last channel);
-//                      taps in the padding are left out. Neighbouring samples of a small map are computed together,
-//                      with the largest of their prefixes.
+//   weight's gradient  output channels up to a whole vector; taps in the padding are left out. Neighbouring
+//                      samples of a small map are computed together, with the largest of their prefixes.
 #include <algorithm>
 #include <string>
 
@@ -12,7 +11,6 @@
 #include "core/macs.h"
 #include "cpu/isa.h"
 #include "cpu/prefix_conv2d_grad.h"
-#include "cpu/weight_grad_kernel.h"
 #include "cpu/winograd.h"
 #include "tests/check.h"
 #include "tests/conv_case.h"
@@ -135,7 +133,7 @@ TEST(input_grad_of_a_strided_convolution_costs_its_macs) {
   on_every_isa([&](const std::string& isa) { CHECK_EQUAL(counted(s, in, out).input_grad, macs) << isa; });
 }
 
-TEST(weight_grad_executes_whole_vectors_and_panels_of_live_channels) {
+TEST(weight_grad_executes_whole_vectors_of_live_channels) {
   on_every_isa([](const std::string& isa) {
     for (const int64_t kernel : {1, 3}) {
       for (const int64_t stride : {1, 2}) {
@@ -148,8 +146,7 @@ TEST(weight_grad_executes_whole_vectors_and_panels_of_live_channels) {
               taps += at >= 0 && at < s.h;
             }
           int64_t wanted = 0;
-          for (size_t n = 0; n < in.size(); ++n)
-            wanted += round_up(in[n], cpu::kGradPanel) * round_up(out[n], vector_lanes()) * taps * taps;
+          for (size_t n = 0; n < in.size(); ++n) wanted += in[n] * round_up(out[n], vector_lanes()) * taps * taps;
           CHECK_EQUAL(counted(s, in, out).weight_grad, wanted) << isa << ", kernel " << kernel << ", stride " << stride;
           CHECK_EQUAL(counted(s, in, out, 3).weight_grad, wanted) << isa << ", 3 threads";
         }
@@ -167,7 +164,7 @@ TEST(weight_grad_of_small_maps_and_groups) {
         const int64_t taps = 3 * s.h - 2;
         int64_t wanted = 0;
         for (int64_t g = 0; g < groups; ++g)
-          wanted += 4 * round_up(live_in_group(live, g, s.group_in()), cpu::kGradPanel) *
+          wanted += 4 * live_in_group(live, g, s.group_in()) *
                     round_up(live_in_group(live, g, s.group_out()), vector_lanes()) * taps * taps;
         CHECK_EQUAL(counted(s, prefix, prefix).weight_grad, wanted)
             << isa << ", groups " << groups << ", live " << live;

@@ -145,6 +145,8 @@ void check_dtype(DType dtype, double unit, const char* name) {
 }
 
 const ConvCase kSmallMaps = padded_case("3x3 on 5x5, many samples", 1, 40, 5, 5, 48, 3);
+// Samples that are summed together differ in which panels of 32 output channels are live.
+const ConvCase kManyOutputs = padded_case("3x3 on 4x4, four panels", 1, 37, 4, 4, 120, 3);
 const ConvCase kLargeMap = padded_case("3x3 on 90x90", 1, 12, 90, 90, 40, 3);
 
 // Maps of so many positions that the input's gradient goes through Winograd.
@@ -164,7 +166,8 @@ TEST(float16_gradients_equal_the_reference_on_every_isa) {
 
 TEST(gradients_of_batches_that_are_cut_into_units_and_slots) {
   for (Mode mode : {kFull, kMixed})
-    for (const auto& [shape, copies] : {std::pair(kSmallMaps, 23), std::pair(kLargeMap, 3)}) {
+    for (const auto& [shape, copies] :
+         {std::pair(kSmallMaps, 23), std::pair(kManyOutputs, 19), std::pair(kLargeMap, 3)}) {
       GradProblem<float> problem(shape, mode, DType::kFloat32, true, copies);
       on_every_isa(DType::kFloat32, [&, name = shape.name](const std::string& isa) {
         problem.prepare();
@@ -176,7 +179,7 @@ TEST(gradients_of_batches_that_are_cut_into_units_and_slots) {
 }
 
 TEST(gradients_have_the_same_bits_on_any_threads) {
-  std::vector<std::pair<ConvCase, int64_t>> all = {{kSmallMaps, 23}, {kLargeMap, 3}};
+  std::vector<std::pair<ConvCase, int64_t>> all = {{kSmallMaps, 23}, {kManyOutputs, 19}, {kLargeMap, 3}};
   for (const ConvCase& c : conv_cases()) all.emplace_back(c, 1);
   for (const ConvCase& c : kWinogradMaps) all.emplace_back(c, 1);
   on_every_isa(DType::kFloat32, [&](const std::string& isa) {
