@@ -116,8 +116,7 @@ class PrefixConv2d(nn.Conv2d):
         if route is not None and route.tile and not needs_autograd(input, weight, bias):
             winograd = self._pack_cache().transformed(weight, route.tile)
         output = None
-        by_operator = route is not None and route.transforms and winograd is None  # with gradients: forward and back
-        if in_prefix is None and out_prefix is None and route is not None and not by_operator:
+        if in_prefix is None and out_prefix is None and route is not None:
             output = self._run_full_width(input, weight, bias, route, winograd)
         if output is None:
             output = prefix_conv2d(
@@ -158,19 +157,20 @@ class PrefixConv2d(nn.Conv2d):
         self, input: Tensor, weight: Tensor, bias: Tensor | None, route: stock.Route, winograd: Tensor | None
     ) -> Tensor | None:
         """The shortest way to the operator's own result where every sample has full width; None where there is none."""
-        groups = self.__dict__["groups"]
-        path, stride, paddings, dilation, kernel_size, *_ = route
-        if winograd is not None:
-            packed = None  # no sample is computed directly
-        elif path == stock.CONV2D:
-            return torch.conv2d(input, weight, bias, stride, paddings[::2], dilation, groups)
-        elif needs_autograd(input, weight, bias):
-            return None
-        elif path == stock.ONEDNN:
-            return torch.mkldnn_convolution(input, weight, bias, paddings[::2], stride, dilation, groups)
-        elif path == stock.GEMM:
-            return torch._C._nn.thnn_conv2d(input, weight, kernel_size, bias, stride, paddings[::2])
-        else:
+        groups, packed = self.__dict__["groups"], None
+        path, training, stride, paddings, dilation, kernel_size, *_ = route
+        if winograd is None:  # else no sample is computed directly
+            if path != training or path != stock.CONV2D:
+                with_gradients = needs_autograd(input, weight, bias)
+                if (with_gradients and training == stock.OURS) or (not with_gradients and route.transforms):
+                    return None
+                path = training if with_gradients else path
+            if path == stock.CONV2D:
+                return torch.conv2d(input, weight, bias, stride, paddings[::2], dilation, groups)
+            if path == stock.ONEDNN:
+                return torch.mkldnn_convolution(input, weight, bias, paddings[::2], stride, dilation, groups)
+            if path == stock.GEMM:
+                return torch._C._nn.thnn_conv2d(input, weight, kernel_size, bias, stride, paddings[::2])
             packed = self._pack_cache().get(weight, groups)
         try:
             return run_below_autograd(

@@ -49,29 +49,35 @@ def _requires_grad(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
 
 
+ANY_MODE, WITHOUT_GRADIENTS, WITH_GRADIENTS = range(3)
+
+
 class StockCall:
     """One module's call at one input shape that torch's own convolution answers; immutable."""
 
     __slots__ = (
-        "_algorithm", "_arguments", "_bias", "_function", "_input_strides", "_plain", "_weight", "_weight_strides",
+        "_algorithm", "_arguments", "_bias", "_function", "_input_strides", "_mode", "_weight", "_weight_strides",
+        "_with_gradients",
     )  # fmt: skip
 
     def __init__(
-        self, module: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None, route: stock.Route,
-        algorithm: str | None,
+        self, module: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None, route: stock.Route, path: int,
+        mode: int, algorithm: str | None, with_gradients: StockCall | None = None,
     ) -> None:  # fmt: skip
-        """`algorithm` must be in force; None: any will do."""
+        """`mode` says which calls it answers; `with_gradients` answers those that need gradients in its place.
+
+        `algorithm` must be in force; None: any will do.
+        """
         self._weight, self._bias, self._weight_strides = weight, bias, weight.stride()
         self._input_strides, self._algorithm = input.stride(), algorithm
+        self._mode, self._with_gradients = mode, with_gradients
         padding = route.padding[::2]
-        # torch.conv2d is right in every mode, with gradients or without; what is below it only in none.
-        self._plain = route.path != stock.CONV2D
-        if route.path == stock.GEMM:
+        if path == stock.GEMM:
             self._function = lambda input, weight, bias: torch._C._nn.thnn_conv2d(
                 input, weight, route.kernel_size, bias, route.stride, padding
             )
             self._arguments: tuple[Any, ...] = ()
-        elif route.path == stock.ONEDNN:
+        elif path == stock.ONEDNN:
             self._function = torch.mkldnn_convolution
             self._arguments = (padding, route.stride, route.dilation, module.groups)
         else:
@@ -97,20 +103,18 @@ class StockCall:
             or (backends._current != "auto" and backends._current != "cpu")
             or _is_autocast_enabled("cpu")  # casts: the operator has rules of its own for other dtypes
             or (self._algorithm is not None and _algorithm() != self._algorithm)
-            or (self._plain and self._is_seen(input))
         ):
             return None
+        if self._mode != ANY_MODE:
+            if _is_grad_enabled() and _requires_grad(input, weight, bias):
+                if self._mode == WITHOUT_GRADIENTS:
+                    other = self._with_gradients
+                    return None if other is None else other(state, input, in_prefix, out_prefix)
+            elif self._mode == WITH_GRADIENTS:
+                return None
+            if _dispatch_modes() or _is_tracing() or _transform() is not None or forward_ad._current_level >= 0:
+                return None  # somebody must see the operator itself
         return self._function(input, weight, bias, *self._arguments)
-
-    def _is_seen(self, input: Tensor) -> bool:
-        """Whether somebody must see the operator itself, or needs its gradient."""
-        return (
-            _dispatch_modes()
-            or _is_tracing()
-            or _transform() is not None
-            or forward_ad._current_level >= 0
-            or (_is_grad_enabled() and _requires_grad(input, self._weight, self._bias))
-        )
 
 
 class LayerCall:
@@ -118,7 +122,7 @@ class LayerCall:
 
     __slots__ = (
         "_addresses", "_bias", "_bias_metadata", "_held", "_identity", "_input_strides", "_kernel", "_output_size",
-        "_output_strides", "_pooled", "_stock", "_weight",
+        "_output_strides", "_pooled", "_weight", "_with_gradients",
     )  # fmt: skip
 
     def __init__(
@@ -138,7 +142,7 @@ class LayerCall:
             input.stride(), weight.stride(), output.stride(), route.tile,
         )  # fmt: skip
         self._pooled = self._kernel.pools_output
-        self._stock = with_gradients
+        self._with_gradients = with_gradients
 
     def __call__(
         self, state: dict[str, Any], input: Tensor, in_prefix: Tensor | None, out_prefix: Tensor | None
@@ -146,7 +150,8 @@ class LayerCall:
         """The output, or None where the long way must be gone; `state` is the module's __dict__."""
         weight, bias = self._weight, self._bias
         if _is_grad_enabled() and _requires_grad(input, weight, bias):
-            return None if self._stock is None else self._stock(state, input, in_prefix, out_prefix)
+            other = self._with_gradients
+            return None if other is None else other(state, input, in_prefix, out_prefix)
         parameters = state["_parameters"]
         if (
             parameters.get("weight") is not weight
@@ -213,11 +218,15 @@ def prepare(
     if weight.is_neg() or not (bias is None or (bias.dtype is _float32 and bias.is_contiguous())):
         return None
     held = pack, transformed = cache.kept(weight, module.groups, route.tile)
-    stock_call = None
-    if route.path != stock.OURS and not route.transforms:
-        winograd_can = _C.winograd_can(tuple(weight.shape), route.stride, route.dilation, module.groups)
-        stock_call = StockCall(module, input, weight, bias, route, _algorithm() if winograd_can else None)
+    winograd_can = _C.winograd_can(tuple(weight.shape), route.stride, route.dilation, module.groups)
+    algorithm = _algorithm() if winograd_can else None
+    # torch.conv2d is right in every mode, with gradients or without; what is below it only in some.
+    mode = ANY_MODE if route.path == route.training == stock.CONV2D and not route.tile else WITH_GRADIENTS
+    trained = None
+    if route.training != stock.OURS:
+        trained = StockCall(module, input, weight, bias, route, route.training, mode, algorithm)
     if transformed is not None or (route.path == stock.OURS and pack is not None and not route.tile):
-        with_gradients = stock_call if route.path == stock.CONV2D else None
-        return LayerCall(module, input, weight, bias, route, held, output, with_gradients)
-    return stock_call
+        return LayerCall(module, input, weight, bias, route, held, output, trained)
+    if mode == ANY_MODE or route.path == stock.OURS or route.tile:
+        return trained
+    return StockCall(module, input, weight, bias, route, route.path, WITHOUT_GRADIENTS, algorithm, trained)

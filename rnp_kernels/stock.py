@@ -17,15 +17,15 @@ from .checks import four_paddings, pair
 from .registrations import output_memory_format
 
 OURS, ONEDNN, GEMM, CONV2D = range(4)  # the first three as in csrc/core/stock.h; CONV2D is ONEDNN through F.conv2d
-
-
+_FEW_ELEMENTS = 20480  # of a sample: a call of oneDNN's costs 40 us
 NAMES = ("", "oneDNN", "one matrix product a sample", "oneDNN")
 
 
 class Route(NamedTuple):
     """How a module's convolution of full width runs for inputs of one shape and layout, in any batch."""
 
-    path: int
+    path: int  # of a call that needs no gradient
+    training: int  # of one that needs some
     stride: tuple[int, int]
     padding: tuple[int, int, int, int]
     dilation: tuple[int, int]
@@ -60,13 +60,16 @@ def route(conv: nn.Conv2d, input: Tensor, weight: Tensor, padding: int | Sequenc
     ):
         layer = (tuple(input.shape[1:]), tuple(weight.shape), stride, paddings, dilation, conv.groups, "float32")
         tile, transforms = _C.winograd_tile(*layer), _C.transforms_in_call(*layer)
+    training = OURS if transforms else _training_path(conv, input, weight, stride, paddings, dilation, path)
     if backends.LOG:
         chosen = NAMES[path] or describe_kernel(input, weight, stride, paddings, dilation, conv.groups)
         if tile:
             winograd = describe_winograd(tile, kernel)
-            chosen = winograd if transforms else f"{winograd} without gradients, else {chosen}"
+            chosen = winograd if transforms or training else f"{winograd} without gradients, else {chosen}"
+        if NAMES[training] != NAMES[path] and training:
+            chosen += ", with gradients torch's own"
         backends.log(input, weight, stride, paddings, conv.groups, f"backend cpu, full width: {chosen}")
-    return Route(path, stride, paddings, dilation, kernel, tile, transforms)
+    return Route(path, training, stride, paddings, dilation, kernel, tile, transforms)
 
 
 def describe_winograd(tile: int, kernel: tuple[int, ...]) -> str:
@@ -119,10 +122,46 @@ def _path(conv: nn.Conv2d, input: Tensor, weight: Tensor, stride: Any, padding: 
         return path
     # F.conv2d chooses by the batch too. Where it takes oneDNN for a single sample and a kernel larger than 1x1, it
     # always does, with any number of threads; it has the shortest way and its own gradients.
-    backend = torch._C._select_conv_backend(
-        input[:1], weight, conv.bias, stride, padding[::2], dilation, False, (0, 0), conv.groups
-    )
+    backend = _torchs_backend(conv, 1, input, weight, stride, padding, dilation)
     return CONV2D if backend == torch._C._ConvBackend.Mkldnn else ONEDNN
+
+
+def _training_path(
+    conv: nn.Conv2d, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, path: int
+) -> int:
+    """The path of a call at full width that needs gradients, where the operator would not use Winograd.
+
+    Torch's own conv2d, with its own gradients, wherever it chooses the same way for a sample alone and in a batch; else
+    oneDNN's, which it chooses in a batch. For 1x1 kernels it chooses by the number of threads. One product a sample
+    takes 0.8 to 1.05 of its time on one thread; on two 0.4 to 0.7 where samples are small, 0.43 to 0.94 on large maps
+    in NCHW, 1.05 to 1.24 elsewhere (oneDNN: 0.97 to 1.11 on either, and 1.1 to 1.7 for small ones on one).
+    """
+    if path == CONV2D:
+        return CONV2D
+    if input.dtype is not torch.float32 or weight.dtype is not torch.float32 or padding[::2] != padding[1::2]:
+        return OURS
+    if conv.bias is not None and conv.bias.dtype is not torch.float32:
+        return OURS
+    last = output_memory_format(input, weight) is torch.channels_last
+    if _C.trains_faster(tuple(input.shape[1:]), tuple(weight.shape), stride, padding, dilation, conv.groups, last):
+        return OURS
+    if tuple(weight.shape[2:]) == (1, 1) and conv.groups == 1:
+        few = input[0].numel() <= _FEW_ELEMENTS or not torch.backends.mkldnn.is_available()
+        return GEMM if few or (not last and input.shape[2] * input.shape[3] >= 14 * 14) else ONEDNN
+    alone, among = (_torchs_backend(conv, n, input, weight, stride, padding, dilation) for n in (1, 2))
+    if alone == among:
+        return CONV2D
+    return ONEDNN if among == torch._C._ConvBackend.Mkldnn else OURS
+
+
+def _torchs_backend(
+    conv: nn.Conv2d, batch: int, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
+) -> Any:
+    """What F.conv2d would choose for so many samples like these."""
+    some = input[:1].expand(batch, *input.shape[1:])
+    return torch._C._select_conv_backend(
+        some, weight, conv.bias, stride, padding[::2], dilation, False, (0, 0), conv.groups
+    )
 
 
 tell_the_operator()

@@ -77,6 +77,7 @@ def test_the_log_says_once_per_shape_what_was_chosen(tmp_path: Path) -> None:
     lines = run.stderr.splitlines()
     assert len(lines) == len(set(lines)) and all(line.startswith("rnp: prefix_conv2d torch.float32") for line in lines)
     kernel = re.compile(r": backend cpu, \w+ kernels, tile \d+x\d+ pixels x \d+ channels$")
+    assert any(line.endswith(", with gradients torch's own") for line in lines), lines
     assert any(kernel.search(line) for line in lines), lines
     for chosen in ("channels; contiguous: planes", "full width: oneDNN", "backend reference"):
         assert any(line.endswith(chosen) for line in lines), lines

@@ -93,7 +93,14 @@ def test_full_width_has_the_same_bits_on_every_way(
     results = []
     for count in (1, 2):
         torch.set_num_threads(count)
-        results.append(conv(x))  # with gradients
+        trained = conv(x)  # with gradients
+        assert trained.requires_grad
+        alone = torch.cat([conv(x[n : n + 1]) for n in range(3)])
+        assert torch.equal(alone, trained), "with gradients, a sample has other bits alone"
+        if stock.route(conv, x, conv.weight, conv.padding).training == stock.OURS:
+            results.append(trained)
+        else:
+            close(trained, rnp_kernels.prefix_conv2d(x, conv.weight, conv.bias, 1, kernel // 2, 1, groups))
         results.append(rnp_kernels.prefix_conv2d(x, conv.weight, conv.bias, 1, kernel // 2, 1, groups))
         with torch.no_grad():
             for _ in range(3):
@@ -102,7 +109,7 @@ def test_full_width_has_the_same_bits_on_every_way(
             results.append(conv(torch.cat([x] * 6))[:3])
             results.append(conv(x, full, None))
             mixed = conv(x, full, part)
-            results.append(torch.cat([mixed[:1], results[0][1:2], mixed[2:]]))
+            results.append(torch.cat([mixed[:1], conv(x)[1:2], mixed[2:]]))
     for number, result in enumerate(results):
         assert torch.equal(result, results[0]), number
         assert result.dtype == dtype

@@ -148,8 +148,11 @@ def test_what_must_see_operators_sees_them(taken: list[bool]) -> None:
         assert conv(x).dtype is torch.bfloat16
     with torch.no_grad(), BaseTorchFunctionMode():
         conv(x)
+    assert not any(taken)
+    taken.clear()
     y = conv(x)
-    assert y.requires_grad and not any(taken)
+    assert y.requires_grad and taken and all(taken), "torch's own convolution sees gradients"
+    taken.clear()
     y.sum().backward()
     with torch.no_grad(), rnp_kernels.backend("reference"):
         torch.testing.assert_close(conv(x), y, rtol=1e-4, atol=1e-4)
@@ -181,7 +184,7 @@ def test_torchs_own_convolution_in_every_mode(path: int, layer: tuple, taken: li
         check(conv(x))
     assert taken == [at_once] and any("conv" in name for name in seen.names)
     y = conv(x)
-    assert y.requires_grad and taken == [at_once] * 2
+    assert y.requires_grad and taken[1:] and all(taken[1:]), "its gradients are torch's own"
     check(y)
     ours, own = (torch.autograd.grad(v.square().sum(), (conv.weight, conv.bias)) for v in (y, theirs))
     for mine, other in zip(ours, own, strict=True):
