@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rnp_kernels
+from rnp_kernels.algorithms import transforms_in_call
 
 from . import graph as g
 from .batchnorm import PrefixBatchNorm2d
@@ -151,7 +152,9 @@ def _path_conv(
         weight = weight[:live_out, : x.shape[1]]
     bias = None if conv.bias is None else conv.bias[:live_out]
     x, padding = _padded(x, conv)
-    x = F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv_groups)
+    geometry = (conv.stride, padding, conv.dilation, conv_groups)
+    winograd = transforms_in_call(x, weight, *geometry)
+    x = (rnp_kernels.prefix_conv2d if winograd else F.conv2d)(x, weight, bias, *geometry)
     if norm is not None:
         x = norm.forward_slice(x, min(group_in, norm.rows) - 1) if isinstance(norm, PrefixBatchNorm2d) else norm(x)
     if step.residual:

@@ -316,6 +316,28 @@ def test_a_failed_conversion_leaves_the_model_alone():
     assert model.training and type(model.conv) is nn.Conv2d
 
 
+def test_paths_over_large_maps_train_through_winograd():
+    """The same to rounding as direct convolution, gradients too; autocast keeps torch's convolution."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 48, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 5)).eval()
+    x = torch.randn(2, 3, 24, 24).contiguous(memory_format=torch.channels_last)
+    network = rnp.convert(model, x, groups=4)
+    weights = [conv.weight for conv in network.backbone.modules() if isinstance(conv, nn.Conv2d)]
+    assert len(network.layers) == 1
+    for path in ([4], [2]):
+        results = []
+        for algorithm in ("auto", "direct"):
+            with rnp_kernels.algorithm(algorithm):
+                y = network.forward_path(x, path)
+                results.append((y.detach(), *torch.autograd.grad(y.square().sum(), weights)))
+        for winograd, direct in zip(*results, strict=True):
+            assert (winograd - direct).norm() <= 1e-5 * direct.norm()
+        assert not torch.equal(results[0][-1], results[1][-1]), "Winograd was not used"
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(network.forward_path(x, path).float(), results[0][0], rtol=0.05, atol=0.05)
+
+
 def test_forward_path_checks_its_path(nets):
     network = rnp.convert(nets.make("vgg"), images(1), K)
     for path in ([1, 2], [0, 1, 1], [1, 1, 5]):
