@@ -184,8 +184,9 @@ def main() -> None:
                         result, _ = ours(x), theirs(x)
                     gate(name, result, theirs, x)
                     route = stock.route(ours, x, ours.weight, ours.padding)
-                    winograd = route.transforms if options.training else route.tile
-                    path = f"Winograd, tiles of {route.tile}" if winograd else PATHS[route.path]
+                    path = PATHS[route.training if options.training else route.path]
+                    if route.tile and (not options.training or (route.transforms and route.training == stock.OURS)):
+                        path = f"Winograd, tiles of {route.tile}"
                     del result
                     sides = {"theirs": lambda: theirs(x), "ours": lambda: ours(x)}  # noqa: B023 (called in this iteration only)
                     if options.training:

@@ -317,8 +317,8 @@ PYBIND11_MODULE(_C, m) {
         "another name.");
   m.def("trains_faster", &trains_faster, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
         py::arg("dilation"), py::arg("groups"), py::arg("channels_last"),
-        "Whether a float32 step of training at full width, without Winograd, is faster with our kernels than with\n"
-        "torch's. Arguments as in stock_path.");
+        "Whether a float32 step of training at full width is faster with our kernels than with torch's. Arguments as\n"
+        "in stock_path.");
   m.def("winograd_can", &winograd_can, py::arg("weight"), py::arg("stride"), py::arg("dilation"), py::arg("groups"),
         "Whether Winograd can compute a float32 convolution with these arguments at all, fast or not.");
   m.def("winograd_tile", &winograd_tile, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),

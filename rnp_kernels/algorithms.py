@@ -25,14 +25,11 @@ What "auto" costs and changes:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import _C
-from .checks import four_paddings
 from .errors import message
 
 ALGORITHMS = ("auto", "direct", "winograd2", "winograd4")
@@ -63,25 +60,6 @@ def algorithm(name: str) -> Iterator[None]:
         yield
     finally:
         set_algorithm(before)
-
-
-def transforms_in_call(
-    input: Tensor, weight: Tensor, stride: Sequence[int], padding: Any, dilation: Sequence[int], groups: int
-) -> bool:
-    """Whether `prefix_conv2d`, given these and no transformed weights, would use Winograd: it trains faster then than
-    `torch.conv2d` does. False for what is not on a CPU, not float32 or cast by autocast, and in a compiled graph.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or not (input.is_cpu and input.dtype is torch.float32 is weight.dtype)
-        or torch.is_autocast_enabled("cpu")
-    ):
-        return False
-    if input.dim() != 4 or not _C.winograd_can(tuple(weight.shape), tuple(stride), tuple(dilation), groups):
-        return False
-    paddings = four_paddings(padding, tuple(weight.shape[2:]), tuple(stride), tuple(dilation))
-    shape = tuple(input.shape[1:]), tuple(weight.shape)
-    return _C.transforms_in_call(*shape, tuple(stride), paddings, tuple(dilation), groups, "float32")
 
 
 def forget_transformed_weights(model: nn.Module) -> nn.Module:

@@ -60,12 +60,12 @@ def route(conv: nn.Conv2d, input: Tensor, weight: Tensor, padding: int | Sequenc
     ):
         layer = (tuple(input.shape[1:]), tuple(weight.shape), stride, paddings, dilation, conv.groups, "float32")
         tile, transforms = _C.winograd_tile(*layer), _C.transforms_in_call(*layer)
-    training = OURS if transforms else _training_path(conv, input, weight, stride, paddings, dilation, path)
+    training = _training_path(conv, input, weight, stride, paddings, dilation, path)
     if backends.LOG:
         chosen = NAMES[path] or describe_kernel(input, weight, stride, paddings, dilation, conv.groups)
         if tile:
             winograd = describe_winograd(tile, kernel)
-            chosen = winograd if transforms or training else f"{winograd} without gradients, else {chosen}"
+            chosen = winograd if transforms or training else f"{winograd}, with gradients {chosen}"
         if NAMES[training] != NAMES[path] and training:
             chosen += ", with gradients torch's own"
         backends.log(input, weight, stride, paddings, conv.groups, f"backend cpu, full width: {chosen}")
@@ -129,13 +129,15 @@ def _path(conv: nn.Conv2d, input: Tensor, weight: Tensor, stride: Any, padding: 
 def _training_path(
     conv: nn.Conv2d, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, path: int
 ) -> int:
-    """The path of a call at full width that needs gradients, where the operator would not use Winograd.
+    """The path of a call at full width that needs gradients.
 
     Torch's own conv2d, with its own gradients, wherever it chooses the same way for a sample alone and in a batch; else
     oneDNN's, which it chooses in a batch. For 1x1 kernels it chooses by the number of threads. One product a sample
     takes 0.8 to 1.05 of its time on one thread; on two 0.4 to 0.7 where samples are small, 0.43 to 0.94 on large maps
     in NCHW, 1.05 to 1.24 elsewhere (oneDNN: 0.97 to 1.11 on either, and 1.1 to 1.7 for small ones on one).
     """
+    if trains_faster(input, weight, stride, padding, dilation, conv.groups):
+        return OURS
     if path == CONV2D:
         return CONV2D
     if input.dtype is not torch.float32 or weight.dtype is not torch.float32 or padding[::2] != padding[1::2]:
@@ -143,8 +145,6 @@ def _training_path(
     if conv.bias is not None and conv.bias.dtype is not torch.float32:
         return OURS
     last = output_memory_format(input, weight) is torch.channels_last
-    if _C.trains_faster(tuple(input.shape[1:]), tuple(weight.shape), stride, padding, dilation, conv.groups, last):
-        return OURS
     if tuple(weight.shape[2:]) == (1, 1) and conv.groups == 1:
         few = input[0].numel() <= _FEW_ELEMENTS or not torch.backends.mkldnn.is_available()
         return GEMM if few or (not last and input.shape[2] * input.shape[3] >= 14 * 14) else ONEDNN
@@ -152,6 +152,22 @@ def _training_path(
     if alone == among:
         return CONV2D
     return ONEDNN if among == torch._C._ConvBackend.Mkldnn else OURS
+
+
+def trains_faster(input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
+    """Whether a step of training at full width is faster through `prefix_conv2d` than through `torch.conv2d`.
+
+    Arguments as theirs, input batched. False for what is not on a CPU, not float32 or cast by autocast, and in a
+    compiled graph, whose shapes may move on.
+    """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not input.is_cpu or input.dim() != 4:
+        return False
+    if not input.dtype is torch.float32 is weight.dtype or 0 in input.shape:
+        return False
+    stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
+    padding = four_paddings(padding, tuple(weight.shape[2:]), stride, dilation)
+    last = output_memory_format(input, weight) is torch.channels_last
+    return _C.trains_faster(tuple(input.shape[1:]), tuple(weight.shape), stride, padding, dilation, groups, last)
 
 
 def _torchs_backend(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rnp_kernels
-from rnp_kernels.algorithms import transforms_in_call
+from rnp_kernels import stock
 
 from . import graph as g
 from .batchnorm import PrefixBatchNorm2d
@@ -153,8 +153,8 @@ def _path_conv(
     bias = None if conv.bias is None else conv.bias[:live_out]
     x, padding = _padded(x, conv)
     geometry = (conv.stride, padding, conv.dilation, conv_groups)
-    winograd = transforms_in_call(x, weight, *geometry)
-    x = (rnp_kernels.prefix_conv2d if winograd else F.conv2d)(x, weight, bias, *geometry)
+    ours = stock.trains_faster(x, weight, *geometry)
+    x = (rnp_kernels.prefix_conv2d if ours else F.conv2d)(x, weight, bias, *geometry)
     if norm is not None:
         x = norm.forward_slice(x, min(group_in, norm.rows) - 1) if isinstance(norm, PrefixBatchNorm2d) else norm(x)
     if step.residual:
