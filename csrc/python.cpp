@@ -141,10 +141,10 @@ int stock_path(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std:
   return static_cast<int>(rnp::stock_path(s, type, channels_last, rnp::cpu::bfloat16_in_use(s, type)));
 }
 
-bool trains_faster(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
-                   std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups,
-                   bool channels_last) {
-  return rnp::trains_faster(shape_of(input, weight, stride, padding, dilation, groups), channels_last);
+int training_path(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
+                  std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups, bool channels_last) {
+  return static_cast<int>(
+      rnp::training_path(shape_of(input, weight, stride, padding, dilation, groups), channels_last));
 }
 
 bool winograd_can(std::array<int64_t, 4> weight, std::array<int64_t, 2> stride, std::array<int64_t, 2> dilation,
@@ -315,10 +315,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_algorithm", &rnp::set_algorithm, py::arg("name"),
         "Use 'auto' (a measured rule), 'direct', 'winograd2' or 'winograd4' on a CPU. ValueError, and no change, for\n"
         "another name.");
-  m.def("trains_faster", &trains_faster, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
+  m.def("training_path", &training_path, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
         py::arg("dilation"), py::arg("groups"), py::arg("channels_last"),
-        "Whether a float32 step of training at full width is faster with our kernels than with torch's. Arguments as\n"
-        "in stock_path.");
+        "What stock_path is for a float32 step of training at full width. Arguments as there.");
   m.def("winograd_can", &winograd_can, py::arg("weight"), py::arg("stride"), py::arg("dilation"), py::arg("groups"),
         "Whether Winograd can compute a float32 convolution with these arguments at all, fast or not.");
   m.def("winograd_tile", &winograd_tile, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),

@@ -31,12 +31,12 @@ class PrefixConv2d(nn.Conv2d):
     without prefixes so is the result, to rounding. On a CPU the weights are packed for the kernels at the second call
     that sees them unchanged. Where Winograd is the faster algorithm and no gradient is needed
     (`rnp_kernels.set_algorithm`), they are transformed for it at the first call: calls without gradients give the same
-    bits. Calls with gradients transform 3x3 weights for maps of 400 positions or more, and keep nothing: there the bits
-    are those of calls without; smaller maps and stems are computed directly. The pack takes about as much memory as the
-    weights, the transform 4 or 16/9 times as much. Both are never saved or copied, and are made again when the weights
-    change: in place, by assignment, by conversion. A write through `weight.data` that spares all the elements which the
-    operator compares (one in each filter) is not seen: write under `torch.no_grad()` instead, or call
-    `forget_packed_weight()` after it.
+    bits. Calls with gradients transform 3x3 weights for maps of 400 positions or more, and keep nothing; others of full
+    width go to torch's own convolution where a step of training is faster that way (csrc/core/stock.cpp), and then have
+    its bits. The pack takes about as much memory as the weights, the transform 4 or 16/9 times as much. Both are never
+    saved or copied, and are made again when the weights change: in place, by assignment, by conversion. A write through
+    `weight.data` that spares all the elements which the operator compares (one in each filter) is not seen: write under
+    `torch.no_grad()` instead, or call `forget_packed_weight()` after it.
 
     The CUDA backend keeps a pack likewise, for the stream that made it; a CUDA graph under capture packs inside the
     graph. It cannot compare elements without waiting for the device: no write through `weight.data` in place is seen.
@@ -160,11 +160,13 @@ class PrefixConv2d(nn.Conv2d):
         groups, packed = self.__dict__["groups"], None
         path, training, stride, paddings, dilation, kernel_size, *_ = route
         if winograd is None:  # else no sample is computed directly
-            if path != training or path != stock.CONV2D:
-                with_gradients = needs_autograd(input, weight, bias)
-                if (with_gradients and training == stock.OURS) or (not with_gradients and route.transforms):
+            if route.transforms or not path == training == stock.CONV2D:  # else one and the same with gradients
+                if needs_autograd(input, weight, bias):
+                    path = training
+                    if path == stock.OURS:
+                        return None
+                elif route.transforms:
                     return None
-                path = training if with_gradients else path
             if path == stock.CONV2D:
                 return torch.conv2d(input, weight, bias, stride, paddings[::2], dilation, groups)
             if path == stock.ONEDNN:

@@ -1,7 +1,7 @@
 """When torch's own convolution is the faster one at full width, and how a module gets there without a detour.
 
-The rule itself is `stock_path` in csrc/core/stock.cpp: the operator follows it for every sample of full width. What is
-here only saves the way through the operator where no sample can be pruned.
+The rules themselves are `stock_path` and, for a module's training, `training_path` in csrc/core/stock.cpp. The operator
+follows the first for every sample of full width; what is here saves the way through it where no sample can be pruned.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from .checks import four_paddings, pair
 from .registrations import output_memory_format
 
 OURS, ONEDNN, GEMM, CONV2D = range(4)  # the first three as in csrc/core/stock.h; CONV2D is ONEDNN through F.conv2d
-_FEW_ELEMENTS = 20480  # of a sample: a call of oneDNN's costs 40 us
 NAMES = ("", "oneDNN", "one matrix product a sample", "oneDNN")
 
 
@@ -129,29 +128,25 @@ def _path(conv: nn.Conv2d, input: Tensor, weight: Tensor, stride: Any, padding: 
 def _training_path(
     conv: nn.Conv2d, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, path: int
 ) -> int:
-    """The path of a call at full width that needs gradients.
+    """The path of a call at full width that needs gradients: torch's own, with its own gradients, or ours.
 
-    Torch's own conv2d, with its own gradients, wherever it chooses the same way for a sample alone and in a batch; else
-    oneDNN's, which it chooses in a batch. For 1x1 kernels it chooses by the number of threads. One product a sample
-    takes 0.8 to 1.05 of its time on one thread; on two 0.4 to 0.7 where samples are small, 0.43 to 0.94 on large maps
-    in NCHW, 1.05 to 1.24 elsewhere (oneDNN: 0.97 to 1.11 on either, and 1.1 to 1.7 for small ones on one).
+    Through conv2d wherever it chooses the same way for a sample alone and in a batch; else as it chooses in a batch.
     """
-    if trains_faster(input, weight, stride, padding, dilation, conv.groups):
-        return OURS
-    if path == CONV2D:
-        return CONV2D
-    if input.dtype is not torch.float32 or weight.dtype is not torch.float32 or padding[::2] != padding[1::2]:
-        return OURS
-    if conv.bias is not None and conv.bias.dtype is not torch.float32:
-        return OURS
-    last = output_memory_format(input, weight) is torch.channels_last
-    if tuple(weight.shape[2:]) == (1, 1) and conv.groups == 1:
-        few = input[0].numel() <= _FEW_ELEMENTS or not torch.backends.mkldnn.is_available()
-        return GEMM if few or (not last and input.shape[2] * input.shape[3] >= 14 * 14) else ONEDNN
+    dtypes = {t.dtype for t in (input, weight, conv.bias) if t is not None}
+    if dtypes != {torch.float32}:
+        return CONV2D if path == CONV2D else OURS
+    wanted = _float32_training_path(input, weight, stride, padding, dilation, conv.groups)
+    if wanted != ONEDNN or (tuple(weight.shape[2:]) == (1, 1) and conv.groups == 1):
+        return wanted
     alone, among = (_torchs_backend(conv, n, input, weight, stride, padding, dilation) for n in (1, 2))
     if alone == among:
         return CONV2D
     return ONEDNN if among == torch._C._ConvBackend.Mkldnn else OURS
+
+
+def _float32_training_path(input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> int:
+    last = output_memory_format(input, weight) is torch.channels_last
+    return _C.training_path(tuple(input.shape[1:]), tuple(weight.shape), stride, padding, dilation, groups, last)
 
 
 def trains_faster(input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
@@ -166,8 +161,7 @@ def trains_faster(input: Tensor, weight: Tensor, stride: Any, padding: Any, dila
         return False
     stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
     padding = four_paddings(padding, tuple(weight.shape[2:]), stride, dilation)
-    last = output_memory_format(input, weight) is torch.channels_last
-    return _C.trains_faster(tuple(input.shape[1:]), tuple(weight.shape), stride, padding, dilation, groups, last)
+    return _float32_training_path(input, weight, stride, padding, dilation, groups) == OURS
 
 
 def _torchs_backend(

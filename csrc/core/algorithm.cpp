@@ -37,6 +37,7 @@ constexpr int64_t kFewestOutputs7 = 64;  // smaller ones were not measured
 constexpr int64_t kFewestOutputs2 = 16;  // 4x4, 128 channels: 1.2 to 1.3 of direct; smaller ones were not measured
 
 bool folds(const ConvShape& s) { return s.kh == 7; }  // of those that winograd_can
+
 // A transform in the call must pay for a sample alone. The input's gradient, Emerald Rapids, one thread, direct over
 // Winograd, batch 1 and 16: 128 channels at 20x20 0.99 and 2.3, at 28x28 1.33 and 2.5, 256 at 28x28 1.22 and 2.1, 512
 // at 28x28 1.38 and 3.9, 64 at 56x56 1.9 and 2.5.

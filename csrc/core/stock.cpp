@@ -120,14 +120,7 @@ bool tiles_win(const ConvShape& s, bool channels_last) {
   return (positions <= 14 * 14 && fewest >= 128) || (positions <= 28 * 28 && fewest >= 256);
 }
 
-}  // namespace
-
-void set_stock_dtypes(bool float32, StockBFloat16 bfloat16, bool float16) {
-  has_float32 = float32;
-  its_bfloat16 = bfloat16;
-  has_float16 = float16;
-}
-
+// Whether a step of training is faster with ours.
 // Emerald Rapids, one thread, batch 8, of torch's time: through Winograd 0.47 to 0.78 (24 -> 40 at 28x28 0.94, but 16
 // -> 16 1.06 to 1.33: its weight's gradient fills half of a tile). Without it 3x3 from 256 channels on 14x14 and 7x7
 // 0.77 to 0.94 (channels_last), 0.85 to 0.97 (NCHW), 128 and fewer 1.15 to 1.3; in steps of two 0.92 to 1.1. 1x1 in
@@ -141,6 +134,14 @@ bool trains_faster(const ConvShape& s, bool channels_last) {
   if (s.kh * s.kw > 1 || fewest < 64) return false;
   if (s.stride_h * s.stride_w == 1) return channels_last && s.out_h * s.out_w >= 56 * 56;
   return !channels_last;
+}
+
+}  // namespace
+
+void set_stock_dtypes(bool float32, StockBFloat16 bfloat16, bool float16) {
+  has_float32 = float32;
+  its_bfloat16 = bfloat16;
+  has_float16 = float16;
 }
 
 Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, StockBFloat16 ours) {
@@ -210,6 +211,16 @@ Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, StockBFloa
   // channels in, 0.2 to 0.7 alone and 0.97 to 1.14 at batch 8.
   if (dtype == DType::kFloat32 && small_sample && s.kh * s.kw > 1 && s.c_in >= 16) return Stock::kNone;
   return product ? gemm : Stock::kOneDnn;
+}
+
+Stock training_path(const ConvShape& s, bool channels_last) {
+  if (s.pad_top != s.pad_bottom || s.pad_left != s.pad_right || trains_faster(s, channels_last)) return Stock::kNone;
+  if (s.groups > 1 || s.kh * s.kw > 1) return Stock::kOneDnn;
+  // Torch chooses by the number of threads, which would show in the bits. One product a sample takes 0.8 to 1.05 of its
+  // time on one thread; on two 0.4 to 0.7 where samples are small, 0.43 to 0.94 on large maps in NCHW, 1.05 to 1.24
+  // elsewhere. oneDNN: 0.97 to 1.11 on either, and 1.1 to 1.7 for small ones on one.
+  const bool small_sample = s.c_in * s.h * s.w <= kFewElements;
+  return small_sample || !has_float32 || (!channels_last && s.h * s.w >= 14 * 14) ? Stock::kGemm : Stock::kOneDnn;
 }
 
 }  // namespace rnp

@@ -23,7 +23,7 @@ struct V256 {
 
 const WeightGradKernels& avx2_weight_grad_kernels() {
   static const WeightGradKernels kernels = {
-      weight_grad_tiles<V256, 4, 1>(), weight_grad_tiles<V256, 4, 2>(), {}, &copy_panel<V256>, &transpose};
+      weight_grad_tiles<V256, 4, 1>(), weight_grad_tiles<V256, 4, 2>(), {}, &transpose};
   return kernels;
 }
 

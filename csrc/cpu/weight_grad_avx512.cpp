@@ -33,7 +33,7 @@ struct V512Alone : V512 {
 
 const WeightGradKernels& avx512_weight_grad_kernels() {
   static const WeightGradKernels kernels = {weight_grad_tiles<V512Alone, 16, 1>(), weight_grad_tiles<V512, 8, 2>(),
-                                            weight_grad_tiles<V512, 6, 4>(), &copy_panel<V512>, &transpose};
+                                            weight_grad_tiles<V512, 6, 4>(), &transpose};
   return kernels;
 }
 

@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/kernels.h"
 #include "cpu/prefetch.h"
 #include "cpu/with_type.h"
 
@@ -20,12 +21,16 @@ int64_t clamp_live(int64_t prefix, int64_t group, int64_t size, int64_t first, i
 // One row: `cols` pixels of `live` channels into panels of W channels, `panel_step` apart; the last panel is filled up
 // with zeros.
 template <int W, typename T>
-void pack_row(CopyPanel copy, const T* from, int64_t pixel_stride, int64_t channel_stride, int64_t cols, int64_t live,
+void pack_row(CopyPixels copy, const T* from, int64_t pixel_stride, int64_t channel_stride, int64_t cols, int64_t live,
               int64_t panel_step, float* to) {
+  int64_t whole = 0;  // channels of whole panels that are copied as they are
+  if constexpr (std::is_same_v<T, float>)
+    if (channel_stride == 1)
+      for (; whole + W <= live; whole += W) copy(from + whole, pixel_stride, cols, W, W, to + whole / W * panel_step);
   constexpr int64_t kBlock = 8;  // pixels: the lines of a pixel are still in L1 when its next panel is read
-  for (int64_t x0 = 0; x0 < cols; x0 += kBlock) {
+  for (int64_t x0 = 0; x0 < cols && whole < live; x0 += kBlock) {
     const int64_t x1 = std::min(cols, x0 + kBlock);
-    for (int64_t c = 0; c < live; c += W) {
+    for (int64_t c = whole; c < live; c += W) {
       float* panel = to + c / W * panel_step;
       const T* pixels = from + c * channel_stride;
       if (live - c < W) {
@@ -35,8 +40,6 @@ void pack_row(CopyPanel copy, const T* from, int64_t pixel_stride, int64_t chann
       } else if (channel_stride != 1) {
         for (int64_t i = 0; i < W; ++i)
           for (int64_t x = x0; x < x1; ++x) panel[x * W + i] = to_float(pixels[x * pixel_stride + i * channel_stride]);
-      } else if constexpr (std::is_same_v<T, float>) {
-        copy(pixels + x0 * pixel_stride, pixel_stride, x1 - x0, W, panel + x0 * W);
       } else {
         for (int64_t x = x0; x < x1; ++x)
           for (int64_t i = 0; i < W; ++i) panel[x * W + i] = to_float(pixels[x * pixel_stride + i]);
@@ -69,6 +72,7 @@ class ItemRun {
       : p_(p),
         plan_(plan),
         kernels_(kernels),
+        copy_(kernels_of(current_isa()).copy_pixels),
         item_(item),
         s_(p.shape),
         x_(packed),
@@ -160,7 +164,7 @@ class ItemRun {
     if constexpr (std::is_same_v<T, float>)
       if (pixel_stride == 1 && channel_stride != 1 && kernels_.transpose)
         return pack_planes<W>(kernels_.transpose, from, channel_stride, cols, live, panel_step, to);
-    pack_row<W>(kernels_.copy, from, pixel_stride, channel_stride, cols, live, panel_step, to);
+    pack_row<W>(copy_, from, pixel_stride, channel_stride, cols, live, panel_step, to);
   }
 
   template <typename T>
@@ -194,7 +198,7 @@ class ItemRun {
     int64_t image0, image1;
     int64_t lanes, channels;  // the most that any of them has of the part
 
-    bool operator==(const Run& other) const { return image0 == other.image0 && image1 == other.image1; }
+    bool of_the_images_of(const Run& other) const { return image0 == other.image0 && image1 == other.image1; }
   };
 
   // The first run of one panel of the input and one of grad_output in [image0, image1); empty where nothing is live.
@@ -229,7 +233,7 @@ class ItemRun {
         while (from[0] < image1 || from[1] < image1) {
           Run run[2];
           for (int64_t k = 0; k < count; ++k) run[k] = run_from(unit, b + k, panel, from[k], image1);
-          if (count == 2 && run[0] == run[1] && run[1].lanes > kernels_.narrow.lanes) {
+          if (count == 2 && run[0].of_the_images_of(run[1]) && run[1].lanes > kernels_.narrow.lanes) {
             add_taps(unit, kernels_.pair, b, 0, panel, run[0], row0, row1);
           } else {
             for (int64_t k = 0; k < count; ++k)
@@ -279,6 +283,7 @@ class ItemRun {
   const PrefixConv2dGradParams& p_;
   const WeightGradPlan& plan_;
   const WeightGradKernels& kernels_;
+  const CopyPixels copy_;
   const GradItem& item_;
   const ConvShape& s_;
   float *x_, *g_, *sums_;

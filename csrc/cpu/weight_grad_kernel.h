@@ -33,14 +33,10 @@ struct WeightGradTiles {
   WeightGradKernel tile[kGradPanel];  // [channels - 1], channels 1…max_channels
 };
 
-// `cols` pixels of `width` channels, a whole number of panels of 16, into a panel of that width.
-using CopyPanel = void (*)(const float* from, int64_t pixel_stride, int64_t cols, int64_t width, float* to);
-
 struct WeightGradKernels {
   WeightGradTiles narrow, broad;  // up to kGradLanes lanes, one twice the other
   WeightGradTiles pair;           // two panels at once
-  CopyPanel copy;
-  Transpose transpose;  // null: element by element
+  Transpose transpose;            // null: element by element
 
   const WeightGradTiles& for_lanes(int64_t lanes) const { return lanes > narrow.lanes ? broad : narrow; }
 };

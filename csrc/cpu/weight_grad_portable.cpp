@@ -20,7 +20,7 @@ struct V128 {
 
 const WeightGradKernels& portable_weight_grad_kernels() {
   static const WeightGradKernels kernels = {
-      weight_grad_tiles<V128, 4, 1>(), weight_grad_tiles<V128, 4, 2>(), {}, &copy_panel<V128>, nullptr};
+      weight_grad_tiles<V128, 4, 1>(), weight_grad_tiles<V128, 4, 2>(), {}, nullptr};
   return kernels;
 }
 

@@ -61,18 +61,6 @@ void add_weight_grad_channels(WeightGradTiles& t) {
   if constexpr (C > 1) add_weight_grad_channels<V, C - 1, NV>(t);
 }
 
-template <class V>
-void copy_panel(const float* from, int64_t pixel_stride, int64_t cols, int64_t width, float* to) {
-  for (int64_t x = 0; x < cols; ++x, from += pixel_stride, to += width) {
-    for (int64_t c = 0; c < width; c += kGradPanel) {
-      __builtin_prefetch(from + cols * pixel_stride + c);  // of the pixels that come next
-#pragma GCC unroll 4
-      for (int v = 0; v < kGradPanel / V::kWidth; ++v)
-        V::store(to + c + v * V::kWidth, V::load(from + c + v * V::kWidth));
-    }
-  }
-}
-
 // Tiles of NV vectors by 1…C input channels.
 template <class V, int C, int NV>
 WeightGradTiles weight_grad_tiles() {

@@ -168,11 +168,12 @@ def beside(function: Any, *arguments: Any) -> Iterator[Future]:
     Raised in the block, an exception stops the call as SIGTERM does; raised in the call, it comes out of the future.
     """
     context = multiprocessing.get_context("spawn")  # a fork would inherit the locks of torch's threads
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
         try:
             yield pool.submit(function, *arguments)
         except BaseException:
-            for child in multiprocessing.active_children():
+            for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
             raise
 

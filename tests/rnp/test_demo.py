@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 import html
 import json
+import multiprocessing
 import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,7 @@ import pytest
 from rnp import cli, demo, report
 from rnp.config import Length
 from rnp.demo_plan import MAIN_TARGET, OTHER_SECONDS, full_plan, quick_plan
+from rnp.demo_training import beside
 
 PNG = b"\x89PNG\r\n\x1a\n"
 KEYS = ("policy", "accuracy", "accuracy_interval", "mean_macs", "theoretical_speedup", "measured_speedup",
@@ -168,3 +174,40 @@ def test_the_command_of_a_timed_run_gives_its_lengths_in_steps() -> None:
     assert words[-2:] == ["--steps", "10,20,30,40,50"]
     plan = full_plan(6.0).with_steps(words[-1])
     assert plan.lengths[3] == Length(steps=40) and plan.thin == Length(steps=50)
+
+
+def test_what_runs_beside_gives_its_result_or_its_exception() -> None:
+    with beside(int, "12") as call:
+        assert call.result() == 12
+    with pytest.raises(ValueError, match="twelve"), beside(int, "twelve") as call:
+        call.result()
+
+
+def test_an_exception_ends_what_runs_beside() -> None:
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), beside(time.sleep, 600):
+        raise KeyboardInterrupt
+    assert time.monotonic() - started < 300 and not multiprocessing.active_children()
+
+
+def test_what_runs_beside_does_not_survive_its_parent(tmp_path: Path) -> None:
+    pid = str(tmp_path / "pid")
+    work = f"import os, pathlib, time; pathlib.Path({pid!r}).write_text(f'{{os.getpid()}}.'); time.sleep(600)"
+    code = (
+        "import os, pathlib, signal, time\n"
+        "from rnp.demo_training import beside\n"
+        "if __name__ == '__main__':\n"
+        f"    with beside(exec, {work!r}):\n"
+        f"        file = pathlib.Path({pid!r})\n"
+        "        while not (file.exists() and file.read_text().endswith('.')): time.sleep(0.1)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    # Into a file: the child would hold a pipe open.
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.run([sys.executable, "-c", code], stdout=log, stderr=log, check=False)
+    assert run.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    child = Path("/proc", Path(pid).read_text().strip("."))
+    deadline = time.monotonic() + 60
+    while child.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not child.exists()
