@@ -203,6 +203,26 @@ def test_a_module_gives_the_same_bits_with_and_without_gradients(channels: int, 
             conv.weight.mul_(-0.5)
 
 
+def test_autocast_leaves_no_other_route_behind() -> None:
+    conv = PrefixConv2d(32, 32, 3, padding=1)
+    x = torch.randn(2, 32, 24, 24).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        conv(x)
+    with torch.no_grad():
+        whole = conv(x)
+    assert torch.equal(conv(x), whole)
+
+
+def test_a_computed_weight_has_the_bits_of_the_operator() -> None:
+    """Its module keeps no transform; 16 channels to 16 train through torch's own convolution."""
+    conv = nn.utils.parametrizations.weight_norm(PrefixConv2d(16, 16, 3, padding=1))
+    x = torch.randn(2, 16, 60, 60).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        operator = rnp_kernels.prefix_conv2d(x, conv.weight, conv.bias, padding=1)
+        assert torch.equal(conv(x), operator)
+        assert torch.equal(conv(x, torch.full((2,), 16, dtype=torch.int32)), operator)
+
+
 def test_a_module_gives_the_same_bits_on_every_way(threads: None) -> None:
     conv = PrefixConv2d(64, 96, 3, padding=1)
     x = torch.randn(3, 64, 14, 14).contiguous(memory_format=torch.channels_last)
