@@ -204,7 +204,7 @@ def test_what_runs_beside_does_not_survive_its_parent(tmp_path: Path) -> None:
     )
     # Into a file: the child would hold a pipe open.
     with (tmp_path / "log").open("w") as log:
-        run = subprocess.run([sys.executable, "-c", code], stdout=log, stderr=log, check=False)
+        run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdout=log, stderr=log, check=False)
     assert run.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
     child = Path("/proc", Path(pid).read_text().strip("."))
     deadline = time.monotonic() + 60
