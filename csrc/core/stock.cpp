@@ -123,7 +123,7 @@ bool tiles_win(const ConvShape& s, bool channels_last) {
 // Whether a step of training is faster with ours.
 // Emerald Rapids, one thread, batch 8, of torch's time: through Winograd 0.47 to 0.78 (24 -> 40 at 28x28 0.94, but 16
 // -> 16 1.06 to 1.33: its weight's gradient fills half of a tile). Without it 3x3 from 256 channels on 14x14 and 7x7
-// 0.77 to 0.94 (channels_last), 0.85 to 0.97 (NCHW), 128 and fewer 1.15 to 1.3; in steps of two 0.92 to 1.1. 1x1 in
+// 0.77 to 1.02 (channels_last), 0.85 to 1.04 (NCHW), 128 and fewer 1.15 to 1.3; in steps of two 0.92 to 1.1. 1x1 in
 // channels_last 256 <-> 64 at 56x56 0.77 and 0.88, on smaller maps 1.05 to 1.8; NCHW in steps of two 0.58 to 0.90, in
 // steps of one 0.8 to 1.7. Groups and depthwise 0.77 to 1.7, images of few channels 0.87 to 3.1.
 bool trains_faster(const ConvShape& s, bool channels_last) {
