@@ -1,7 +1,7 @@
 """The phase of Algorithm 1 of RNP that trains the agent, the backbone fixed.
 
 Source: Lin, Rao, Lu, Zhou, *Runtime Neural Pruning*, NIPS 2017 (RNP);
-replay and a steered penalty are *ours*.
+replay, full width as the judge of a path and a steered penalty are *ours*.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rnp import qlearning
 from rnp.config import Length
 from rnp.paths import measure_features
 from rnp.phase import Batch, Context, Phase
-from rnp.policies import Random
+from rnp.policies import FullWidth, Random
 
 STEERING_STEPS = 12  # of so many batches of episodes one is greedy and steers the penalty, if there is a target
 
@@ -44,16 +43,16 @@ class TrainAgent(Phase):
         """Measure α, and before the first round the statistics of the features, under random actions."""
         network, agent, config = self.context.network, self.context.agent, self.context.config
         network.eval()
-        labels_seen: list[Tensor] = []
+        seen: list[tuple[Tensor, Tensor | None]] = []  # labels and full width's logits
         losses: list[Tensor] = []
 
         def images() -> Iterator[Tensor]:
             for (images, labels), _ in zip(batches, range(config.statistics_batches), strict=False):
-                labels_seen.append(labels)
+                seen.append((labels, self._teacher(images)))
                 yield images
 
         def keep(logits: Tensor) -> None:
-            losses.append(F.cross_entropy(logits.float(), labels_seen[-1], reduction="none"))
+            losses.append(self._losses(logits, *seen[-1]))
 
         network.policy = Random(self.context.generator)
         try:
@@ -77,20 +76,44 @@ class TrainAgent(Phase):
             agent.epsilon = 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = config.agent_lr * (1 - (1 - config.agent_lr_end) * progress)
-        with torch.no_grad():
-            logits, trace = self.context.network(images, return_trace="features")
-            losses = F.cross_entropy(logits.float(), labels, reduction="none")
-        self.replay.add(trace.features, trace.actions, losses)
-        if greedy:
-            speedup = trace.dense_macs / float(trace.macs.double().mean())
-            self.context.penalty = qlearning.steer_penalty(self.context.penalty, speedup, config.target_speedup)
+        teacher = self._teacher(images)
         total = torch.zeros((), device=images.device)
+        for _ in range(config.agent_rollouts):
+            with torch.no_grad():
+                logits, trace = self.context.network(images, return_trace="features")
+            self.replay.add(trace.features, trace.actions, self._losses(logits, labels, teacher))
+            if greedy:
+                speedup = trace.dense_macs / float(trace.macs.double().mean())
+                self.context.penalty = qlearning.steer_penalty(self.context.penalty, speedup, config.target_speedup)
+            total += self._update()
+        return total / max(config.agent_rollouts * config.agent_updates, 1)
+
+    def _update(self) -> Tensor:
+        """The updates that follow a batch of episodes; returns the sum of their losses."""
+        config = self.context.config
+        total = torch.zeros((), device=self.replay.losses.device)
         for _ in range(config.agent_updates):
             episodes = self.replay.sample(config.agent_batch, self.context.generator)
             total += qlearning.update_agent(
-                agent, self.optimizer, episodes, self.alpha, self.context.penalty, config.gamma, config.max_grad_norm
-            )
-        return total / max(config.agent_updates, 1)
+                self.context.agent, self.optimizer, episodes, self.alpha, self.context.penalty, config.gamma,
+                config.max_grad_norm,
+            )  # fmt: skip
+        return total
+
+    @torch.no_grad()
+    def _teacher(self, images: Tensor) -> Tensor | None:
+        """What full width says of the images, where the reward asks for it."""
+        network = self.context.network
+        if self.context.config.agent_distillation == 0:
+            return None
+        policy, network.policy = network.policy, FullWidth()
+        try:
+            return network(images)
+        finally:
+            network.policy = policy
+
+    def _losses(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
+        return qlearning.episode_losses(logits, labels, teacher, self.context.config.agent_distillation)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {f"replay.{name}": tensor for name, tensor in self.replay.state_dict().items()}, {"alpha": self.alpha}

@@ -58,6 +58,8 @@ def settings(arguments: argparse.Namespace, folder: Path, **options: Any) -> Tra
         label_smoothing=0.1,
         distillation=0.5,
         penalty=-0.03,
+        agent_distillation=1.0,
+        agent_rollouts=2,
         bfloat16=fast_bfloat16(),
         epoch_steps=500,
         validation_batches=4,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -34,6 +35,28 @@ def reward_scale(losses: Tensor) -> float:
     if not mean > 0 or mean == float("inf"):
         raise ValueError(f"reward_scale: the mean classification loss must be positive and finite, got {mean}")
     return 1.0 / mean
+
+
+def episode_losses(logits: Tensor, labels: Tensor, teacher: Tensor | None = None, share: float = 0.0) -> Tensor:
+    """What an episode lost, (N,) float32: (1 − share)·L_cls + share·KL(teacher ‖ logits) (*ours*; share 0 is RNP's).
+
+    For a teacher who knows the probabilities of the labels, the divergence is L_cls with its chance taken out: the mean
+    over labels is put in place of one of them, and what no action can save is taken off. Both leave the best actions
+    what they are.
+
+    Args:
+        logits: (N, K) at the end of the chosen path.
+        labels: (N,) int64.
+        teacher: (N, K) logits of the same images at full width; may be None where share is 0.
+        share: 0…1.
+    """
+    loss = F.cross_entropy(logits.float(), labels, reduction="none")
+    if share == 0:
+        return loss
+    if teacher is None:
+        raise ValueError(f"episode_losses: a share of {share:g} needs the teacher's logits, got None")
+    taught, own = teacher.float().log_softmax(1), logits.float().log_softmax(1)
+    return (1 - share) * loss + share * F.kl_div(own, taught, reduction="none", log_target=True).sum(1)
 
 
 def rewards(actions: Tensor, losses: Tensor, penalty: float, alpha: float) -> Tensor:

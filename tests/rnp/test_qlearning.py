@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -51,6 +53,36 @@ def test_td_targets_leave_the_rewards_alone() -> None:
     reward = torch.zeros(1, 2)
     qlearning.td_targets(reward, torch.ones(1, 2, 2))
     assert (reward == 0).all()
+
+
+def test_episode_losses_by_hand() -> None:
+    logits = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])  # 3/4 and 1/4; 1/2 and 1/2
+    teacher = torch.tensor([[0.0, 0.0], [0.0, 0.0]])
+    labels = torch.tensor([1, 0])
+    cross_entropy = torch.tensor([math.log(4.0), math.log(2.0)])
+    divergence = torch.tensor([0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25), 0.0])
+    torch.testing.assert_close(qlearning.episode_losses(logits, labels), cross_entropy)
+    torch.testing.assert_close(qlearning.episode_losses(logits, labels, teacher, 1.0), divergence)
+    mixed = 0.75 * cross_entropy + 0.25 * divergence
+    torch.testing.assert_close(qlearning.episode_losses(logits, labels, teacher, 0.25), mixed)
+
+
+def test_the_divergence_is_the_mean_loss_over_the_teachers_labels_but_for_a_constant() -> None:
+    teacher = torch.randn(1, 5, generator=torch.Generator().manual_seed(0))
+    paths = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    share = teacher.softmax(1)[0]
+    means, divergences = [], []
+    for logits in paths:
+        rows, labels = logits.expand(5, 5), torch.arange(5)
+        means.append((share * qlearning.episode_losses(rows, labels)).sum())
+        divergences.append(qlearning.episode_losses(logits[None], labels[:1], teacher, 1.0)[0])
+    constant = torch.stack(means) - torch.stack(divergences)
+    torch.testing.assert_close(constant, constant[0].expand(3))
+
+
+def test_episode_losses_want_the_teacher() -> None:
+    with pytest.raises(ValueError, match="share of 0.5 needs the teacher"):
+        qlearning.episode_losses(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), share=0.5)
 
 
 def test_reward_scale_makes_the_mean_loss_one() -> None:

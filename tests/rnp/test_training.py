@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import rnp
-from rnp import agent_phase, backbone_phases, paths, phases, training
+from rnp import agent_phase, backbone_phases, paths, phases, qlearning, training
 from rnp.fileformat import CheckpointError
 
 TOY = Path(__file__).with_name("toy_training.py")
@@ -488,6 +488,44 @@ def test_the_agents_learning_rate_falls_linearly() -> None:
     for progress, expected in [(0.0, 0.01), (0.5, 0.0055), (1.0, 0.001)]:
         phase.step(0, progress, images, labels, None)
         assert phase.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+def test_full_width_judges_the_paths() -> None:
+    """Each image of a batch is collected so many times, its loss is the divergence, and nobody else is left deciding."""
+    pruned = toy.network().eval()
+    pruned.policy = agent = rnp.Agent(pruned.feature_sizes, pruned.groups)
+    agent.generator = torch.Generator().manual_seed(0)
+    settings = toy.config(agent_distillation=1.0, agent_rollouts=3, agent_updates=2, epsilon_start=1.0)
+    phase = phases.TrainAgent(
+        phases.Context(pruned, agent, settings, agent.generator, -0.05), rnp.Length(steps=9), True
+    )
+    phase.begin(iter([toy.scenes(16, 1)]))
+    images, labels = toy.scenes(16, 0)
+    updates: list[int] = []
+    phase.optimizer.register_step_post_hook(lambda *_: updates.append(len(phase.replay)))
+    phase.step(0, 0.0, images, labels, None)
+    assert pruned.policy is agent
+    assert updates == [16, 16, 32, 32, 48, 48]
+    kept = phase.replay
+    pruned.policy = rnp.policies.FullWidth()
+    teacher = pruned(images)
+    for rollout in range(3):
+        part = slice(16 * rollout, 16 * rollout + 16)
+        pruned.policy = rnp.policies.Fixed(kept.actions[part])
+        expected = qlearning.episode_losses(pruned(images), labels, teacher, 1.0)
+        torch.testing.assert_close(kept.losses[part], expected, atol=1e-5, rtol=1e-4)
+    wide = (kept.actions[:48] == pruned.groups).all(1)
+    assert wide.any()
+    assert (kept.losses[:48][wide].abs() < 1e-5).all()
+    assert (kept.losses[:48][~wide] > 0).all()
+
+
+def test_training_with_a_judge_survives_a_resume(tmp_path: Path) -> None:
+    settings = {"agent_distillation": 0.5, "agent_rollouts": 2}
+    whole = toy.train(toy.Loader(), **settings)
+    with pytest.raises(KeyboardInterrupt):
+        toy.train(toy.Loader(number=signal.SIGINT, at=46), checkpoint_dir=tmp_path, **settings)
+    assert_same(whole, toy.train(toy.Loader(), checkpoint_dir=tmp_path, resume=True, **settings))
 
 
 def test_progress_of_a_length() -> None:
