@@ -9,7 +9,7 @@ from rnp.config import Length
 GROUPS = 4
 PHASES = ("pretrain", "agent", "finetune", "agent")
 # Shares of the training time; the thin network has all of it, at the same time on cores of its own.
-SHARES = {"pretrain": 0.56, "agent": 0.14, "finetune": 0.16}  # the agent twice
+SHARES = {"pretrain": 0.46, "agent": 0.11, "finetune": 0.32}  # the agent twice
 OTHER_SECONDS = 60.0  # scenes, measurements and the report, about, on two cores
 MAIN_TARGET = 3.0
 

@@ -57,7 +57,7 @@ def settings(arguments: argparse.Namespace, folder: Path, **options: Any) -> Tra
         finetune_sandwich=0.2,
         label_smoothing=0.1,
         distillation=0.5,
-        penalty=-0.03,
+        penalty=-0.06,
         agent_distillation=1.0,
         agent_rollouts=2,
         bfloat16=fast_bfloat16(),

@@ -81,7 +81,7 @@ def test_the_divergence_is_the_mean_loss_over_the_teachers_labels_but_for_a_cons
 
 
 def test_episode_losses_want_the_teacher() -> None:
-    with pytest.raises(ValueError, match="share of 0.5 needs the teacher"):
+    with pytest.raises(ValueError, match=r"share of 0\.5 needs the teacher"):
         qlearning.episode_losses(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), share=0.5)
 
 

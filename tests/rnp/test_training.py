@@ -491,7 +491,7 @@ def test_the_agents_learning_rate_falls_linearly() -> None:
 
 
 def test_full_width_judges_the_paths() -> None:
-    """Each image of a batch is collected so many times, its loss is the divergence, and nobody else is left deciding."""
+    """Each image is collected so many times, its loss is the divergence, and the agent is left deciding."""
     pruned = toy.network().eval()
     pruned.policy = agent = rnp.Agent(pruned.feature_sizes, pruned.groups)
     agent.generator = torch.Generator().manual_seed(0)
