@@ -248,6 +248,8 @@ def test_what_cannot_be_trained_on_is_named() -> None:
         ({"resume": True}, "resume needs checkpoint_dir"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"distillation": 1.5}, "distillation must lie in 0…1, got 1.5"),
+        ({"agent_distillation": -0.5}, "agent_distillation must lie in 0…1, got -0.5"),
+        ({"agent_rollouts": 0}, "agent_rollouts must be at least 1, got 0"),
         ({"label_smoothing": -0.1}, "label_smoothing must lie in 0…1, got -0.1"),
     ],
 )
