@@ -35,12 +35,21 @@ def _load_cuda() -> str | None:
     return None
 
 
+def _remedy() -> str:
+    if (_FOLDER.parent / "CMakeLists.txt").exists():
+        return (
+            f"Python took the package's sources in {_FOLDER.parent} before an installed one, as it does when it is "
+            f"started there. Start it in another folder, or as `python -P` (Python 3.11); to install: `pip install .`"
+        )
+    return "install the package with `pip install .`"
+
+
 def load() -> None:
     """Register torch.ops.rnp.*; ImportError, with what to do, where the operator library is missing."""
     global cuda_reason
     library = _FOLDER / "librnp_ops.so"
     if not library.exists():
-        raise ImportError(f"rnp_kernels: {library} is missing; install the package with `pip install .`")
+        raise ImportError(f"rnp_kernels: {library} is missing; {_remedy()}")
     torch.ops.load_library(str(library))
     cuda_reason = _load_cuda()
 

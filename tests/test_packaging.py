@@ -156,3 +156,20 @@ def test_the_libraries_name_no_folder_of_the_build_machine():
         dynamic = subprocess.run([readelf, "-d", str(library)], capture_output=True, text=True, check=True).stdout
         paths = re.findall(r"(?:RPATH|RUNPATH).*\[(.*)\]", dynamic)
         assert paths == (["$ORIGIN"] if library.name.startswith("_C") else []), library.name
+
+
+@pytest.mark.parametrize("sources", [True, False])
+def test_a_package_without_libraries_says_what_to_do(tmp_path: Path, sources: bool):
+    """Python started in a clone imports its sources, installed or not."""
+    without = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "rnp_kernels", tmp_path / "rnp_kernels", ignore=without)
+    if sources:
+        shutil.copy(ROOT / "CMakeLists.txt", tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    command = [sys.executable, "-c", "import rnp_kernels"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: rnp_kernels: {tmp_path / 'rnp_kernels' / 'librnp_ops.so'} is missing; ")
+    assert last.endswith("`pip install .`")
+    assert ("Start it in another folder" in last) == sources
