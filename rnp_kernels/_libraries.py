@@ -39,7 +39,7 @@ def _remedy() -> str:
     if (_FOLDER.parent / "CMakeLists.txt").exists():
         return (
             f"Python took the package's sources in {_FOLDER.parent} before an installed one, as it does when it is "
-            f"started there. Start it in another folder, or as `python -P` (Python 3.11); to install: `pip install .`"
+            f"started there. Start it elsewhere, or as `python -P` (3.11 and later). To install: `pip install .`"
         )
     return "install the package with `pip install .`"
 

@@ -172,4 +172,4 @@ def test_a_package_without_libraries_says_what_to_do(tmp_path: Path, sources: bo
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith(f"ImportError: rnp_kernels: {tmp_path / 'rnp_kernels' / 'librnp_ops.so'} is missing; ")
     assert last.endswith("`pip install .`")
-    assert ("Start it in another folder" in last) == sources
+    assert ("Start it elsewhere" in last) == sources

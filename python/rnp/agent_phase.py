@@ -78,7 +78,8 @@ class TrainAgent(Phase):
             group["lr"] = config.agent_lr * (1 - (1 - config.agent_lr_end) * progress)
         teacher = self._teacher(images)
         total = torch.zeros((), device=images.device)
-        for _ in range(config.agent_rollouts):
+        rollouts = 1 if greedy else config.agent_rollouts  # greedy ones would be the same episode again
+        for _ in range(rollouts):
             with torch.no_grad():
                 logits, trace = self.context.network(images, return_trace="features")
             self.replay.add(trace.features, trace.actions, self._losses(logits, labels, teacher))
@@ -86,7 +87,7 @@ class TrainAgent(Phase):
                 speedup = trace.dense_macs / float(trace.macs.double().mean())
                 self.context.penalty = qlearning.steer_penalty(self.context.penalty, speedup, config.target_speedup)
             total += self._update()
-        return total / max(config.agent_rollouts * config.agent_updates, 1)
+        return total / max(rollouts * config.agent_updates, 1)
 
     def _update(self) -> Tensor:
         """The updates that follow a batch of episodes; returns the sum of their losses."""

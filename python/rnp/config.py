@@ -119,7 +119,7 @@ class TrainConfig:
     raised the rank correlation of MACs with difficulty from 0.6 to 0.7 in equal time."""
     agent_rollouts: int = 1
     """Episodes collected of each image of a batch, with updates after each; full width's answer serves all of them
-    (*ours*)."""
+    (*ours*). A greedy batch, see ``target_speedup``, is collected once."""
     agent_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of :class:`rnp.Agent`, for a network that has no agent yet."""
 

@@ -50,13 +50,16 @@ def episode_losses(logits: Tensor, labels: Tensor, teacher: Tensor | None = None
         teacher: (N, K) logits of the same images at full width; may be None where share is 0.
         share: 0…1.
     """
-    loss = F.cross_entropy(logits.float(), labels, reduction="none")
+    own = logits.float()
     if share == 0:
-        return loss
+        return F.cross_entropy(own, labels, reduction="none")
     if teacher is None:
         raise ValueError(f"episode_losses: a share of {share:g} needs the teacher's logits, got None")
-    taught, own = teacher.float().log_softmax(1), logits.float().log_softmax(1)
-    return (1 - share) * loss + share * F.kl_div(own, taught, reduction="none", log_target=True).sum(1)
+    taught = teacher.float().log_softmax(1)
+    divergence = F.kl_div(own.log_softmax(1), taught, reduction="none", log_target=True).sum(1)
+    if share == 1:
+        return divergence
+    return (1 - share) * F.cross_entropy(own, labels, reduction="none") + share * divergence
 
 
 def rewards(actions: Tensor, losses: Tensor, penalty: float, alpha: float) -> Tensor:

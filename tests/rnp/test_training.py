@@ -522,6 +522,23 @@ def test_full_width_judges_the_paths() -> None:
     assert (kept.losses[:48][~wide] > 0).all()
 
 
+def test_a_greedy_batch_is_collected_and_steers_once() -> None:
+    pruned = toy.network().eval()
+    pruned.policy = agent = rnp.Agent(pruned.feature_sizes, pruned.groups)
+    agent.generator = torch.Generator().manual_seed(0)
+    settings = toy.config(agent_rollouts=3, target_speedup=2.0)
+    context = phases.Context(pruned, agent, settings, agent.generator, -0.05)
+    phase = phases.TrainAgent(context, rnp.Length(steps=9), first=True)
+    images, labels = toy.scenes(16, 0)
+    _, trace = pruned(images, return_trace=True)
+    speedup = trace.dense_macs / float(trace.macs.double().mean())
+    phase.step(0, 0.5, images, labels, None)
+    assert len(phase.replay) == 16
+    assert context.penalty == qlearning.steer_penalty(-0.05, speedup, 2.0)
+    phase.step(1, 0.5, images, labels, None)
+    assert len(phase.replay) == min(64, settings.replay)
+
+
 def test_training_with_a_judge_survives_a_resume(tmp_path: Path) -> None:
     settings = {"agent_distillation": 0.5, "agent_rollouts": 2}
     whole = toy.train(toy.Loader(), **settings)
