@@ -28,6 +28,12 @@ STABLE_TORCH_LIBRARY(rnp, m) {
       "prefix_conv2d_weight_grad(Tensor grad_output, Tensor input, int[] weight_size, int[] stride, int[] padding,"
       " int[] dilation, int groups, Tensor? in_prefix, Tensor? out_prefix) -> Tensor");
 
+  // That of the weight at full width, in the dtype and the layout of `weight`, bfloat16 or float32: float32 spares a
+  // rounding and two copies where the others come from autocast. CPU only.
+  m.def(
+      "conv2d_weight_grad(Tensor grad_output, Tensor input, Tensor weight, int[] stride, int[] padding,"
+      " int[] dilation, int groups) -> Tensor");
+
   // min(max(prefix, 0), limit) on the device, without reading it back. CUDA only.
   m.def("clamp_prefix(Tensor prefix, int limit) -> Tensor");
 

@@ -147,6 +147,15 @@ int training_path(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, s
       rnp::training_path(shape_of(input, weight, stride, padding, dilation, groups), channels_last));
 }
 
+// In bfloat16: whether our input's and our weight's gradient are the faster ones.
+std::pair<bool, bool> our_gradients(std::array<int64_t, 3> input, std::array<int64_t, 4> weight,
+                                    std::array<int64_t, 2> stride, std::array<int64_t, 4> padding,
+                                    std::array<int64_t, 2> dilation, int64_t groups, bool channels_last) {
+  const rnp::ConvShape s = shape_of(input, weight, stride, padding, dilation, groups);
+  const rnp::StockBFloat16 ours = rnp::cpu::bfloat16_in_use(s, rnp::DType::kBFloat16);
+  return {rnp::our_input_grad_wins(s, channels_last, ours), rnp::our_weight_grad_wins(s, channels_last, ours)};
+}
+
 bool winograd_can(std::array<int64_t, 4> weight, std::array<int64_t, 2> stride, std::array<int64_t, 2> dilation,
                   int64_t groups) {
   return rnp::winograd_can(shape_of({weight[1] * groups, 1, 1}, weight, stride, {}, dilation, groups),
@@ -318,6 +327,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("training_path", &training_path, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
         py::arg("dilation"), py::arg("groups"), py::arg("channels_last"),
         "What stock_path is for a float32 step of training at full width. Arguments as there.");
+  m.def("our_gradients", &our_gradients, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
+        py::arg("dilation"), py::arg("groups"), py::arg("channels_last"));
   m.def("winograd_can", &winograd_can, py::arg("weight"), py::arg("stride"), py::arg("dilation"), py::arg("groups"),
         "Whether Winograd can compute a float32 convolution with these arguments at all, fast or not.");
   m.def("winograd_tile", &winograd_tile, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),

@@ -43,6 +43,15 @@ def training_path(
     groups: int,
     channels_last: bool,
 ) -> int: ...
+def our_gradients(
+    input: Sequence[int],
+    weight: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> tuple[bool, bool]: ...
 def winograd_can(weight: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool: ...
 def winograd_tile(
     input: Sequence[int],

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
-from . import backends, stock
+from . import backends, stock, training
 from .algorithms import get_algorithm
 from .checks import DTYPES
 from .layer_call import SETTINGS
@@ -33,10 +33,11 @@ class PrefixConv2d(nn.Conv2d):
     (`rnp_kernels.set_algorithm`), they are transformed for it at the first call: calls without gradients give the same
     bits. Calls with gradients transform 3x3 weights for maps of 400 positions or more, and keep nothing; others of full
     width go to torch's own convolution where a step of training is faster that way (csrc/core/stock.cpp), and then have
-    its bits. The pack takes about as much memory as the weights, the transform 4 or 16/9 times as much. Both are never
-    saved or copied, and are made again when the weights change: in place, by assignment, by conversion. A write through
-    `weight.data` that spares all the elements which the operator compares (one in each filter) is not seen: write under
-    `torch.no_grad()` instead, or call `forget_packed_weight()` after it.
+    its bits; in bfloat16 either gradient may be ours there too (rnp_kernels/training.py). The pack takes about as much
+    memory as the weights, the transform 4 or 16/9 times as much. Both are never saved or copied, and are made again
+    when the weights change: in place, by assignment, by conversion. A write through `weight.data` that spares all the
+    elements which the operator compares (one in each filter) is not seen: write under `torch.no_grad()` instead, or
+    call `forget_packed_weight()` after it.
 
     The CUDA backend keeps a pack likewise, for the stream that made it; a CUDA graph under capture packs inside the
     graph. It cannot compare elements without waiting for the device: no write through `weight.data` in place is seen.
@@ -110,6 +111,10 @@ class PrefixConv2d(nn.Conv2d):
         out_prefix: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """An eager call on the CPU, with what this module keeps for it."""
+        if in_prefix is None and out_prefix is None and needs_autograd(input, weight, bias):
+            trained = training.module_conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+            if trained is not None:
+                return trained
         route, winograd = self._route(input, weight, padding), None
         if route is not None and torch.is_autocast_enabled("cpu"):
             route = None

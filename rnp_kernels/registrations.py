@@ -43,6 +43,17 @@ def _prefix_conv2d_fake(
     return output, input.new_empty((batch, channels) if pooled else (0,), dtype=torch.float32)
 
 
+@torch.library.register_fake("rnp::conv2d_weight_grad")
+def _conv2d_weight_grad_fake(
+    grad_output: Tensor, input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    return torch.empty(
+        weight.shape, dtype=weight.dtype, device=weight.device,
+        memory_format=torch._prims_common.suggest_memory_format(weight),
+    )  # fmt: skip
+
+
 @torch.library.register_fake("rnp::pack_weight")
 def _pack_weight_fake(weight: Tensor, groups: int) -> Tensor:
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float32)

@@ -33,8 +33,12 @@ class Route(NamedTuple):
     transforms: bool  # whether the operator itself transforms weights for it, where it is given none
 
 
+native_bfloat16 = False  # whether oneDNN multiplies bfloat16 with the processor's own instructions
+
+
 def tell_the_operator() -> None:
     """Say in which dtypes this torch has oneDNN on this processor."""
+    global native_bfloat16
     if not torch.backends.mkldnn.is_available():
         _C.set_stock_dtypes(False, 0, False)
         return
@@ -42,6 +46,7 @@ def tell_the_operator() -> None:
     bfloat16, features = 0, _C.cpu_features()
     if ops._is_mkldnn_bf16_supported():
         bfloat16 = 3 if features.get("amx_bf16") else 2 if features.get("avx512bf16") else 1
+    native_bfloat16 = bfloat16 >= 2
     _C.set_stock_dtypes(True, bfloat16, ops._is_mkldnn_fp16_supported())
 
 
@@ -135,7 +140,7 @@ def _training_path(
     dtypes = {t.dtype for t in (input, weight, conv.bias) if t is not None}
     if dtypes != {torch.float32}:
         return CONV2D if path == CONV2D else OURS
-    wanted = _float32_training_path(input, weight, stride, padding, dilation, conv.groups)
+    wanted = float32_training_path(input, weight, stride, padding, dilation, conv.groups)
     if wanted != ONEDNN or (tuple(weight.shape[2:]) == (1, 1) and conv.groups == 1):
         return wanted
     alone, among = (_torchs_backend(conv, n, input, weight, stride, padding, dilation) for n in (1, 2))
@@ -144,24 +149,10 @@ def _training_path(
     return ONEDNN if among == torch._C._ConvBackend.Mkldnn else OURS
 
 
-def _float32_training_path(input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> int:
+def float32_training_path(input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> int:
+    """`training_path` of csrc/core/stock.cpp."""
     last = output_memory_format(input, weight) is torch.channels_last
     return _C.training_path(tuple(input.shape[1:]), tuple(weight.shape), stride, padding, dilation, groups, last)
-
-
-def trains_faster(input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
-    """Whether a step of training at full width is faster through `prefix_conv2d` than through `torch.conv2d`.
-
-    Arguments as theirs, input batched. False for what is not on a CPU, not float32 or cast by autocast, and in a
-    compiled graph, whose shapes may move on.
-    """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not input.is_cpu or input.dim() != 4:
-        return False
-    if not input.dtype is torch.float32 is weight.dtype or 0 in input.shape:
-        return False
-    stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
-    padding = four_paddings(padding, tuple(weight.shape[2:]), stride, dilation)
-    return _float32_training_path(input, weight, stride, padding, dilation, groups) == OURS
 
 
 def _torchs_backend(

@@ -223,4 +223,34 @@ Stock training_path(const ConvShape& s, bool channels_last) {
   return small_sample || !has_float32 || (!channels_last && s.h * s.w >= 14 * 14) ? Stock::kGemm : Stock::kOneDnn;
 }
 
+namespace {
+
+// Matrices on both sides, and a layer of the kinds that were measured.
+bool both_multiply_tiles(const ConvShape& s, StockBFloat16 ours) {
+  return ours == StockBFloat16::kTiles && its_bfloat16 == StockBFloat16::kTiles && s.groups == 1 &&
+         s.dilation_h * s.dilation_w == 1 && std::max(s.stride_h, s.stride_w) <= 2 &&
+         ((s.kh == 3 && s.kw == 3) || s.kh * s.kw == 1);
+}
+
+}  // namespace
+
+// Emerald Rapids, one thread, batch 4 and 32, time over oneDNN's: 3x3 on maps of 4x4 to 7x7 0.62 to 0.74 and 0.73 to
+// 1.18 (512 channels 0.62 to 0.73), 8x8 to 16x16 0.76 to 0.99 and 0.91 to 1.18, larger 0.96 to 1.3; 1x1 1.0 to 2.5.
+// Where it converts into pairs both are level.
+bool our_input_grad_wins(const ConvShape& s, bool channels_last, StockBFloat16 ours) {
+  const int64_t fewest = std::min(s.c_in, s.c_out), most = std::max(s.c_in, s.c_out);
+  return both_multiply_tiles(s, ours) && channels_last && s.kh == 3 && fewest >= 256 && most >= 512 &&
+         s.out_h * s.out_w <= 14 * 14;
+}
+
+// Likewise. channels_last: 3x3 from 64 channels on maps of 4x4 to 16x16 0.18 to 0.91, in steps of two 0.44 to 0.72, 32
+// channels at 16x16 0.78 and 0.82; on larger maps 0.8 to 1.13. 1x1 from 256 channels at 14x14 and 7x7 0.76 to 0.96.
+// Contiguous, from 32 channels: 3x3 0.29 to 1.0, 1x1 from 14x14 0.22 to 0.93, but at 7x7 1.21. In pairs 1.0 to 1.4.
+bool our_weight_grad_wins(const ConvShape& s, bool channels_last, StockBFloat16 ours) {
+  if (!both_multiply_tiles(s, ours)) return false;
+  const int64_t fewest = std::min(s.c_in, s.c_out), positions = s.out_h * s.out_w;
+  if (!channels_last) return fewest >= 32 && (s.kh == 3 || positions >= 14 * 14);
+  return s.kh == 3 ? fewest >= 32 && positions <= 16 * 16 : fewest >= 256 && positions <= 14 * 14;
+}
+
 }  // namespace rnp

@@ -16,6 +16,7 @@
 #include "core/half.h"
 #include "core/packing.h"
 #include "core/winograd.h"
+#include "cpu/pack_weight.h"
 #include "cpu/plane_pointwise.h"
 #include "cpu/prefix_conv2d.h"
 #include "cpu/prefix_conv2d_grad.h"
@@ -61,6 +62,15 @@ int64_t largest(const int32_t* prefix, int64_t n, int64_t all) {
   return prefix && n > 0 ? *std::max_element(prefix, prefix + n) : all;
 }
 
+// Where each tap of the phase's weights lies, in the order in which the driver reads them.
+std::vector<int64_t> turned_taps(const Phase& rows, const Phase& cols, const Strides4& st, const PackedLayout& l) {
+  std::vector<int64_t> offset;
+  for (int64_t i = l.kh - 1; i >= 0; --i)
+    for (int64_t j = l.kw - 1; j >= 0; --j)
+      offset.push_back((rows.tap + i * rows.tap_step) * st.h + (cols.tap + j * cols.tap_step) * st.w);
+  return offset;
+}
+
 // The phase's weights as the driver reads them, input and output channels exchanged and the taps in reverse; no more of
 // them than the widest sample needs.
 template <typename T>
@@ -69,10 +79,7 @@ void pack_turned(const PrefixConv2dGradParams& p, const Phase& rows, const Phase
   const Strides4& st = p.weight_stride;
   const int64_t in_live = largest(p.in_prefix, p.shape.n, p.shape.c_in);
   const int64_t out_live = largest(p.out_prefix, p.shape.n, p.shape.c_out);
-  std::vector<int64_t> offset;  // of each tap, in the order in which the driver reads them
-  for (int64_t i = l.kh - 1; i >= 0; --i)
-    for (int64_t j = l.kw - 1; j >= 0; --j)
-      offset.push_back((rows.tap + i * rows.tap_step) * st.h + (cols.tap + j * cols.tap_step) * st.w);
+  const std::vector<int64_t> offset = turned_taps(rows, cols, st, l);
   const T* w = static_cast<const T*>(p.weight);
   if (l.small_groups()) {
     std::fill(packed + l.data_at(), packed + l.total_floats(), 0.0f);
@@ -113,8 +120,46 @@ void pack_turned(const PrefixConv2dGradParams& p, const Phase& rows, const Phase
   });
 }
 
+// Words of two of the forward's outputs each (core/packing.h), for kernels that multiply them at once.
+void pack_turned_pairs(const PrefixConv2dGradParams& p, const Phase& rows, const Phase& cols, const PackedLayout& l,
+                       const Threads& threads, float* packed) {
+  const Strides4& st = p.weight_stride;
+  const int64_t in_live = largest(p.in_prefix, p.shape.n, p.shape.c_in);
+  const int64_t out_live = largest(p.out_prefix, p.shape.n, p.shape.c_out);
+  const uint16_t* w = static_cast<const uint16_t*>(p.weight);
+  const std::vector<int64_t> offset = turned_taps(rows, cols, st, l);
+  const int64_t blocks = l.oc_blocks() * l.ic_blocks();
+  std::atomic<int64_t> next{0};
+  threads(static_cast<int>(std::min<int64_t>(blocks, threads.count)), [&](int) {
+    for (int64_t b = next++; b < blocks; b = next++) {
+      const int64_t lane_block = b / l.ic_blocks(), block = b % l.ic_blocks();
+      const int64_t lane0 = lane_block * PackedLayout::kLanes, channel0 = 2 * block * l.ic_block;
+      if (in_live <= lane0) continue;
+      const int64_t count = l.ic_count(block), used = std::min(count, (out_live - channel0 + 1) / 2);
+      const int64_t lanes = l.lanes(lane_block), whole = std::min(lanes, l.ocg - lane0);
+      uint32_t* panel = reinterpret_cast<uint32_t*>(packed + l.panel_at(0, lane_block, block));
+      for (int64_t c = 0; c < used; ++c) {
+        const uint16_t* first = w + (channel0 + 2 * c) * st.n + lane0 * st.c;
+        const bool both = channel0 + 2 * c + 1 < l.icg;
+        for (size_t t = 0; t < offset.size(); ++t) {
+          uint32_t* to = panel + (static_cast<int64_t>(t) * count + c) * lanes;
+          const uint16_t *low = first + offset[t], *high = both ? low + st.n : nullptr;
+          if (st.c == 1 && both) {
+            for (int64_t i = 0; i < whole; ++i) to[i] = low[i] | static_cast<uint32_t>(high[i]) << 16;
+          } else {
+            for (int64_t i = 0; i < whole; ++i)
+              to[i] = low[i * st.c] | (both ? static_cast<uint32_t>(high[i * st.c]) << 16 : 0);
+          }
+          std::fill(to + whole, to + lanes, 0u);
+        }
+      }
+    }
+  });
+}
+
 void pack(const PrefixConv2dGradParams& p, const Phase& rows, const Phase& cols, const PackedLayout& l,
           const Threads& threads, float* packed) {
+  if (l.pairs) return pack_turned_pairs(p, rows, cols, l, threads, packed);
   switch (p.dtype) {
     case DType::kBFloat16:
       return pack_turned<BFloat16>(p, rows, cols, l, threads, packed);
@@ -208,7 +253,9 @@ void prefix_conv2d_input_grad(const PrefixConv2dGradParams& p, const Threads& th
       PrefixConv2dParams c = convolution(p, row, col, element);
       c.tail = cleared ? Tail::kSkip : Tail::kZero;
       if (s.stride_h * s.stride_w == 1) c.winograd = transform_turned(p, c, threads);
-      const PackedLayout layout(c.shape);
+      // Groups: packed one after the other, which pairs have not been taught.
+      const PackedLayout layout = s.groups == 1 ? layout_in_use(c.shape, p.dtype) : PackedLayout(c.shape);
+      c.pairs = layout.pairs;
       float* weights = scratch.get(static_cast<size_t>(layout.total_floats()));
       c.weight = weights;
       c.weight_stride = {s.group_out(), 1, 1, 1};

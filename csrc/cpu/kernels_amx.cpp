@@ -11,20 +11,14 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
 #include "cpu/matrix_kernels.h"
+#include "cpu/matrix_registers.h"
 #include "cpu/microkernel_tile.h"
 #include "cpu/pairs_vector.h"
 
 namespace rnp::cpu {
 namespace {
 
-// Registers: 0 to 3 hold sums, 4 and 5 weights, 6 and 7 pixels. The number is part of the instruction.
-#define RNP_MATRIX_ZERO(to) asm volatile("tilezero %%tmm" #to ::)
-#define RNP_MATRIX_LOAD(to, from, step) asm volatile("tileloadd (%0,%1,1), %%tmm" #to ::"r"(from), "r"(step))
-#define RNP_MATRIX_STORE(from, to, step) asm volatile("tilestored %%tmm" #from ", (%0,%1,1)" ::"r"(to), "r"(step))
-#define RNP_MATRIX_MULTIPLY(sums, x, w) asm volatile("tdpbf16ps %%tmm" #w ", %%tmm" #x ", %%tmm" #sums ::)
-// The instructions above do not tell the compiler which memory they read and write.
-#define RNP_MATRIX_FENCE() asm volatile("" ::: "memory")
-
+// Registers: 0 to 3 hold sums, 4 and 5 weights, 6 and 7 pixels.
 constexpr int64_t kSumStep = 2 * kMatrix * sizeof(float);  // bytes between the sums of neighbouring pixels
 
 const char* bytes(const float* p) { return reinterpret_cast<const char*>(p); }
@@ -141,26 +135,11 @@ void multiply(const MatrixPass& pass, int64_t tile, MatrixPending& pending) {
   pending.end = pass.pixels + tiles[NA - 1].end;
 }
 
-// All eight registers hold 16 rows of 64 bytes. Fewer rows would save nothing where columns or words are 16, and a
-// change costs as much as ten products and clears the sums: so what is left over is zeros in memory, or rows that
-// nobody stores.
-void start() {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } config;
-  static_assert(sizeof(config) == 64);
-  asm volatile("ldtilecfg %0" ::"m"(config));
-}
-
-void stop() { asm volatile("tilerelease" ::); }
-
 }  // namespace
 
 const Kernels& amx_kernels() {
   static const MatrixKernels matrix = {
-      {{&multiply<1, 1>, &multiply<1, 2>}, {&multiply<2, 1>, &multiply<2, 2>}}, {&flush<1>, &flush<2>}, &start, &stop};
+      {{&multiply<1, 1>, &multiply<1, 2>}, {&multiply<2, 1>, &multiply<2, 2>}}, {&flush<1>, &flush<2>}, &start_matrices, &stop_matrices};
   static const Kernels kernels = [] {
     Kernels k = avx512bf16_kernels();
     k.matrix = &matrix;

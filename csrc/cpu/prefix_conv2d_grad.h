@@ -7,7 +7,7 @@
 
 namespace rnp::cpu {
 
-// One call. Tensors hold `dtype`: float32, bfloat16 or float16; sums are float32. Channels beyond a prefix are never
+// One call. Tensors hold `dtype`, float32, bfloat16 or float16, but for the weight's gradient; sums are float32. Channels beyond a prefix are never
 // read, neither of grad_output nor of the input. Both gradients are written whole, with zeros where nothing is live.
 struct PrefixConv2dGradParams {
   ConvShape shape;  // of the forward call
@@ -25,7 +25,9 @@ struct PrefixConv2dGradParams {
 
   const void* input = nullptr;  // for the weight's gradient
   Strides4 input_stride;
-  void* grad_weight = nullptr;  // (c_out, c_in / groups, kh, kw), contiguous
+  void* grad_weight = nullptr;  // (c_out, c_in / groups, kh, kw)
+  DType grad_weight_dtype = DType::kFloat32;  // `dtype` or float32
+  Strides4 grad_weight_stride;
 
   int64_t in_live(int64_t i) const { return in_prefix ? in_prefix[i] : shape.c_in; }
   int64_t out_live(int64_t i) const { return out_prefix ? out_prefix[i] : shape.c_out; }

@@ -5,6 +5,7 @@
 #include <array>
 
 #include "core/stock.h"
+#include "cpu/pack_weight.h"
 #include "cpu/prefix_conv2d_grad.h"
 #include "cpu/torch_common.h"
 
@@ -66,14 +67,16 @@ struct Call {
     p.grad_output_stride = strides_of(grad_output);
   }
 
-  // Whether ours is the faster way. oneDNN multiplies halves with the processor's own instructions and has kernels for
-  // groups of few channels; narrow widths make up for that, but for a few channels a panel is nearly empty.
-  bool ours() const {
+  // Whether ours is the faster way; `wins`: in bfloat16 at full width. oneDNN multiplies halves with the processor's own
+  // instructions and has kernels for groups of few channels; narrow widths make up for that, but for a few channels a
+  // panel is nearly empty.
+  bool ours(bool (*wins)(const ConvShape&, bool, StockBFloat16)) const {
     const ConvShape& s = p.shape;
     const bool narrow = p.in_prefix || p.out_prefix;
     if (p.dtype == DType::kFloat64) return false;
     if (s.groups > 1 && (!narrow || std::min(s.group_in(), s.group_out()) < 8)) return false;
-    return p.dtype == DType::kFloat32 || narrow;
+    if (p.dtype == DType::kFloat32 || narrow) return true;
+    return p.dtype == DType::kBFloat16 && wins(s, p.grad_output_stride.c == 1, bfloat16_in_use(s, p.dtype));
   }
 };
 
@@ -101,7 +104,7 @@ Tensor input_grad_cpu(const Tensor& grad_output, const Tensor& weight, const Int
   check_cpu(kOp, "weight", weight);
   Call call(kOp, grad_output, weight, input_size, sizes_of(weight), stride, padding, dilation, groups, in_prefix,
             out_prefix);
-  if (!call.ours())
+  if (!call.ours(our_input_grad_wins))
     return masked("rnp::masked_input_grad", grad_output, weight, input_size, stride, padding, dilation, groups,
                   in_prefix, out_prefix);
   PrefixConv2dGradParams& p = call.p;
@@ -116,6 +119,16 @@ Tensor input_grad_cpu(const Tensor& grad_output, const Tensor& weight, const Int
   return grad;
 }
 
+void write_weight_grad(Call& call, const Tensor& input, Tensor& grad) {
+  PrefixConv2dGradParams& p = call.p;
+  p.input = input.const_data_ptr();
+  p.input_stride = strides_of(input);
+  p.grad_weight = grad.mutable_data_ptr();
+  p.grad_weight_dtype = dtype_of("prefix_conv2d_weight_grad", "grad", grad);
+  p.grad_weight_stride = strides_of(grad);
+  prefix_conv2d_weight_grad(p, torch_threads());
+}
+
 Tensor weight_grad_cpu(const Tensor& grad_output, const Tensor& input, const Ints& weight_size, const Ints& stride,
                        const Ints& padding, const Ints& dilation, int64_t groups, const OptionalTensor& in_prefix,
                        const OptionalTensor& out_prefix) {
@@ -123,15 +136,29 @@ Tensor weight_grad_cpu(const Tensor& grad_output, const Tensor& input, const Int
   check_cpu(kOp, "input", input);
   Call call(kOp, grad_output, input, sizes_of(input), weight_size, stride, padding, dilation, groups, in_prefix,
             out_prefix);
-  if (!call.ours())
+  if (!call.ours(our_weight_grad_wins))
     return masked("rnp::masked_weight_grad", grad_output, input, weight_size, stride, padding, dilation, groups,
                   in_prefix, out_prefix);
-  PrefixConv2dGradParams& p = call.p;
   Tensor grad = torch::stable::empty(weight_size, grad_output.scalar_type());
-  p.input = input.const_data_ptr();
-  p.input_stride = strides_of(input);
-  p.grad_weight = grad.mutable_data_ptr();
-  prefix_conv2d_weight_grad(p, torch_threads());
+  write_weight_grad(call, input, grad);
+  return grad;
+}
+
+Tensor conv2d_weight_grad_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Ints& stride,
+                              const Ints& padding, const Ints& dilation, int64_t groups) {
+  constexpr const char* kOp = "conv2d_weight_grad";
+  check_cpu(kOp, "input", input);
+  check_cpu(kOp, "weight", weight);
+  Call call(kOp, grad_output, input, sizes_of(input), sizes_of(weight), stride, padding, dilation, groups, std::nullopt,
+            std::nullopt);
+  const DType dtype = dtype_of(kOp, "weight", weight);
+  STD_TORCH_CHECK(call.p.dtype != DType::kFloat64 && (dtype == call.p.dtype || dtype == DType::kFloat32), kOp,
+                  ": grad_output must be float32, bfloat16 or float16, and weight the same or float32; got ",
+                  torch::headeronly::toString(grad_output.scalar_type()), " and ",
+                  torch::headeronly::toString(weight.scalar_type()));
+  Tensor grad = torch::stable::empty(sizes_of(weight), weight.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
+                                     is_channels_last(weight) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  write_weight_grad(call, input, grad);
   return grad;
 }
 
@@ -141,4 +168,5 @@ Tensor weight_grad_cpu(const Tensor& grad_output, const Tensor& input, const Int
 STABLE_TORCH_LIBRARY_IMPL(rnp, CPU, m) {
   m.impl("prefix_conv2d_input_grad", TORCH_BOX(&rnp::cpu::input_grad_cpu));
   m.impl("prefix_conv2d_weight_grad", TORCH_BOX(&rnp::cpu::weight_grad_cpu));
+  m.impl("conv2d_weight_grad", TORCH_BOX(&rnp::cpu::conv2d_weight_grad_cpu));
 }

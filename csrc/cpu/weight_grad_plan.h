@@ -5,8 +5,11 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
+#include "cpu/pair_grad_geometry.h"
+#include "cpu/pair_grad_kernel.h"
 #include "cpu/prefix_conv2d_grad.h"
 #include "cpu/weight_grad_kernel.h"
 
@@ -38,6 +41,20 @@ struct GradItem {
   double cost;      // about cycles; decides only the order
 };
 
+// Sums of an item: [block of kGradLanes outputs][panel of kGradPanel inputs][tap][kGradPanel][kGradLanes].
+inline int64_t grad_blocks(const GradItem& item) { return (item.out_count + kGradLanes - 1) / kGradLanes; }
+inline int64_t grad_panels(const GradItem& item) { return (item.in_count + kGradPanel - 1) / kGradPanel; }
+inline int64_t grad_block_floats(const GradItem& item, int64_t area) {
+  return grad_panels(item) * area * kGradPanel * kGradLanes;
+}
+
+// In bfloat16 both change places: [block of kPairLanes inputs][panel of kPairPanel outputs][tap][kPairPanel][kPairLanes].
+inline int64_t pair_blocks(const GradItem& item) { return (item.in_count + kPairLanes - 1) / kPairLanes; }
+inline int64_t pair_panels(const GradItem& item) { return (item.out_count + kPairPanel - 1) / kPairPanel; }
+inline int64_t pair_block_floats(const GradItem& item, int64_t area) {
+  return pair_panels(item) * area * kPairPanel * kPairLanes;
+}
+
 struct WeightGradPlan {
   PackedAxis rows, cols;
   std::vector<int64_t> order;  // samples of like prefixes side by side
@@ -46,18 +63,19 @@ struct WeightGradPlan {
   std::vector<GradItem> items;       // longest first
   int64_t chunk_images, chunk_rows;  // positions that one chain of additions runs over
   int64_t input_floats, grad_floats;  // the largest packed unit of an item
+  std::optional<PairGeometry> pairs;  // bfloat16, two positions at once
+  int64_t staged_floats = 0;          // beside the packed unit, for those
   int64_t item_floats, slot_floats;   // sums of the largest item; of all items of a slot
 
-  WeightGradPlan(const PrefixConv2dGradParams& params, int threads);
+  WeightGradPlan(const PrefixConv2dGradParams& params, int threads, bool in_pairs);
 
+  int64_t packed_floats() const { return (input_floats + grad_floats + staged_floats + 15) / 16 * 16; }
+  // What sums are stored and added in.
+  int64_t blocks(const GradItem& item) const { return pairs ? pair_blocks(item) : grad_blocks(item); }
+  int64_t block_floats(const GradItem& item, int64_t area) const {
+    return pairs ? pair_block_floats(item, area) : grad_block_floats(item, area);
+  }
   int64_t slot_count() const { return static_cast<int64_t>(slots.size()) - 1; }
 };
-
-// Sums of an item: [block of kGradLanes outputs][panel of kGradPanel inputs][tap][kGradPanel][kGradLanes].
-inline int64_t grad_blocks(const GradItem& item) { return (item.out_count + kGradLanes - 1) / kGradLanes; }
-inline int64_t grad_panels(const GradItem& item) { return (item.in_count + kGradPanel - 1) / kGradPanel; }
-inline int64_t grad_block_floats(const GradItem& item, int64_t area) {
-  return grad_panels(item) * area * kGradPanel * kGradLanes;
-}
 
 }  // namespace rnp::cpu

@@ -3,6 +3,8 @@
 //   input's gradient   what the forward executes for the same convolution of grad_output, prefixes exchanged
 //   weight's gradient  output channels up to a whole vector; taps in the padding are left out. Neighbouring
 //                      samples of a small map are computed together, with the largest of their prefixes.
+//                      bfloat16: both channels up to a matrix of 16; positions lie in one row with the zeros between
+//                      rows and between images, up to a chunk of 32, and taps in the padding multiply those zeros
 #include <algorithm>
 #include <string>
 
@@ -68,7 +70,7 @@ Counts counted(const ConvShape& s, const Prefixes& in_prefix, const Prefixes& ou
   g.shape = s;
   g.grad_output = grad_output.data(), g.weight = weight.data(), g.input = input.data();
   g.grad_input = grad_input.data(), g.grad_weight = grad_weight.data();
-  g.grad_output_stride = f.output_stride, g.weight_stride = f.weight_stride;
+  g.grad_output_stride = f.output_stride, g.weight_stride = g.grad_weight_stride = f.weight_stride;
   g.grad_input_stride = g.input_stride = f.input_stride;
   g.in_prefix = f.in_prefix, g.out_prefix = f.out_prefix;
 
@@ -151,6 +153,49 @@ TEST(weight_grad_executes_whole_vectors_of_live_channels) {
           CHECK_EQUAL(counted(s, in, out, 3).weight_grad, wanted) << isa << ", 3 threads";
         }
       }
+    }
+  });
+}
+
+// Multiply-adds of the weight's gradient in bfloat16.
+int64_t counted_in_pairs(const ConvShape& s, const Prefixes& in_prefix, const Prefixes& out_prefix, int threads) {
+  const auto map = [](int64_t n, int64_t c, int64_t h, int64_t w) {
+    return std::vector<BFloat16>(static_cast<size_t>(n * c * h * w), from_float<BFloat16, float>(0.5f));
+  };
+  std::vector<BFloat16> input = map(s.n, s.c_in, s.h, s.w), grad_output = map(s.n, s.c_out, s.out_h, s.out_w),
+                        grad_weight = map(s.c_out, s.c_in, s.kh, s.kw);
+  cpu::PrefixConv2dGradParams g;
+  g.shape = s;
+  g.dtype = g.grad_weight_dtype = DType::kBFloat16;
+  g.grad_output = grad_output.data(), g.input = input.data(), g.grad_weight = grad_weight.data();
+  g.grad_output_stride = strides_of(s.c_out, s.out_h, s.out_w, true);
+  g.input_stride = strides_of(s.c_in, s.h, s.w, true);
+  g.grad_weight_stride = strides_of(s.c_in, s.kh, s.kw, false);
+  g.in_prefix = in_prefix.data(), g.out_prefix = out_prefix.data();
+  take_fma_count();
+  cpu::prefix_conv2d_weight_grad(g, threads == 1 ? Threads{} : std_threads(threads));
+  return take_fma_count();
+}
+
+TEST(weight_grad_in_bfloat16_executes_whole_matrices_of_live_channels) {
+  on_every_isa([](const std::string& isa) {
+    if (cpu::current_isa() < cpu::Isa::kAvx512Bf16) return;
+    for (const int64_t kernel : {1, 3}) {
+      // One zero between rows and one row of them between images serve both sides of a 3x3 kernel.
+      const ConvShape s = square(128, 13, 128, kernel).shape();
+      const int64_t pitch = s.w + kernel / 2, image = round_up(pitch * pitch, 2), rows = (s.h - 1) * pitch + s.w;
+      const auto chunks = [&](int64_t images) { return round_up((images - 1) * image + rows, 32); };
+      const Prefixes full(4, 128), narrow(4, 48), third = {0, 0, 32, 0}, none(4, 0);
+      const auto expect = [&](const Prefixes& in, const Prefixes& out, int64_t wanted) {
+        for (const int threads : {1, 3})
+          CHECK_EQUAL(counted_in_pairs(s, in, out, threads), kernel * kernel * wanted)
+              << isa << ", kernel " << kernel << ", " << threads << " threads";
+      };
+      expect(full, full, 128 * 128 * chunks(4));
+      expect(narrow, full, 48 * 128 * chunks(4));
+      expect(Prefixes(4, 33), Prefixes(4, 64), 48 * 64 * chunks(4));
+      expect(full, third, 128 * 32 * chunks(1));  // the plan puts it first
+      expect(none, full, 0);
     }
   });
 }

@@ -114,7 +114,7 @@ void run(const Case& c) {
   g.weight = weight.data(), g.weight_stride = p.weight_stride;
   g.grad_input = grad_input.data(), g.grad_input_stride = p.input_stride;
   g.input = input.data(), g.input_stride = p.input_stride;
-  g.grad_weight = grad_weight.data();
+  g.grad_weight = grad_weight.data(), g.grad_weight_stride = p.weight_stride;
 
   const std::function<void()> call = [&] {
     switch (c.pass) {

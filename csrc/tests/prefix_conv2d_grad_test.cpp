@@ -40,6 +40,7 @@ struct GradProblem {
     p.input_stride = p.grad_input_stride = strides_of(s.c_in, s.h, s.w, channels_last);
     p.grad_output_stride = strides_of(s.c_out, s.out_h, s.out_w, channels_last);
     p.weight_stride = strides_of(s.group_in(), s.kh, s.kw, channels_last);
+    p.grad_weight_dtype = dtype, p.grad_weight_stride = strides_of(s.group_in(), s.kh, s.kw, false);
     if (mode != kFull) p.in_prefix = in_prefix.data(), p.out_prefix = out_prefix.data();
     poison(input, p.input_stride, s.c_in, s.h, s.w, p.in_prefix);
     poison(grad, p.grad_output_stride, s.c_out, s.out_h, s.out_w, p.out_prefix);
@@ -147,6 +148,13 @@ void check_dtype(DType dtype, double unit, const char* name) {
 const ConvCase kSmallMaps = padded_case("3x3 on 5x5, many samples", 1, 40, 5, 5, 48, 3);
 // Samples that are summed together differ in which panels of 32 output channels are live.
 const ConvCase kManyOutputs = padded_case("3x3 on 4x4, four panels", 1, 37, 4, 4, 120, 3);
+// Many images share a chunk of positions, some of them without a part of it that is live.
+const ConvCase kTinyMaps = padded_case("3x3 on 2x2, many samples", 1, 40, 2, 2, 48, 3);
+const ConvCase kStridedMap = [] {
+  ConvCase c = padded_case("3x3 on 37x31 in steps of two", 1, 24, 37, 31, 33, 3);
+  c.stride_h = c.stride_w = 2;
+  return c;
+}();
 const ConvCase kLargeMap = padded_case("3x3 on 90x90", 1, 12, 90, 90, 40, 3);
 
 // Maps of so many positions that the input's gradient goes through Winograd.
@@ -164,40 +172,80 @@ TEST(float16_gradients_equal_the_reference_on_every_isa) {
   check_dtype<Float16>(DType::kFloat16, 0x1p-11 * 1.01, "float16");
 }
 
-TEST(gradients_of_batches_that_are_cut_into_units_and_slots) {
+template <typename T>
+void check_units_and_slots(DType dtype, double unit) {
   for (Mode mode : {kFull, kMixed})
-    for (const auto& [shape, copies] :
-         {std::pair(kSmallMaps, 23), std::pair(kManyOutputs, 19), std::pair(kLargeMap, 3)}) {
-      GradProblem<float> problem(shape, mode, DType::kFloat32, true, copies);
-      on_every_isa(DType::kFloat32, [&, name = shape.name](const std::string& isa) {
+    for (const auto& [shape, copies] : {std::pair(kSmallMaps, 23), std::pair(kManyOutputs, 19), std::pair(kLargeMap, 3),
+                                        std::pair(kTinyMaps, 150), std::pair(kStridedMap, 5)}) {
+      GradProblem<T> problem(shape, mode, dtype, true, copies);
+      on_every_isa(dtype, [&, name = shape.name](const std::string& isa) {
         problem.prepare();
         cpu::prefix_conv2d_input_grad(problem.p, std_threads(2));
         cpu::prefix_conv2d_weight_grad(problem.p, std_threads(2));
-        problem.check(isa + ", " + name + ", " + kModeNames[mode], 0);
+        problem.check(isa + ", " + name + ", " + kModeNames[mode], unit);
       });
     }
 }
 
-TEST(gradients_have_the_same_bits_on_any_threads) {
+TEST(gradients_of_batches_that_are_cut_into_units_and_slots) { check_units_and_slots<float>(DType::kFloat32, 0); }
+TEST(bfloat16_gradients_of_such_batches) { check_units_and_slots<BFloat16>(DType::kBFloat16, 0x1p-8); }
+
+template <typename T>
+void check_threads(DType dtype, const std::vector<ConvCase>& more) {
   std::vector<std::pair<ConvCase, int64_t>> all = {{kSmallMaps, 23}, {kManyOutputs, 19}, {kLargeMap, 3}};
   for (const ConvCase& c : conv_cases()) all.emplace_back(c, 1);
-  for (const ConvCase& c : kWinogradMaps) all.emplace_back(c, 1);
-  on_every_isa(DType::kFloat32, [&](const std::string& isa) {
+  for (const ConvCase& c : more) all.emplace_back(c, 1);
+  on_every_isa(dtype, [&](const std::string& isa) {
     for (const auto& [shape, copies] : all) {
-      GradProblem<float> first(shape, kMixed, DType::kFloat32, true, copies), other = first;
+      GradProblem<T> first(shape, kMixed, dtype, true, copies), other = first;
       cpu::prefix_conv2d_input_grad(first.p, {});
       cpu::prefix_conv2d_weight_grad(first.p, {});
       for (int threads : {1, 2, 5, 32}) {
         other.prepare();
         cpu::prefix_conv2d_input_grad(other.p, std_threads(threads));
         cpu::prefix_conv2d_weight_grad(other.p, std_threads(threads));
-        CHECK(std::memcmp(first.grad_input.data(), other.grad_input.data(), 4 * first.grad_input.size()) == 0)
+        CHECK(std::memcmp(first.grad_input.data(), other.grad_input.data(), sizeof(T) * first.grad_input.size()) == 0)
             << isa << ", " << shape.name << ", input, " << threads << " threads";
-        CHECK(std::memcmp(first.grad_weight.data(), other.grad_weight.data(), 4 * first.grad_weight.size()) == 0)
+        CHECK(std::memcmp(first.grad_weight.data(), other.grad_weight.data(), sizeof(T) * first.grad_weight.size()) ==
+              0)
             << isa << ", " << shape.name << ", weight, " << threads << " threads";
       }
     }
   });
+}
+
+TEST(gradients_have_the_same_bits_on_any_threads) { check_threads<float>(DType::kFloat32, kWinogradMaps); }
+TEST(bfloat16_gradients_have_the_same_bits_on_any_threads) { check_threads<BFloat16>(DType::kBFloat16, {}); }
+
+// In float32 and as channels_last, whatever the other tensors are: what was summed, rounded less or not at all.
+TEST(weight_gradients_in_the_dtype_and_layout_of_the_weight) {
+  for (const ConvCase& c : conv_cases()) {
+    GradProblem<BFloat16> problem(c, kMixed, DType::kBFloat16, true);
+    const ConvShape& s = problem.s;
+    const Strides4 contiguous = strides_of(s.group_in(), s.kh, s.kw, false),
+                   last = strides_of(s.group_in(), s.kh, s.kw, true);
+    on_every_isa(DType::kBFloat16, [&](const std::string& isa) {
+      problem.prepare();
+      cpu::prefix_conv2d_weight_grad(problem.p, {});
+      std::vector<float> floats(problem.weight.size(), kNaN);
+      std::vector<BFloat16> halves(problem.weight.size(), from_float<BFloat16, float>(kNaN));
+      for (void* to : {static_cast<void*>(floats.data()), static_cast<void*>(halves.data())}) {
+        cpu::PrefixConv2dGradParams p = problem.p;
+        p.grad_weight = to, p.grad_weight_stride = last;
+        p.grad_weight_dtype = to == floats.data() ? DType::kFloat32 : DType::kBFloat16;
+        cpu::prefix_conv2d_weight_grad(p, {});
+      }
+      for (int64_t i = 0; i < static_cast<int64_t>(floats.size()); ++i) {
+        const int64_t x = i % s.kw, y = i / s.kw % s.kh, ic = i / (s.kw * s.kh) % s.group_in(),
+                      oc = i / (s.kw * s.kh * s.group_in());
+        const float got = to_float(problem.grad_weight[problem.at(contiguous, oc, ic, y, x)]);
+        const float sum = floats[problem.at(last, oc, ic, y, x)];
+        CHECK_EQUAL(to_float(halves[problem.at(last, oc, ic, y, x)]), got) << isa << ", " << c.name << ", " << i;
+        CHECK(std::abs(got - sum) <= 0x1p-8 * std::max(std::abs(sum), 0x1p-126f))
+            << isa << ", " << c.name << ", " << i << ": " << sum << " rounded to " << got;
+      }
+    });
+  }
 }
 
 TEST(input_gradients_through_winograd) {

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rnp_kernels
-from rnp_kernels import stock
+from rnp_kernels import training
 
 from . import graph as g
 from .batchnorm import PrefixBatchNorm2d
@@ -152,9 +152,7 @@ def _path_conv(
         weight = weight[:live_out, : x.shape[1]]
     bias = None if conv.bias is None else conv.bias[:live_out]
     x, padding = _padded(x, conv)
-    geometry = (conv.stride, padding, conv.dilation, conv_groups)
-    ours = stock.trains_faster(x, weight, *geometry)
-    x = (rnp_kernels.prefix_conv2d if ours else F.conv2d)(x, weight, bias, *geometry)
+    x = training.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv_groups)
     if norm is not None:
         x = norm.forward_slice(x, min(group_in, norm.rows) - 1) if isinstance(norm, PrefixBatchNorm2d) else norm(x)
     if step.residual:
