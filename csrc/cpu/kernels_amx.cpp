@@ -138,8 +138,10 @@ void multiply(const MatrixPass& pass, int64_t tile, MatrixPending& pending) {
 }  // namespace
 
 const Kernels& amx_kernels() {
-  static const MatrixKernels matrix = {
-      {{&multiply<1, 1>, &multiply<1, 2>}, {&multiply<2, 1>, &multiply<2, 2>}}, {&flush<1>, &flush<2>}, &start_matrices, &stop_matrices};
+  static const MatrixKernels matrix = {{{&multiply<1, 1>, &multiply<1, 2>}, {&multiply<2, 1>, &multiply<2, 2>}},
+                                       {&flush<1>, &flush<2>},
+                                       &start_matrices,
+                                       &stop_matrices};
   static const Kernels kernels = [] {
     Kernels k = avx512bf16_kernels();
     k.matrix = &matrix;

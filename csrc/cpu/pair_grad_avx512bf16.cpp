@@ -30,8 +30,7 @@ template <int C, int NB>
 RNP_INLINE void channels(const uint16_t* g, int64_t step, const uint32_t* x, int64_t chunks, float* sums) {
   __m512 acc[C][NB];
   RNP_UNROLL
-  for (int c = 0; c < C; ++c)
-    RNP_UNROLL for (int v = 0; v < NB; ++v) acc[c][v] = _mm512_setzero_ps();
+  for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NB; ++v) acc[c][v] = _mm512_setzero_ps();
   for (int64_t n = chunks * (kPairChunk / 2); n > 0; --n) {
     RNP_COUNT_FMA(C * NB * kHalf * 2);
     __m512 lanes[NB];
@@ -47,8 +46,7 @@ RNP_INLINE void channels(const uint16_t* g, int64_t step, const uint32_t* x, int
     x += kPairLanes;
   }
   RNP_UNROLL
-  for (int c = 0; c < C; ++c)
-    RNP_UNROLL for (int v = 0; v < NB; ++v) {
+  for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NB; ++v) {
       float* to = sums + c * kPairLanes + v * kHalf;
       _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), acc[c][v]));
     }
@@ -164,9 +162,13 @@ void round(const float* sums, uint16_t* to) {
 }  // namespace
 
 const PairGradKernels& avx512bf16_pair_grad_kernels() {
-  static const PairGradKernels kernels = {
-      {{&tile<1, 1>, &tile<1, 2>}, {&tile<2, 1>, &tile<2, 2>}}, nullptr, nullptr, &interleave, &interleave_planes,
-      &transpose, &round};
+  static const PairGradKernels kernels = {{{&tile<1, 1>, &tile<1, 2>}, {&tile<2, 1>, &tile<2, 2>}},
+                                          nullptr,
+                                          nullptr,
+                                          &interleave,
+                                          &interleave_planes,
+                                          &transpose,
+                                          &round};
   return kernels;
 }
 

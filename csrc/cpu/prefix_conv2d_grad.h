@@ -7,8 +7,9 @@
 
 namespace rnp::cpu {
 
-// One call. Tensors hold `dtype`, float32, bfloat16 or float16, but for the weight's gradient; sums are float32. Channels beyond a prefix are never
-// read, neither of grad_output nor of the input. Both gradients are written whole, with zeros where nothing is live.
+// One call. Tensors hold `dtype`, float32, bfloat16 or float16, but for the weight's gradient; sums are float32.
+// Channels beyond a prefix are never read, neither of grad_output nor of the input. Both gradients are written whole,
+// with zeros where nothing is live.
 struct PrefixConv2dGradParams {
   ConvShape shape;  // of the forward call
   DType dtype = DType::kFloat32;
@@ -25,7 +26,7 @@ struct PrefixConv2dGradParams {
 
   const void* input = nullptr;  // for the weight's gradient
   Strides4 input_stride;
-  void* grad_weight = nullptr;  // (c_out, c_in / groups, kh, kw)
+  void* grad_weight = nullptr;                // (c_out, c_in / groups, kh, kw)
   DType grad_weight_dtype = DType::kFloat32;  // `dtype` or float32
   Strides4 grad_weight_stride;
 

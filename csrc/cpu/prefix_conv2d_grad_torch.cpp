@@ -67,9 +67,9 @@ struct Call {
     p.grad_output_stride = strides_of(grad_output);
   }
 
-  // Whether ours is the faster way; `wins`: in bfloat16 at full width. oneDNN multiplies halves with the processor's own
-  // instructions and has kernels for groups of few channels; narrow widths make up for that, but for a few channels a
-  // panel is nearly empty.
+  // Whether ours is the faster way; `wins`: in bfloat16 at full width. oneDNN multiplies halves with the processor's
+  // own instructions and has kernels for groups of few channels; narrow widths make up for that, but for a few channels
+  // a panel is nearly empty.
   bool ours(bool (*wins)(const ConvShape&, bool, StockBFloat16)) const {
     const ConvShape& s = p.shape;
     const bool narrow = p.in_prefix || p.out_prefix;

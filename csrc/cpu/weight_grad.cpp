@@ -56,17 +56,20 @@ struct Place {
 template <typename T>
 void store_block(const PrefixConv2dGradParams& p, const GradItem& item, int64_t block, const float* sums) {
   const Place<T> place(p);
-  const int64_t area = static_cast<int64_t>(place.tap.size());
+  const int64_t area = static_cast<int64_t>(place.tap.size()), step = place.stride.c;
   const int64_t first = item.group * p.shape.group_out() + item.out0 + block * kGradLanes;
   const int64_t lanes = std::min(kGradLanes, item.out_count - block * kGradLanes);
   for (int64_t c0 = 0; c0 < item.in_count; c0 += kGradPanel) {
     const float* panel = sums + c0 * area * kGradLanes;
     const int64_t channels = std::min(kGradPanel, item.in_count - c0);
     for (int64_t lane = 0; lane < lanes; ++lane) {
-      T* to = place.at(first + lane, item.in0 + c0);
-      for (int64_t c = 0; c < channels; ++c, to += place.stride.c)
-        for (int64_t t = 0; t < area; ++t)
-          to[place.tap[static_cast<size_t>(t)]] = from_float<T, float>(panel[(t * kGradPanel + c) * kGradLanes + lane]);
+      T* filter = place.at(first + lane, item.in0 + c0);
+      const float* from = panel + lane;
+      for (const int64_t tap : place.tap) {
+        T* to = filter + tap;
+        for (int64_t c = 0; c < channels; ++c, to += step) *to = from_float<T, float>(from[c * kGradLanes]);
+        from += kGradPanel * kGradLanes;
+      }
     }
   }
 }

@@ -88,10 +88,10 @@ WeightGradPlan::WeightGradPlan(const PrefixConv2dGradParams& p, int threads, boo
 
   const auto rectangles = [&] { return s.groups * ceil_div(s.group_out(), out) * ceil_div(s.group_in(), in); };
   const int64_t unit_count = static_cast<int64_t>(units.size());
-  const int64_t slot_total = std::clamp<int64_t>(
-      std::min({ceil_div(kItems, rectangles()), s.n * positions / (in_pairs ? kPairSlotPositions : kSlotPositions),
-                unit_count}),
-      1, kItems);
+  const int64_t slot_total =
+      std::clamp<int64_t>(std::min({ceil_div(kItems, rectangles()),
+                                    s.n * positions / (in_pairs ? kPairSlotPositions : kSlotPositions), unit_count}),
+                          1, kItems);
   for (int64_t i = 0; i <= slot_total; ++i) slots.push_back(unit_count * i / slot_total);
   // From here on nothing changes a bit: smaller items only share the work out.
   while (rectangles() * slot_total < 2 * threads && threads > 1 && halve(out, in)) {

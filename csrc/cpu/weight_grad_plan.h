@@ -48,7 +48,8 @@ inline int64_t grad_block_floats(const GradItem& item, int64_t area) {
   return grad_panels(item) * area * kGradPanel * kGradLanes;
 }
 
-// In bfloat16 both change places: [block of kPairLanes inputs][panel of kPairPanel outputs][tap][kPairPanel][kPairLanes].
+// In bfloat16 both change places: [block of kPairLanes inputs][panel of kPairPanel
+// outputs][tap][kPairPanel][kPairLanes].
 inline int64_t pair_blocks(const GradItem& item) { return (item.in_count + kPairLanes - 1) / kPairLanes; }
 inline int64_t pair_panels(const GradItem& item) { return (item.out_count + kPairPanel - 1) / kPairPanel; }
 inline int64_t pair_block_floats(const GradItem& item, int64_t area) {
