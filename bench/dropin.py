@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from rnp.bench.environment import environment
 from rnp.bench.timing import AGAIN, CLOCKS, keep_freed_memory, measure, ratio, spread
-from rnp_kernels import PrefixConv2d, stock
+from rnp_kernels import PrefixConv2d, stock, training
 
 # name: in, out, kernel, input side, stride, groups, and dilation where it is not 1
 LAYERS = {
@@ -185,6 +185,10 @@ def main() -> None:
                     gate(name, result, theirs, x)
                     route = stock.route(ours, x, ours.weight, ours.padding)
                     path = PATHS[route.training if options.training else route.path]
+                    if options.training and dtype is torch.bfloat16:
+                        which = training.our_gradients(x, ours.weight, *route[2:5], groups)
+                        path = " and ".join(n for n, own in zip(("input", "weight"), which, strict=True) if own)
+                        path = f"our gradient of {path}" if path else "oneDNN"
                     if route.tile and (not options.training or (route.transforms and route.training == stock.OURS)):
                         path = f"Winograd, tiles of {route.tile}"
                     del result

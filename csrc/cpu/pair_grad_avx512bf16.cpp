@@ -25,12 +25,17 @@ RNP_INLINE __m512 both_positions(const uint16_t* g) {
   return _mm512_castsi512_ps(_mm512_set1_epi32(word));
 }
 
-// C neighbouring output channels.
+// C neighbouring output channels. Sums go on from where they were, as in matrices: where a call ends, and which chunks
+// of zeros it passes, changes no bit.
 template <int C, int NB>
 RNP_INLINE void channels(const uint16_t* g, int64_t step, const uint32_t* x, int64_t chunks, float* sums) {
+  const auto at = [&](int c, int v) { return sums + c * kPairLanes + v * kHalf; };
   __m512 acc[C][NB];
   RNP_UNROLL
-  for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NB; ++v) acc[c][v] = _mm512_setzero_ps();
+  for (int c = 0; c < C; ++c) {
+    RNP_UNROLL
+    for (int v = 0; v < NB; ++v) acc[c][v] = _mm512_loadu_ps(at(c, v));
+  }
   for (int64_t n = chunks * (kPairChunk / 2); n > 0; --n) {
     RNP_COUNT_FMA(C * NB * kHalf * 2);
     __m512 lanes[NB];
@@ -46,10 +51,10 @@ RNP_INLINE void channels(const uint16_t* g, int64_t step, const uint32_t* x, int
     x += kPairLanes;
   }
   RNP_UNROLL
-  for (int c = 0; c < C; ++c) RNP_UNROLL for (int v = 0; v < NB; ++v) {
-      float* to = sums + c * kPairLanes + v * kHalf;
-      _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), acc[c][v]));
-    }
+  for (int c = 0; c < C; ++c) {
+    RNP_UNROLL
+    for (int v = 0; v < NB; ++v) _mm512_storeu_ps(at(c, v), acc[c][v]);
+  }
 }
 
 template <int NA, int NB>

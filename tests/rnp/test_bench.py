@@ -118,8 +118,9 @@ def test_a_run_restores_the_threads_and_only_runs_what_was_asked_for():
     assert timing.AGAIN in rows[0]["ms"]
 
 
-def test_a_training_step_is_checked_and_timed():
-    case = training.step_case(Layer("small", 16, 8, 32, 3), 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_training_step_is_checked_and_timed(dtype: torch.dtype):
+    case = training.step_case(Layer("small", 16, 8, 32, 3), 4, dtype)
     assert {"eager", "full", "3/4", "1/2", "1/4", "mixed", "masked 1/2", "masked mixed"} == set(case.sides)
     gradients = case.sides["1/2"].run()
     assert gradients[1].shape == (4, 16, 8, 8) and gradients[1][:, 8:].abs().sum() == 0
@@ -179,7 +180,7 @@ def test_layers_in_bfloat16_pass_the_gate_first(monkeypatch: pytest.MonkeyPatch)
     ("arguments", "message"),
     [
         (["--threads", "0"], "must be at least 1"),
-        (["network", "--dtype", "bfloat16"], "--dtype bfloat16 needs part layer, got network"),
+        (["network", "--dtype", "bfloat16"], "--dtype bfloat16 needs part layer or training, got network"),
         (["--threads", "1", "2", "--clock", "cpu"], "--clock cpu needs --threads 1, got 1 2"),
         (["layer", "--quick", "--threads", "1", "--only", "no such row"], "no row's name contains 'no such row'"),
     ],

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a few rows, to see that everything runs")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of part layer (float32); bfloat16 beside our own float32 kernels",
+        help="of parts layer and training (float32); layers in bfloat16 beside our own float32 kernels too",
     )  # fmt: skip
     parser.add_argument(
         "--clock", choices=sorted(CLOCKS), default="wall",
@@ -53,8 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.clock == "cpu" and threads != (1,):
         print(f"rnp bench: --clock cpu needs --threads 1, got {' '.join(map(str, threads))}", file=sys.stderr)
         return 2
-    if arguments.dtype != "float32" and arguments.part != "layer":
-        print(f"rnp bench: --dtype {arguments.dtype} needs part layer, got {arguments.part}", file=sys.stderr)
+    if arguments.dtype != "float32" and arguments.part not in ("layer", "training"):
+        print(
+            f"rnp bench: --dtype {arguments.dtype} needs part layer or training, got {arguments.part}", file=sys.stderr
+        )
         return 2
     dtype = getattr(torch, arguments.dtype)
     seconds, rounds, batches = arguments.seconds, arguments.rounds, tuple(arguments.batch)

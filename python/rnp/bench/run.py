@@ -24,7 +24,7 @@ class Options:
     batches: tuple[int, ...] = (1, 8)
     only: str = ""
     quick: bool = False
-    dtype: torch.dtype = torch.float32  # of part layer
+    dtype: torch.dtype = torch.float32  # of parts layer and training
 
     @property
     def all_threads(self) -> int:
