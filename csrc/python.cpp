@@ -148,10 +148,11 @@ int training_path(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, s
 }
 
 // In bfloat16: whether our input's and our weight's gradient are the faster ones.
-std::pair<bool, bool> our_gradients(std::array<int64_t, 3> input, std::array<int64_t, 4> weight,
+std::pair<bool, bool> our_gradients(std::array<int64_t, 4> input, std::array<int64_t, 4> weight,
                                     std::array<int64_t, 2> stride, std::array<int64_t, 4> padding,
                                     std::array<int64_t, 2> dilation, int64_t groups, bool channels_last) {
-  const rnp::ConvShape s = shape_of(input, weight, stride, padding, dilation, groups);
+  rnp::ConvShape s = shape_of({input[1], input[2], input[3]}, weight, stride, padding, dilation, groups);
+  s.n = input[0];
   const rnp::StockBFloat16 ours = rnp::cpu::bfloat16_in_use(s, rnp::DType::kBFloat16);
   return {rnp::our_input_grad_wins(s, channels_last, ours), rnp::our_weight_grad_wins(s, channels_last, ours)};
 }

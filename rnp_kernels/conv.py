@@ -12,7 +12,7 @@ from torch.overrides import has_torch_function_unary
 from . import backends, stock, training
 from .algorithms import get_algorithm
 from .checks import DTYPES
-from .layer_call import SETTINGS
+from .layer_call import SETTINGS, may_keep
 from .layer_call import prepare as prepare_call
 from .ops import needs_autograd, prefix_conv2d, run_below_autograd
 from .packing import PackCache
@@ -112,9 +112,10 @@ class PrefixConv2d(nn.Conv2d):
     ) -> Tensor:  # fmt: skip
         """An eager call on the CPU, with what this module keeps for it."""
         if in_prefix is None and out_prefix is None and needs_autograd(input, weight, bias):
-            trained = training.module_conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
-            if trained is not None:
-                return trained
+            call = training.module_call(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+            if call is not None:
+                self._keep_call(input, call if may_keep(self, input, weight, bias) else None)
+                return call.function(input, weight, bias)
         route, winograd = self._route(input, weight, padding), None
         if route is not None and torch.is_autocast_enabled("cpu"):
             route = None
@@ -129,13 +130,11 @@ class PrefixConv2d(nn.Conv2d):
                 out_prefix=out_prefix, packed=self._pack_cache().get(weight, self.groups), winograd=winograd,
             )  # fmt: skip
         if route is not None:
-            self._keep_call(input, weight, bias, route, output)
+            self._keep_call(input, prepare_call(self, input, weight, bias, route, self._pack_cache(), output))
         return output
 
-    def _keep_call(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, route: stock.Route, output: Tensor
-    ) -> None:
-        call = prepare_call(self, input, weight, bias, route, self._pack_cache(), output)
+    def _keep_call(self, input: Tensor, call: Any) -> None:
+        """For inputs of this shape; None: nothing can be kept."""
         calls = self.__dict__.setdefault("_calls", {})
         if call is None:
             calls.pop(input.shape, None)

@@ -8,11 +8,12 @@ A `LayerCall` runs our kernel on the tensors' addresses, without a dispatcher, w
 layer; so nothing may be in force that must see operators (tracing, transforms, autocast, a profiler, gradients). An
 output of 256 KB to 32 MB lies on memory kept from call to call (csrc/cpu/output_pool.h), and `resize_` cannot enlarge
 it. A `StockCall` calls torch's own convolution, where the rule names that: all of them see it, and little is left to
-compare.
+compare. A `TrainingCall` is a step in bfloat16.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -117,6 +118,48 @@ class StockCall:
         return self._function(input, weight, bias, *self._arguments)
 
 
+class TrainingCall:
+    """A module's step of training in bfloat16 at one input shape, of its tensors or under autocast; immutable.
+
+    `function(input, weight, bias)` computes the output (rnp_kernels/training.py).
+    """
+
+    __slots__ = ("_autocast", "_bias", "_dtypes", "_strides", "_weight", "function")
+
+    def __init__(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, function: Callable[[Tensor, Tensor, Any], Tensor]
+    ) -> None:
+        self._weight, self._bias, self.function = weight, bias, function
+        self._autocast = _is_autocast_enabled("cpu")
+        self._dtypes, self._strides = (input.dtype, weight.dtype), (input.stride(), weight.stride())
+
+    def __call__(
+        self, state: dict[str, Any], input: Tensor, in_prefix: Tensor | None, out_prefix: Tensor | None
+    ) -> Tensor | None:
+        """The output, or None where the long way must be gone; `state` is the module's __dict__."""
+        weight, bias = self._weight, self._bias
+        parameters = state["_parameters"]
+        if (
+            in_prefix is not None
+            or out_prefix is not None
+            or parameters.get("weight") is not weight
+            or parameters.get("bias", self) is not bias
+            or (input.dtype, weight.dtype) != self._dtypes
+            or (input.stride(), weight.stride()) != self._strides
+            or not input.is_cpu
+            or (backends._current != "auto" and backends._current != "cpu")
+            or _is_autocast_enabled("cpu") is not self._autocast
+            or (self._autocast and torch.get_autocast_dtype("cpu") is not torch.bfloat16)
+            or not (_is_grad_enabled() and _requires_grad(input, weight, bias))
+            or _dispatch_modes()
+            or _is_tracing()
+            or _transform() is not None
+            or forward_ad._current_level >= 0
+        ):
+            return None
+        return self.function(input, weight, bias)
+
+
 class LayerCall:
     """One module's call at one input shape that our kernel answers; immutable, so that threads may share it."""
 
@@ -202,18 +245,21 @@ class LayerCall:
         return prefix.data_ptr()
 
 
+def may_keep(module: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a later call can tell that nothing has changed."""
+    if type(input) is not Tensor or type(weight) is not nn.Parameter or type(bias) not in (nn.Parameter, type(None)):
+        return False
+    if not all(isinstance(module.__dict__[name], (int, str, tuple)) for name in SETTINGS):
+        return False  # a list could be edited in place
+    return module.padding_mode == "zeros" and not backends.LOG and 0 not in input.shape
+
+
 def prepare(
     module: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None, route: stock.Route, cache: PackCache,
     output: Tensor,
 ) -> LayerCall | StockCall | None:  # fmt: skip
     """For a call with these arguments, which gave `output`; None where the long way has to be gone each time."""
-    if type(input) is not Tensor or type(weight) is not nn.Parameter or type(output) is not Tensor:
-        return None
-    if bias is not None and type(bias) is not nn.Parameter:
-        return None
-    if not all(isinstance(module.__dict__[name], (int, str, tuple)) for name in SETTINGS):
-        return None  # a list could be edited in place
-    if module.padding_mode != "zeros" or input.dtype is not _float32 or backends.LOG or 0 in input.shape:
+    if not may_keep(module, input, weight, bias) or type(output) is not Tensor or input.dtype is not _float32:
         return None
     if weight.is_neg() or not (bias is None or (bias.dtype is _float32 and bias.is_contiguous())):
         return None

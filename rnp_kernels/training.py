@@ -6,7 +6,7 @@ The rules are `training_path`, `our_input_grad_wins` and `our_weight_grad_wins` 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _C, backends, stock
 from .checks import four_paddings, pair
+from .layer_call import TrainingCall
 from .ops import needs_autograd, prefix_conv2d
 from .registrations import output_memory_format
 from .stock import OURS, float32_training_path
@@ -93,7 +94,7 @@ def our_gradients(
     if padding[0] != padding[1] or padding[2] != padding[3] or 0 in input.shape:
         return _NOTHING_OURS
     last = output_memory_format(input, weight) is torch.channels_last
-    return _rule(_C.isa(), input.shape[1:], weight.shape, stride, padding, dilation, groups, last)
+    return _rule(_C.isa(), input.shape, weight.shape, stride, padding, dilation, groups, last)
 
 
 @functools.lru_cache(1024)
@@ -101,19 +102,23 @@ def _rule(_isa: str, *layer: Any) -> tuple[bool, bool]:
     return _C.our_gradients(*layer)
 
 
-def bfloat16_conv2d(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: int | Sequence[int],
-    padding: int | Sequence[int] | str, dilation: int | Sequence[int], groups: int,
-) -> Tensor | None:  # fmt: skip
-    """torch.conv2d, to be differentiated, with the gradients that are faster by our kernels; None where none is."""
+def _bfloat16(
+    input: Tensor, weight: Tensor, stride: int | Sequence[int], padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int], groups: int,
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:  # fmt: skip
+    """torch.conv2d of tensors like these, with the gradients that are faster by our kernels; None where none is."""
     strides, dilations = pair(stride, "stride"), pair(dilation, "dilation")
     paddings = four_paddings(padding, tuple(weight.shape[2:]), strides, dilations)
     ours = our_gradients(input, weight, strides, paddings, dilations, groups)
     if not any(ours):
         return None
-    if bias is not None:
-        bias = bias.to(torch.bfloat16)
-    return _Conv2d.apply(input.to(torch.bfloat16), weight, bias, strides, paddings, dilations, groups, ours)
+
+    def conv2d(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is not None:
+            bias = bias.to(torch.bfloat16)
+        return _Conv2d.apply(input.to(torch.bfloat16), weight, bias, strides, paddings, dilations, groups, ours)
+
+    return conv2d
 
 
 def _out_of_sight(input: Tensor) -> bool:
@@ -130,17 +135,19 @@ def _out_of_sight(input: Tensor) -> bool:
     )
 
 
-def module_conv2d(
+def module_call(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
-) -> Tensor | None:
-    """A module's step in bfloat16, of its tensors or under autocast; None where the operator should see it."""
+) -> TrainingCall | None:
+    """For a call of a module with these arguments, to be differentiated; None where the operator should see it."""
     if _dtype(input, weight, bias) is not torch.bfloat16 or not _out_of_sight(input):
         return None
-    output = bfloat16_conv2d(input, weight, bias, stride, padding, dilation, groups)
-    if output is None and stock.native_bfloat16:
+    function = _bfloat16(input, weight, stride, padding, dilation, groups)
+    if function is None:
+        if not stock.native_bfloat16:
+            return None
         # Without a detour: the operator's gradients would be torch's. oneDNN, whatever the batch.
-        output = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    return output
+        function = lambda input, weight, bias: torch.conv2d(input, weight, bias, stride, padding, dilation, groups)  # noqa: E731
+    return TrainingCall(input, weight, bias, function)
 
 
 def conv2d(
@@ -158,7 +165,8 @@ def conv2d(
     if _out_of_sight(input) and needs_autograd(input, weight, bias):
         dtype = _dtype(input, weight, bias)
         if dtype is torch.bfloat16:
-            output = bfloat16_conv2d(*arguments)
+            function = _bfloat16(input, weight, stride, padding, dilation, groups)
+            output = None if function is None else function(input, weight, bias)
         elif dtype is torch.float32 and not torch.is_autocast_enabled("cpu"):
             strides, dilations = pair(stride, "stride"), pair(dilation, "dilation")
             paddings = four_paddings(padding, tuple(weight.shape[2:]), strides, dilations)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rnp_kernels
-from rnp_kernels import PrefixConv2d, stock, training
+from rnp_kernels import PrefixConv2d, layer_call, stock, training
 
 BOTH, WEIGHT, NONE = (True, True), (False, True), (False, False)
 
@@ -129,15 +129,44 @@ def test_a_module_takes_it(ours: tuple, autocast: bool) -> None:
     assert "_Conv2dBackward" in y.grad_fn.name() and torch.equal(y, expected)
     for grad, other in zip(grads, wanted, strict=True):
         assert (grad.double() - other.double()).norm() <= 0.01 * other.double().norm()
+    assert isinstance(conv._calls[x.shape].__self__, layer_call.TrainingCall)
+    again = both(lambda x, *_: conv(x), (x, *conv.parameters()), autocast)
+    assert torch.equal(again[0], y) and all(torch.equal(a, b) for a, b in zip(again[1], grads, strict=True))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         live = torch.tensor([3, 40, 17], dtype=torch.int32)
         assert "prefix_conv2d" in conv(x, out_prefix=live).grad_fn.name()
 
 
+def test_a_modules_kept_call_knows_what_it_may_not_answer(ours: tuple) -> None:
+    conv, x = PrefixConv2d(24, 40, 3, padding=1), operands()[0]
+
+    def named(autocast: bool, x: Tensor = x, dtype: torch.dtype = torch.bfloat16) -> str:
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            return str(conv(x).grad_fn)
+
+    for _ in range(2):
+        assert "_Conv2dBackward" in named(True)
+    assert "_Conv2dBackward" not in named(False) and "_Conv2dBackward" not in named(True, dtype=torch.float16)
+    assert "_Conv2dBackward" in named(True, x.contiguous())
+    with torch.no_grad():
+        assert named(True) == "None"
+    kept = conv.weight
+    conv.weight = nn.Parameter(torch.zeros_like(kept))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(conv(x), conv.bias.bfloat16()[:, None, None].expand(3, 40, 9, 7))
+    conv.weight = kept
+    conv.padding = (0, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(x).shape == (3, 40, 7, 5)
+    conv.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(x.detach()).grad_fn is None
+
+
 def test_which_layers_of_bfloat16_have_gradients_of_ours(rule: Callable[[int], None], isa: str) -> None:
-    def choice(c_in: int, side: int, c_out: int, kernel: int, last: bool = True) -> tuple[bool, bool]:
+    def choice(c_in: int, side: int, c_out: int, kernel: int, last: bool = True, batch: int = 8) -> tuple[bool, bool]:
         layout = torch.channels_last if last else torch.contiguous_format
-        x = torch.empty(1, c_in, side, side, dtype=torch.bfloat16).contiguous(memory_format=layout)
+        x = torch.empty(batch, c_in, side, side, dtype=torch.bfloat16).contiguous(memory_format=layout)
         w = torch.empty(c_out, c_in, kernel, kernel).contiguous(memory_format=layout)
         return training.our_gradients(x, w, (1, 1), (kernel // 2,) * 4, (1, 1), 1)
 
@@ -148,7 +177,7 @@ def test_which_layers_of_bfloat16_have_gradients_of_ours(rule: Callable[[int], N
     assert choice(512, 7, 512, 3) == (BOTH if tiles else NONE)
     assert choice(128, 28, 128, 3) == NONE
     assert choice(128, 28, 128, 3, last=False) == (WEIGHT if tiles else NONE)
-    assert choice(16, 8, 16, 3) == NONE
+    assert choice(16, 8, 16, 3) == choice(128, 8, 128, 3, batch=1) == NONE
     training._rule.cache_clear()
     rule(2)
     assert choice(128, 8, 128, 3) == NONE

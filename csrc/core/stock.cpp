@@ -243,12 +243,17 @@ bool our_input_grad_wins(const ConvShape& s, bool channels_last, StockBFloat16 o
          s.out_h * s.out_w <= 14 * 14;
 }
 
+// A step of training calls for each gradient by itself then, which costs 50 us: of batches of 8, 32 -> 32 at 16x16 and 64
+// -> 64 at 8x8 (19 million multiply-adds) took 1.0 to 1.35 of nn.Conv2d's time.
+constexpr int64_t kFewMacs = 64'000'000;
+
 // Likewise. channels_last: 3x3 from 64 channels on maps of 4x4 to 16x16 0.18 to 0.91, in steps of two 0.44 to 0.72, 32
 // channels at 16x16 0.78 and 0.82; on larger maps 0.8 to 1.13. 1x1 from 256 channels at 14x14 and 7x7 0.76 to 0.96.
 // Contiguous, from 32 channels: 3x3 0.29 to 1.0, 1x1 from 14x14 0.22 to 0.93, but at 7x7 1.21. In pairs 1.0 to 1.4.
 bool our_weight_grad_wins(const ConvShape& s, bool channels_last, StockBFloat16 ours) {
   if (!both_multiply_tiles(s, ours)) return false;
   const int64_t fewest = std::min(s.c_in, s.c_out), positions = s.out_h * s.out_w;
+  if (s.n * positions * s.c_in * s.c_out * s.kh * s.kw < kFewMacs) return false;
   if (!channels_last) return fewest >= 32 && (s.kh == 3 || positions >= 14 * 14);
   return s.kh == 3 ? fewest >= 32 && positions <= 16 * 16 : fewest >= 256 && positions <= 14 * 14;
 }

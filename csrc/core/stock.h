@@ -30,7 +30,8 @@ Stock stock_path(const ConvShape& shape, DType dtype, bool channels_last, StockB
 // it. kOneDnn: as torch chooses, which is oneDNN but for small samples alone.
 Stock training_path(const ConvShape& shape, bool channels_last);
 
-// The same for the gradients in bfloat16 at full width, each by itself: whether ours is the faster one.
+// The same for the gradients in bfloat16 at full width, each by itself: whether ours is the faster one. That of the
+// weight is a sum over the batch, so its rule looks at the batch.
 bool our_input_grad_wins(const ConvShape& shape, bool channels_last, StockBFloat16 ours);
 bool our_weight_grad_wins(const ConvShape& shape, bool channels_last, StockBFloat16 ours);
 
