@@ -243,19 +243,24 @@ bool our_input_grad_wins(const ConvShape& s, bool channels_last, StockBFloat16 o
          s.out_h * s.out_w <= 14 * 14;
 }
 
-// A step of training calls for each gradient by itself then, which costs 50 us: of batches of 8, 32 -> 32 at 16x16 and 64
+// A step of training calls for each gradient by itself then, which costs 50 us: of batches of 8, 32 -> 32 at 16x16 and
+// 64
 // -> 64 at 8x8 (19 million multiply-adds) took 1.0 to 1.35 of nn.Conv2d's time.
 constexpr int64_t kFewMacs = 64'000'000;
 
 // Likewise. channels_last: 3x3 from 64 channels on maps of 4x4 to 16x16 0.18 to 0.91, in steps of two 0.44 to 0.72, 32
-// channels at 16x16 0.78 and 0.82; on larger maps 0.8 to 1.13. 1x1 from 256 channels at 14x14 and 7x7 0.76 to 0.96.
-// Contiguous, from 32 channels: 3x3 0.29 to 1.0, 1x1 from 14x14 0.22 to 0.93, but at 7x7 1.21. In pairs 1.0 to 1.4.
+// channels at 16x16 0.78 and 0.82; on larger maps 0.8 to 1.13. 1x1 at 7x7 and 256 <-> 1024 at 14x14 0.76 to 0.96, but
+// 512 -> 512 there 1.01 and 1.07 of a step.
+// Contiguous, from 32 channels: 3x3 0.29 to 1.0, 1x1 from 28x28 0.22 to 0.81, but at 14x14 up to 1.06 of a step and at
+// 7x7 1.21, and in steps of two to 28x28 1.05 of a step. In pairs 1.0 to 1.4.
 bool our_weight_grad_wins(const ConvShape& s, bool channels_last, StockBFloat16 ours) {
   if (!both_multiply_tiles(s, ours)) return false;
   const int64_t fewest = std::min(s.c_in, s.c_out), positions = s.out_h * s.out_w;
   if (s.n * positions * s.c_in * s.c_out * s.kh * s.kw < kFewMacs) return false;
-  if (!channels_last) return fewest >= 32 && (s.kh == 3 || positions >= 14 * 14);
-  return s.kh == 3 ? fewest >= 32 && positions <= 16 * 16 : fewest >= 256 && positions <= 14 * 14;
+  if (!channels_last && s.kh == 3) return fewest >= 32 && (s.stride_h == 1 || positions <= 14 * 14);
+  if (!channels_last) return fewest >= 32 && positions >= 20 * 20;
+  if (s.kh == 3) return fewest >= 32 && positions <= 16 * 16;
+  return fewest >= 256 && (positions <= 7 * 7 || (positions <= 14 * 14 && std::max(s.c_in, s.c_out) >= 1024));
 }
 
 }  // namespace rnp
