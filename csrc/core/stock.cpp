@@ -243,16 +243,14 @@ bool our_input_grad_wins(const ConvShape& s, bool channels_last, StockBFloat16 o
          s.out_h * s.out_w <= 14 * 14;
 }
 
-// A step of training calls for each gradient by itself then, which costs 50 us: of batches of 8, 32 -> 32 at 16x16 and
-// 64
-// -> 64 at 8x8 (19 million multiply-adds) took 1.0 to 1.35 of nn.Conv2d's time.
+// Each gradient is then a call of its own, which costs a step of training 50 us: at batch 8, 32 -> 32 at 16x16 and
+// 64 -> 64 at 8x8 (19 million multiply-adds) took 1.0 to 1.35 of nn.Conv2d's time.
 constexpr int64_t kFewMacs = 64'000'000;
 
-// Likewise. channels_last: 3x3 from 64 channels on maps of 4x4 to 16x16 0.18 to 0.91, in steps of two 0.44 to 0.72, 32
+// Likewise, channels_last: 3x3 from 64 channels on maps of 4x4 to 16x16 0.18 to 0.91, in steps of two 0.44 to 0.72, 32
 // channels at 16x16 0.78 and 0.82; on larger maps 0.8 to 1.13. 1x1 at 7x7 and 256 <-> 1024 at 14x14 0.76 to 0.96, but
-// 512 -> 512 there 1.01 and 1.07 of a step.
-// Contiguous, from 32 channels: 3x3 0.29 to 1.0, 1x1 from 28x28 0.22 to 0.81, but at 14x14 up to 1.06 of a step and at
-// 7x7 1.21, and in steps of two to 28x28 1.05 of a step. In pairs 1.0 to 1.4.
+// 512 -> 512 there 1.01 and 1.07 of a step. Contiguous, from 32 channels: 3x3 0.29 to 1.0, 1x1 from 28x28 0.22 to 0.81,
+// but at 14x14 up to 1.06 of a step, at 7x7 1.21, and 3x3 in steps of two to 28x28 1.05 of a step. In pairs 1.0 to 1.4.
 bool our_weight_grad_wins(const ConvShape& s, bool channels_last, StockBFloat16 ours) {
   if (!both_multiply_tiles(s, ours)) return false;
   const int64_t fewest = std::min(s.c_in, s.c_out), positions = s.out_h * s.out_w;

@@ -26,7 +26,7 @@ def jobs(options: Options) -> list[Job]:
     names = NAMES[-2:] if options.quick else NAMES
     return [
         Job("training", f"{name} b{BATCH}", lambda layer=BY_NAME[name]: step_case(layer, BATCH, options.dtype), threads,
-            facts=facts(BY_NAME[name], BATCH))
+            facts=facts(BY_NAME[name], BATCH, options.dtype))
         for threads in options.threads
         for name in names
     ]  # fmt: skip
