@@ -39,7 +39,9 @@ class _Conv2d(torch.autograd.Function):
         padding: tuple[int, int, int, int], dilation: tuple[int, int], groups: int, ours: tuple[bool, bool],
     ) -> Tensor:  # fmt: skip
         cast = weight.to(input.dtype)
-        ctx.save_for_backward(input, weight, cast)
+        ctx.save_for_backward(input, cast)
+        # As under autocast, which keeps the cast weight alone, an optimizer may step before the backward pass.
+        ctx.weight, ctx.version = weight, weight._version
         ctx.geometry, ctx.ours = (stride, padding, dilation, groups), ours
         ctx.bias_sizes = None if bias is None else bias.shape
         output = torch.conv2d(input, cast, bias, stride, padding[::2], dilation, groups)
@@ -48,10 +50,16 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        input, weight, cast = ctx.saved_tensors
+        input, cast = ctx.saved_tensors
+        weight = ctx.weight
         stride, padding, dilation, groups = ctx.geometry
         again = torch.is_grad_enabled()  # somebody differentiates again: through operators that have gradients
-        if again:
+        if again and cast is not weight:
+            if weight._version != ctx.version:
+                raise RuntimeError(
+                    "conv2d: the weight must not change in place before its gradient is differentiated again; it is at "
+                    f"version {weight._version}, expected {ctx.version}"
+                )
             cast = weight.to(input.dtype)
         grad = grad.contiguous(memory_format=ctx.memory_format)  # expanded or in another layout, it is slow to read
         needs = ctx.needs_input_grad[:3]
@@ -80,9 +88,9 @@ class _Conv2d(torch.autograd.Function):
 
 
 def _dtype(*tensors: Tensor | None) -> torch.dtype | None:
-    """The dtype that torch.conv2d would compute in; None where the tensors differ."""
+    """The dtype that torch.conv2d would compute in; None where the tensors differ, or autocast would not cast them."""
     dtypes = {t.dtype for t in tensors if t is not None}
-    if torch.is_autocast_enabled("cpu") and torch.float64 not in dtypes:
+    if torch.is_autocast_enabled("cpu") and torch.float64 not in dtypes and all(d.is_floating_point for d in dtypes):
         return torch.get_autocast_dtype("cpu")
     return dtypes.pop() if len(dtypes) == 1 else None
 

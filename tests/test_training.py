@@ -83,6 +83,33 @@ def test_gradients_of_gradients(ours: tuple, autocast: bool) -> None:
         assert (got.double() - expected.double()).norm() <= 0.01 * expected.double().norm()
 
 
+def test_the_weight_may_change_before_the_backward_pass_as_under_autocast(ours: tuple) -> None:
+    def gradients(function: Any) -> tuple[Tensor, ...]:
+        x, w, b = operands()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = function(x, w, b, padding=1)
+        with torch.no_grad():
+            w.zero_()
+        return torch.autograd.grad(y.sum(), (x, w))
+
+    for got, expected in zip(gradients(training.conv2d), gradients(F.conv2d), strict=True):
+        assert (got - expected).norm() <= 0.01 * expected.norm()
+    x, w, b = operands()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = training.conv2d(x, w, b, padding=1)
+    with torch.no_grad():
+        w.zero_()
+    with pytest.raises(RuntimeError, match="the weight must not change in place"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_what_is_no_floating_point_number_is_refused_as_by_torch(ours: tuple) -> None:
+    _, w, b = operands()
+    for wrong in (torch.ones(3, 24, 9, 7, dtype=torch.int64), torch.ones(3, 24, 9, 7, dtype=torch.complex64)):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
+            training.conv2d(wrong, w, b)
+
+
 def test_only_what_needs_a_gradient_gets_one(ours: tuple) -> None:
     for needed in range(3):
         tensors = tuple(t.detach().requires_grad_(i == needed) for i, t in enumerate(operands()))
