@@ -116,10 +116,9 @@ pytest: $(STAMPS)/test $(STAMPS)/cmake
 	@echo "== pytest $(ARGS)"
 	OMP_WAIT_POLICY=passive $(VENV)/bin/pytest -n 2 --dist loadfile $(ARGS)
 
-# Instrumented once, for the sanitizers and for the counts of multiply-adds: rnp_count_tests is one of these tests.
 sanitize: $(STAMPS)/cmake
-	@echo "== C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, multiply-adds counted"
-	$(CMAKE_CONFIGURE) -B $(BUILD)/sanitize -DRNP_SANITIZE=ON -DRNP_COUNT_FMAS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo > /dev/null
+	@echo "== C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	$(CMAKE_CONFIGURE) -B $(BUILD)/sanitize -DRNP_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo > /dev/null
 	$(call CMAKE_BUILD,$(BUILD)/sanitize)
 	UBSAN_OPTIONS=print_stacktrace=1 $(VENV)/bin/ctest --test-dir $(BUILD)/sanitize --parallel 2 --output-on-failure --no-tests=error
 
