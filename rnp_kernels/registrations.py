@@ -87,6 +87,8 @@ def _autocast(device: str, family: str = "") -> None:
         dtype = torch.get_autocast_dtype(device)
         if input.dtype is torch.float64 or weight.dtype is torch.float64:
             dtype = torch.float64 if input.dtype is weight.dtype else None  # None: the operator refuses the mixture
+        elif not (input.is_floating_point() and weight.is_floating_point()):
+            dtype = None  # as conv2d does, which then refuses it
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             if dtype is not None:
                 packed = packed if weight.dtype is dtype else None

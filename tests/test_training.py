@@ -110,6 +110,12 @@ def test_what_is_no_floating_point_number_is_refused_as_by_torch(ours: tuple) ->
             training.conv2d(wrong, w, b)
 
 
+def test_autocast_casts_no_integers_for_a_module() -> None:
+    conv, x = PrefixConv2d(24, 40, 3), torch.ones(3, 24, 9, 7, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"got torch\.int64"):
+        conv(x)
+
+
 def test_only_what_needs_a_gradient_gets_one(ours: tuple) -> None:
     for needed in range(3):
         tensors = tuple(t.detach().requires_grad_(i == needed) for i, t in enumerate(operands()))
