@@ -115,7 +115,7 @@ class PrefixConv2d(nn.Conv2d):
             call = training.module_call(input, weight, bias, self.stride, padding, self.dilation, self.groups)
             if call is not None:
                 self._keep_call(input, call if may_keep(self, input, weight, bias) else None)
-                return call.function(input, weight, bias)
+                return call.run(input, weight, bias)
         route, winograd = self._route(input, weight, padding), None
         if route is not None and torch.is_autocast_enabled("cpu"):
             route = None

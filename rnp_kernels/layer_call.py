@@ -8,7 +8,7 @@ A `LayerCall` runs our kernel on the tensors' addresses, without a dispatcher, w
 layer; so nothing may be in force that must see operators (tracing, transforms, autocast, a profiler, gradients). An
 output of 256 KB to 32 MB lies on memory kept from call to call (csrc/cpu/output_pool.h), and `resize_` cannot enlarge
 it. A `StockCall` calls torch's own convolution, where the rule names that: all of them see it, and little is left to
-compare. A `TrainingCall` is a step in bfloat16.
+compare; or, for a step of training in bfloat16, what rnp_kernels/training.py puts around it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _is_tracing = torch._C._is_tracing
 _transform = torch._C._functorch.peek_interpreter_stack
 _profiling = torch.autograd._profiler_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
+_autocast_dtype = torch.get_autocast_dtype
 _is_grad_enabled = torch.is_grad_enabled
 _float32 = torch.float32
 _from_dlpack = torch.utils.dlpack.from_dlpack
@@ -53,37 +54,43 @@ def _requires_grad(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 ANY_MODE, WITHOUT_GRADIENTS, WITH_GRADIENTS = range(3)
 
 
+def stock_function(route: stock.Route, path: int, groups: int) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+    """What `path` calls with an input, a weight and a bias, and its further arguments."""
+    padding = route.padding[::2]
+    if path == stock.GEMM:
+        return (
+            lambda input, weight, bias: torch._C._nn.thnn_conv2d(
+                input, weight, route.kernel_size, bias, route.stride, padding
+            )
+        ), ()
+    if path == stock.ONEDNN:
+        return torch.mkldnn_convolution, (padding, route.stride, route.dilation, groups)
+    return torch.conv2d, (route.stride, padding, route.dilation, groups)
+
+
 class StockCall:
-    """One module's call at one input shape that torch's own convolution answers; immutable."""
+    """One module's call at one input shape that torch's own convolution answers, or one around it; immutable."""
 
     __slots__ = (
-        "_algorithm", "_arguments", "_bias", "_function", "_input_strides", "_mode", "_weight", "_weight_strides",
-        "_with_gradients",
+        "_algorithm", "_arguments", "_autocast", "_bias", "_dtype", "_function", "_input_strides", "_mode", "_weight",
+        "_weight_dtype", "_weight_strides", "_with_gradients",
     )  # fmt: skip
 
     def __init__(
-        self, module: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None, route: stock.Route, path: int,
-        mode: int, algorithm: str | None, with_gradients: StockCall | None = None,
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, function: Callable[..., Tensor],
+        arguments: tuple[Any, ...], mode: int, algorithm: str | None = None, with_gradients: StockCall | None = None,
     ) -> None:  # fmt: skip
-        """`mode` says which calls it answers; `with_gradients` answers those that need gradients in its place.
+        """For calls with tensors like these, under autocast if it is in force now, then in bfloat16.
 
-        `algorithm` must be in force; None: any will do.
+        `mode` says which calls it answers; `with_gradients` answers those that need gradients in its place. `algorithm`
+        must be in force; None: any will do.
         """
         self._weight, self._bias, self._weight_strides = weight, bias, weight.stride()
         self._input_strides, self._algorithm = input.stride(), algorithm
+        self._dtype, self._weight_dtype = input.dtype, weight.dtype
+        self._autocast = _is_autocast_enabled("cpu")
         self._mode, self._with_gradients = mode, with_gradients
-        padding = route.padding[::2]
-        if path == stock.GEMM:
-            self._function = lambda input, weight, bias: torch._C._nn.thnn_conv2d(
-                input, weight, route.kernel_size, bias, route.stride, padding
-            )
-            self._arguments: tuple[Any, ...] = ()
-        elif path == stock.ONEDNN:
-            self._function = torch.mkldnn_convolution
-            self._arguments = (padding, route.stride, route.dilation, module.groups)
-        else:
-            self._function = torch.conv2d
-            self._arguments = (route.stride, padding, route.dilation, module.groups)
+        self._function, self._arguments = function, arguments
 
     def __call__(
         self, state: dict[str, Any], input: Tensor, in_prefix: Tensor | None, out_prefix: Tensor | None
@@ -98,11 +105,12 @@ class StockCall:
             or parameters.get("bias", self) is not bias
             or input.stride() != self._input_strides
             or weight.stride() != self._weight_strides
-            or input.dtype is not _float32
-            or weight.dtype is not _float32
+            or input.dtype is not self._dtype
+            or weight.dtype is not self._weight_dtype
             or not input.is_cpu
             or (backends._current != "auto" and backends._current != "cpu")
-            or _is_autocast_enabled("cpu")  # casts: the operator has rules of its own for other dtypes
+            or _is_autocast_enabled("cpu") is not self._autocast
+            or (self._autocast and _autocast_dtype("cpu") is not torch.bfloat16)
             or (self._algorithm is not None and _algorithm() != self._algorithm)
         ):
             return None
@@ -117,47 +125,9 @@ class StockCall:
                 return None  # somebody must see the operator itself
         return self._function(input, weight, bias, *self._arguments)
 
-
-class TrainingCall:
-    """A module's step of training in bfloat16 at one input shape, of its tensors or under autocast; immutable.
-
-    `function(input, weight, bias)` computes the output (rnp_kernels/training.py).
-    """
-
-    __slots__ = ("_autocast", "_bias", "_dtypes", "_strides", "_weight", "function")
-
-    def __init__(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, function: Callable[[Tensor, Tensor, Any], Tensor]
-    ) -> None:
-        self._weight, self._bias, self.function = weight, bias, function
-        self._autocast = _is_autocast_enabled("cpu")
-        self._dtypes, self._strides = (input.dtype, weight.dtype), (input.stride(), weight.stride())
-
-    def __call__(
-        self, state: dict[str, Any], input: Tensor, in_prefix: Tensor | None, out_prefix: Tensor | None
-    ) -> Tensor | None:
-        """The output, or None where the long way must be gone; `state` is the module's __dict__."""
-        weight, bias = self._weight, self._bias
-        parameters = state["_parameters"]
-        if (
-            in_prefix is not None
-            or out_prefix is not None
-            or parameters.get("weight") is not weight
-            or parameters.get("bias", self) is not bias
-            or (input.dtype, weight.dtype) != self._dtypes
-            or (input.stride(), weight.stride()) != self._strides
-            or not input.is_cpu
-            or (backends._current != "auto" and backends._current != "cpu")
-            or _is_autocast_enabled("cpu") is not self._autocast
-            or (self._autocast and torch.get_autocast_dtype("cpu") is not torch.bfloat16)
-            or not (_is_grad_enabled() and _requires_grad(input, weight, bias))
-            or _dispatch_modes()
-            or _is_tracing()
-            or _transform() is not None
-            or forward_ad._current_level >= 0
-        ):
-            return None
-        return self.function(input, weight, bias)
+    def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The output for tensors that are known to be like those."""
+        return self._function(input, weight, bias, *self._arguments)
 
 
 class LayerCall:
@@ -270,9 +240,10 @@ def prepare(
     mode = ANY_MODE if route.path == route.training == stock.CONV2D and not route.tile else WITH_GRADIENTS
     trained = None
     if route.training != stock.OURS:
-        trained = StockCall(module, input, weight, bias, route, route.training, mode, algorithm)
+        trained = StockCall(input, weight, bias, *stock_function(route, route.training, module.groups), mode, algorithm)
     if transformed is not None or (route.path == stock.OURS and pack is not None and not route.tile):
         return LayerCall(module, input, weight, bias, route, held, output, trained)
     if mode == ANY_MODE or route.path == stock.OURS or route.tile:
         return trained
-    return StockCall(module, input, weight, bias, route, route.path, WITHOUT_GRADIENTS, algorithm, trained)
+    function = stock_function(route, route.path, module.groups)
+    return StockCall(input, weight, bias, *function, WITHOUT_GRADIENTS, algorithm, trained)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _C, backends, stock
 from .checks import four_paddings, pair
-from .layer_call import TrainingCall
+from .layer_call import WITH_GRADIENTS, StockCall
 from .ops import needs_autograd, prefix_conv2d
 from .registrations import output_memory_format
 from .stock import OURS, float32_training_path
@@ -145,7 +145,7 @@ def _out_of_sight(input: Tensor) -> bool:
 
 def module_call(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
-) -> TrainingCall | None:
+) -> StockCall | None:
     """For a call of a module with these arguments, to be differentiated; None where the operator should see it."""
     if _dtype(input, weight, bias) is not torch.bfloat16 or not _out_of_sight(input):
         return None
@@ -154,8 +154,8 @@ def module_call(
         if not stock.native_bfloat16:
             return None
         # Without a detour: the operator's gradients would be torch's. oneDNN, whatever the batch.
-        function = lambda input, weight, bias: torch.conv2d(input, weight, bias, stride, padding, dilation, groups)  # noqa: E731
-    return TrainingCall(input, weight, bias, function)
+        return StockCall(input, weight, bias, torch.conv2d, (stride, padding, dilation, groups), WITH_GRADIENTS)
+    return StockCall(input, weight, bias, function, (), WITH_GRADIENTS)
 
 
 def conv2d(

@@ -75,10 +75,7 @@ void multiply(const MatrixPass& pass, int64_t tile, MatrixPending& pending) {
     if constexpr (NA > 1) RNP_MATRIX_ZERO(2);
     if constexpr (NA > 1 && NB > 1) RNP_MATRIX_ZERO(3);
   } else {
-    RNP_MATRIX_LOAD(0, partial, kSumStep);
-    if constexpr (NB > 1) RNP_MATRIX_LOAD(1, partial + kMatrix, kSumStep);
-    if constexpr (NA > 1) RNP_MATRIX_LOAD(2, partial + kMatrixSums, kSumStep);
-    if constexpr (NA > 1 && NB > 1) RNP_MATRIX_LOAD(3, partial + kMatrixSums + kMatrix, kSumStep);
+    load_sums<NA, NB>(partial, partial + kMatrixSums, kSumStep);
   }
   const int64_t x_step = pass.x_step, chunk_step = pass.chunk_step, w_step = pass.w_step, share = pass.ahead_share;
   const int64_t run0 = NA > 1 && tiles[1].run0 < tiles[0].run0 ? tiles[1].run0 : tiles[0].run0;
@@ -116,21 +113,13 @@ void multiply(const MatrixPass& pass, int64_t tile, MatrixPending& pending) {
     }
   }
   if (!pass.finish) {
-    RNP_MATRIX_STORE(0, partial, kSumStep);
-    if constexpr (NB > 1) RNP_MATRIX_STORE(1, partial + kMatrix, kSumStep);
-    if constexpr (NA > 1) RNP_MATRIX_STORE(2, partial + kMatrixSums, kSumStep);
-    if constexpr (NA > 1 && NB > 1) RNP_MATRIX_STORE(3, partial + kMatrixSums + kMatrix, kSumStep);
-    RNP_MATRIX_FENCE();
+    store_sums<NA, NB>(partial, partial + kMatrixSums, kSumStep);
     return;
   }
   finish<NB>(*pass.finish, pending, pending.end - pending.next);
   pending.filled ^= 1;
   float* sums = pending.sums[pending.filled];
-  RNP_MATRIX_STORE(0, sums, kSumStep);
-  if constexpr (NB > 1) RNP_MATRIX_STORE(1, sums + kMatrix, kSumStep);
-  if constexpr (NA > 1) RNP_MATRIX_STORE(2, sums + kMatrixSums, kSumStep);
-  if constexpr (NA > 1 && NB > 1) RNP_MATRIX_STORE(3, sums + kMatrixSums + kMatrix, kSumStep);
-  RNP_MATRIX_FENCE();
+  store_sums<NA, NB>(sums, sums + kMatrixSums, kSumStep);
   pending.next = pass.pixels + tiles[0].first;
   pending.end = pass.pixels + tiles[NA - 1].end;
 }

@@ -14,10 +14,7 @@ void tile(const PairGradArgs& a) {
   constexpr int64_t kHalf = kPairLanes / 2, kLanesBytes = kPairLanes * sizeof(float);
   float* second = a.sums + a.sums_step;
   RNP_MATRIX_FENCE();
-  RNP_MATRIX_LOAD(0, a.sums, kLanesBytes);
-  if constexpr (NB > 1) RNP_MATRIX_LOAD(1, a.sums + kHalf, kLanesBytes);
-  if constexpr (NA > 1) RNP_MATRIX_LOAD(2, second, kLanesBytes);
-  if constexpr (NA > 1 && NB > 1) RNP_MATRIX_LOAD(3, second + kHalf, kLanesBytes);
+  load_sums<NA, NB>(a.sums, second, kLanesBytes);
   const uint16_t *g0 = a.g, *g1 = a.g + kPairPanel * a.g_step;
   const uint32_t* x = a.x;
   const int64_t g_bytes = a.g_step * 2;
@@ -39,11 +36,7 @@ void tile(const PairGradArgs& a) {
     g0 += kPairChunk;
     x += kPairChunk / 2 * kPairLanes;
   }
-  RNP_MATRIX_STORE(0, a.sums, kLanesBytes);
-  if constexpr (NB > 1) RNP_MATRIX_STORE(1, a.sums + kHalf, kLanesBytes);
-  if constexpr (NA > 1) RNP_MATRIX_STORE(2, second, kLanesBytes);
-  if constexpr (NA > 1 && NB > 1) RNP_MATRIX_STORE(3, second + kHalf, kLanesBytes);
-  RNP_MATRIX_FENCE();
+  store_sums<NA, NB>(a.sums, second, kLanesBytes);
 }
 
 }  // namespace

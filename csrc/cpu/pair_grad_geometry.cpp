@@ -14,7 +14,7 @@ int64_t whole_chunks(int64_t positions) { return ceil_div(positions, kPairChunk)
 }  // namespace
 
 PairAxis::PairAxis(int64_t size, int64_t out, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation)
-    : step(stride), max_shift(0), pitch(out) {
+    : max_shift(0), pitch(out) {
   for (int64_t k = 0; k < kernel; ++k) {
     const int64_t offset = k * dilation, first = offset % stride - pad, shift = offset / stride;
     size_t at = 0;

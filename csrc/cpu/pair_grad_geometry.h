@@ -21,7 +21,6 @@ struct PairAxis {
   struct Tap {
     int64_t phase, shift;
   };
-  int64_t step;  // input coordinates between positions: the stride
   std::vector<Phase> phases;
   std::vector<Tap> taps;
   int64_t max_shift;

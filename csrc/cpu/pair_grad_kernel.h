@@ -22,7 +22,7 @@ struct PairGradArgs {
   const uint32_t* x;  // words of two positions, the first in the low half: rows of kPairLanes, one for two positions
   int64_t chunks;     // of kPairChunk positions
   int64_t channels;   // 1…kPairPanel of the last panel; the others of it may be left out
-  float* sums;        // rows of kPairLanes; behind them those of the next call, which may be fetched
+  float* sums;        // rows of kPairLanes
   int64_t sums_step;  // floats to the second panel's
 };
 using PairGradTile = void (*)(const PairGradArgs&);

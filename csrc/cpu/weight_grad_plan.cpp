@@ -77,9 +77,9 @@ WeightGradPlan::WeightGradPlan(const PrefixConv2dGradParams& p, int threads, boo
 
   // Bands of rows, or several small images, that fit into L2 packed.
   const int64_t positions = s.out_h * s.out_w;
-  const UnitSize unit = in_pairs ? pair_unit(s, in, out) : float_unit(s, in, out);
-  const int64_t bands = ceil_div(s.out_h, unit.rows), band = ceil_div(s.out_h, bands);
-  const int64_t images = bands > 1 ? 1 : std::clamp<int64_t>(unit.images, 1, std::max<int64_t>(1, s.n));
+  const UnitSize largest = in_pairs ? pair_unit(s, in, out) : float_unit(s, in, out);
+  const int64_t bands = ceil_div(s.out_h, largest.rows), band = ceil_div(s.out_h, bands);
+  const int64_t images = bands > 1 ? 1 : std::clamp<int64_t>(largest.images, 1, std::max<int64_t>(1, s.n));
   for (int64_t n = 0; n < s.n; n += images)
     for (int64_t b = 0; b < bands; ++b)
       units.push_back({n, std::min(images, s.n - n), b * band, std::min(s.out_h, (b + 1) * band)});
