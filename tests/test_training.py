@@ -26,7 +26,13 @@ def ours(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tup
 @pytest.fixture
 def rule() -> Iterator[Callable[[int], None]]:
     """Says what oneDNN can do in bfloat16; what it really can is said again afterwards."""
-    yield lambda level: rnp_kernels._C.set_stock_dtypes(True, level, False)
+
+    def say(level: int) -> None:
+        training._rule.cache_clear()
+        rnp_kernels._C.set_stock_dtypes(True, level, False)
+
+    yield say
+    training._rule.cache_clear()
     stock.tell_the_operator()
 
 
@@ -203,7 +209,6 @@ def test_which_layers_of_bfloat16_have_gradients_of_ours(rule: Callable[[int], N
         w = torch.empty(c_out, c_in, kernel, kernel).contiguous(memory_format=layout)
         return training.our_gradients(x, w, (1, 1), (kernel // 2,) * 4, (1, 1), 1)
 
-    training._rule.cache_clear()
     rule(3)
     tiles = isa == "avx512amx"
     assert choice(128, 8, 128, 3) == (WEIGHT if tiles else NONE)
@@ -211,10 +216,8 @@ def test_which_layers_of_bfloat16_have_gradients_of_ours(rule: Callable[[int], N
     assert choice(128, 28, 128, 3) == NONE
     assert choice(128, 28, 128, 3, last=False) == (WEIGHT if tiles else NONE)
     assert choice(16, 8, 16, 3) == choice(128, 8, 128, 3, batch=1) == NONE
-    training._rule.cache_clear()
     rule(2)
     assert choice(128, 8, 128, 3) == NONE
-    training._rule.cache_clear()
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["channels_last", "contiguous"])

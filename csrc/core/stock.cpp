@@ -236,7 +236,7 @@ bool both_multiply_tiles(const ConvShape& s, StockBFloat16 ours) {
 
 // Emerald Rapids, one thread, batch 4 and 32, time over oneDNN's: 3x3 on maps of 4x4 to 7x7 0.62 to 0.74 and 0.73 to
 // 1.18 (512 channels 0.62 to 0.73), 8x8 to 16x16 0.76 to 0.99 and 0.91 to 1.18, larger 0.96 to 1.3; 1x1 1.0 to 2.5.
-// Where it converts into pairs both are level.
+// In pairs both are level.
 bool our_input_grad_wins(const ConvShape& s, bool channels_last, StockBFloat16 ours) {
   const int64_t fewest = std::min(s.c_in, s.c_out), most = std::max(s.c_in, s.c_out);
   return both_multiply_tiles(s, ours) && channels_last && s.kh == 3 && fewest >= 256 && most >= 512 &&

@@ -97,6 +97,7 @@ WeightGradPlan::WeightGradPlan(const PrefixConv2dGradParams& p, int threads, boo
   while (rectangles() * slot_total < 2 * threads && threads > 1 && halve(out, in)) {
   }
 
+  const double cycle = in_pairs ? 8 : 1;  // products in place of one vector's
   item_floats = slot_floats = 0;
   for (int64_t g = 0; g < s.groups; ++g) {
     for (int64_t o = 0; o < s.group_out(); o += out) {
@@ -107,7 +108,6 @@ WeightGradPlan::WeightGradPlan(const PrefixConv2dGradParams& p, int threads, boo
         slot_floats += floats;
         item_floats = std::max(item_floats, floats);
         for (item.slot = 0; item.slot < slot_total; ++item.slot) {
-          const double cycle = in_pairs ? 8 : 1;  // products in place of one vector's
           item.cost = static_cast<double>(floats) / 8;
           for (int64_t u = slots[item.slot]; u < slots[item.slot + 1]; ++u) {
             const GradUnit& unit = units[u];
