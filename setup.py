@@ -52,6 +52,17 @@ def cuda_choice() -> str:
     return value
 
 
+def commit() -> str:
+    """The commit of this checkout, "-dirty" where files differ from it; nothing outside of one, as in an sdist."""
+    tracked = ["git", "ls-files", "--error-unmatch", "setup.py"]  # not so in somebody else's repository
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        runs = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True) for command in (tracked, describe)]
+    except OSError:
+        return ""
+    return "" if any(run.returncode for run in runs) else runs[-1].stdout.strip()
+
+
 def check_headers() -> None:
     """Distributions keep Python.h in a package of its own; CMake's words for its absence name no remedy."""
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
@@ -75,6 +86,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DRNP_CUDA={cuda_choice()}",
             f"-DRNP_CUDA_ARCHS={os.environ.get('RNP_CUDA_ARCHS', '80;90a')}",
+            f"-DRNP_COMMIT={commit()}",
             "-DRNP_BUILD_TESTS=OFF",
         ]
         build.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,7 @@ import rnp_kernels
 from rnp.bench import models, timing
 from rnp.bench.environment import environment
 from rnp.bench.gate import require_close
+from rnp.bench.rivals import directly
 from rnp.bench.runtimes import runtimes
 
 K, PIXELS = 4, 224
@@ -45,14 +46,6 @@ LIMIT = 1e-4  # relative L2 error after up to 54 layers, Winograd's included
 def images(batch: int, seed: int = 1) -> Tensor:
     x = torch.randn(batch, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(seed))
     return x.to(memory_format=torch.channels_last)
-
-
-def directly(run: Callable[[], Any]) -> Callable[[], Any]:
-    def call() -> Any:
-        with rnp_kernels.algorithm("direct"):
-            return run()
-
-    return call
 
 
 def dense_sides(model: nn.Module, x: Tensor, threads: int) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:

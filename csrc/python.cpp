@@ -33,6 +33,7 @@ py::object text_or_none(const std::string& text) {
 py::dict build_info() {
   py::dict info;
   info["version"] = RNP_VERSION;
+  info["commit"] = text_or_none(RNP_COMMIT);
   info["compiler"] = RNP_COMPILER;
   info["build_type"] = RNP_BUILD_TYPE;
   info["system"] = RNP_SYSTEM;
@@ -232,9 +233,9 @@ std::string describe_cuda_kernel(std::array<int64_t, 4> input, std::array<int64_
 PYBIND11_MODULE(_C, m) {
   m.doc() = "What rnp_kernels needs from C++ that involves no tensor.";
   m.def("build_info", &build_info,
-        "What this build is: version, compiler, build_type, system, torch_headers, torch_abi, cuda_compiler, "
-        "cuda_archs,\n"
-        "cuda_reason (why the CUDA library was not built). The last three are None where they do not apply.");
+        "What this build is: version, commit, compiler, build_type, system, torch_headers, torch_abi, cuda_compiler,\n"
+        "cuda_archs, cuda_reason (why the CUDA library was not built). Commit and the last three are None where they do\n"
+        "not apply.");
   m.def("cpu_features", &cpu_features,
         "Instruction sets that this processor and its operating system offer: name to bool.");
   m.def(

@@ -164,7 +164,8 @@ def _text(found: dict[str, Any]) -> Iterator[str]:
     yield f"rnp-kernels {versions['rnp-kernels']}, Python {versions['python']}, {machine['system']}"
     yield "  " + ", ".join(f"{name} {versions[name] or '(not installed)'}" for name in _PACKAGES)
     torch_headers = f"torch {build['torch_headers']} (ABI {build['torch_abi']})"
-    yield f"built with {build['compiler']}, {build['build_type']}, {torch_headers}"
+    of_commit = f", commit {build['commit']}" if build["commit"] else ""
+    yield f"built with {build['compiler']}, {build['build_type']}, {torch_headers}{of_commit}"
     if build["cuda_compiler"]:
         yield f"  CUDA library: {build['cuda_compiler']} for {build['cuda_archs']}; {found['cuda_library']}"
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ def test_build_info_says_what_was_built():
     info = _C.build_info()
     assert info["torch_abi"] == "stable, 2.10"
     assert info["build_type"] == "Release"
+    assert info["commit"] is None or re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", info["commit"])
     assert info["compiler"] and info["system"].startswith("Linux ")
     assert (info["cuda_compiler"] is None) == (info["cuda_archs"] is None) == (info["cuda_reason"] is not None)
 

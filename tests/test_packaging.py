@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,29 @@ def test_both_packages_are_typed(package: str):
     spec = importlib.util.find_spec(package)
     assert spec is not None and spec.origin is not None
     assert (Path(spec.origin).parent / "py.typed").is_file()
+
+
+def test_a_build_names_the_commit_it_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    commit = runpy.run_path(str(tmp_path / "setup.py"))["commit"]
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=x", "-c", "user.email=x@example.com")
+        command = ["git", *who, *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert commit() == ""
+    git("init", "-q")
+    (tmp_path / "other").touch()
+    git("add", "other")
+    git("commit", "-qm", "somebody else's")
+    assert commit() == ""
+    git("add", "setup.py")
+    git("commit", "-qm", "ours")
+    assert commit() == git("rev-parse", "--short", "HEAD").strip()
+    (tmp_path / "other").write_text("changed")
+    assert commit() == git("rev-parse", "--short", "HEAD").strip() + "-dirty"
 
 
 def test_setup_stays_small_and_offline():

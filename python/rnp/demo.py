@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import shlex
 import sys
 import time
@@ -21,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from rnp import data, report
+from rnp.bench.environment import environment
 from rnp.comparison import BATCH, Comparison, Row, difference, rank_correlation
 from rnp.demo_plan import MAIN_TARGET, Plan, full_plan, quick_plan
 from rnp.demo_training import fast_bfloat16, say, train_both
@@ -52,7 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
         scenes = make_scenes(plan, arguments.seed)
         pruned, thin, history = train_both(plan, arguments, scenes, out)
         findings = measure(plan, pruned, thin, scenes)
-        findings["environment"] = environment()
+        findings["environment"] = environment() | {
+            "training_precision": "bfloat16 autocast" if fast_bfloat16() else "float32",
+            "measured_precision": "float32",
+        }
         findings["seed"] = arguments.seed
         findings["quick"] = arguments.quick
         findings["training"] = history
@@ -132,33 +135,6 @@ def measure(plan: Plan, pruned: PrunedNetwork, thin: PrunedNetwork, scenes: dict
             "right": {"agent": agent.right, "full width": full.right, "uniform width": uniform.right},
         },
     }
-
-
-def environment() -> dict[str, Any]:
-    """Where the figures come from."""
-    from rnp_kernels import _C, __version__
-
-    return {
-        "rnp_kernels": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "processor": processor(),
-        "instruction_set": _C.isa(),
-        "threads": torch.get_num_threads(),
-        "training_precision": "bfloat16 autocast" if fast_bfloat16() else "float32",
-        "measured_precision": "float32",
-    }
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def command(arguments: argparse.Namespace, history: list[dict[str, Any]]) -> str:

@@ -115,7 +115,8 @@ def text(findings: dict[str, Any], out: Path) -> str:
     lines += [
         "",
         f"{environment['processor']}, {environment['instruction_set']}, {environment['threads']} thread(s), torch "
-        f"{environment['torch']}, rnp-kernels {environment['rnp_kernels']}; {findings['seconds'] / 60:.1f} minutes",
+        f"{environment['torch']}, rnp-kernels {environment['rnp_kernels']} (commit "
+        f"{environment['commit'] or 'unknown'}); {findings['seconds'] / 60:.1f} minutes",
         f"again: {findings['command']}",
         f"report: {out / 'index.html'}, {out / 'report.json'}",
     ]

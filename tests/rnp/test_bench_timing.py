@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import rnp_kernels
 from rnp.bench import environment, gate, layers, rivals, runtimes, timing
 
 
@@ -154,6 +155,20 @@ def test_every_side_of_a_case_is_checked_and_runs(layer: layers.Layer):
     for side in case.sides.values():
         side.run()
     assert case.sides["1/2"].theory == (4.0 if layer.groups == 1 else 2.0)  # half the groups do half the work
+
+
+def test_direct_sides_do_without_winograd():
+    """Large enough a map for the operator to transform weights in the call, where nobody kept transformed ones."""
+    layer = layers.Layer("layer", 32, 28, 32, 3)
+    torch.manual_seed(0)
+    x = torch.randn(1, 32, 28, 28).to(memory_format=torch.channels_last)
+    w = torch.randn(32, 32, 3, 3)
+    with rnp_kernels.algorithm("direct"):
+        expected = rivals.ours(layer, x, w)()
+    direct = rivals.ours(layer, x, w, direct=True)()
+    assert rnp_kernels.get_algorithm() == "auto"
+    assert torch.equal(direct, expected)
+    assert not torch.equal(direct, rivals.ours(layer, x, w)())
 
 
 def test_a_wrong_side_stops_the_case(monkeypatch: pytest.MonkeyPatch):

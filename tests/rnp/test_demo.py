@@ -120,7 +120,7 @@ def test_the_page_is_one_file(result: Result) -> None:
 
 def test_environment_seed_and_command_are_there(result: Result) -> None:
     environment = result.values["environment"]
-    assert {"torch", "rnp_kernels", "processor", "instruction_set", "threads"} <= set(environment)
+    assert {"torch", "rnp_kernels", "commit", "processor", "instruction_set", "threads"} <= set(environment)
     assert result.values["seed"] == 1 and result.values["quick"] is True
     words = result.values["command"].split()
     assert words[:2] == ["rnp", "demo"] and words[words.index("--seed") + 1] == "1"

@@ -30,7 +30,8 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from, "-dirty" where files differ; None outside of one."""
+    """The commit of the checkout that this package runs from, "-dirty" where files differ; installed, of the checkout it
+    was built from. None where there was none (an sdist)."""
     folder = Path(__file__).resolve().parent
     try:
         described = subprocess.run(
@@ -38,8 +39,9 @@ def commit() -> str | None:
         )
         tracked = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], capture_output=True, cwd=folder)
     except OSError:
-        return None
-    return described.stdout.strip() if described.returncode == tracked.returncode == 0 else None
+        return _C.build_info()["commit"]
+    here = described.returncode == tracked.returncode == 0
+    return described.stdout.strip() if here else _C.build_info()["commit"]
 
 
 def version_of(package: str) -> str | None:

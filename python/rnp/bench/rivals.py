@@ -75,16 +75,31 @@ def ours(
 ) -> Callable[[], Tensor]:  # fmt: skip
     """The operator with its weights packed once, and transformed where the rule may ask for it; tails are skipped.
 
-    ``direct``: without Winograd. ``activation``: "relu" also keeps the operator from a stock path.
+    ``direct``: without Winograd, whose weights the operator would otherwise transform in the call where nobody kept
+    them. ``activation``: "relu" also keeps the operator from a stock path.
     """
     packed, tile = rnp_kernels.pack_weight(w, layer.groups), 0 if direct else winograd_tile(layer, w.dtype)
     transformed = torch.ops.rnp.pack_winograd(w, tile) if tile else None
     operator, strides, pads = torch.ops.rnp.prefix_conv2d, [layer.stride] * 2, [layer.padding] * 4
     tail = "zero" if o is None else "skip"
-    return lambda: operator(
-        x, w, None, strides, pads, [1, 1], layer.groups, i, o, None, None, None, activation, tail, False, packed,
-        transformed,
-    )[0]  # fmt: skip
+
+    def call() -> Tensor:
+        return operator(
+            x, w, None, strides, pads, [1, 1], layer.groups, i, o, None, None, None, activation, tail, False, packed,
+            transformed,
+        )[0]  # fmt: skip
+
+    return directly(call) if direct else call
+
+
+def directly(call: Callable[[], Any]) -> Callable[[], Any]:
+    """``call`` without Winograd."""
+
+    def run() -> Any:
+        with rnp_kernels.algorithm("direct"):
+            return call()
+
+    return run
 
 
 def winograd_tile(layer: Layer, dtype: torch.dtype) -> int:
