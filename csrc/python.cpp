@@ -233,9 +233,10 @@ std::string describe_cuda_kernel(std::array<int64_t, 4> input, std::array<int64_
 PYBIND11_MODULE(_C, m) {
   m.doc() = "What rnp_kernels needs from C++ that involves no tensor.";
   m.def("build_info", &build_info,
-        "What this build is: version, commit, compiler, build_type, system, torch_headers, torch_abi, cuda_compiler,\n"
-        "cuda_archs, cuda_reason (why the CUDA library was not built). Commit and the last three are None where they do\n"
-        "not apply.");
+        "What this build is: version, commit, compiler, build_type, system, torch_headers, torch_abi, "
+        "cuda_compiler,\n"
+        "cuda_archs, cuda_reason (why the CUDA library was not built). Commit and the last three are None where\n"
+        "they do not apply.");
   m.def("cpu_features", &cpu_features,
         "Instruction sets that this processor and its operating system offer: name to bool.");
   m.def(
