@@ -30,8 +30,8 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from, "-dirty" where files differ; or that it was built from, if
-    it is installed. None where there was none (an sdist)."""
+    """The commit of the checkout that this package runs from, "-dirty" where files differ; or that it was built from,
+    if it is installed. None where there was none (an sdist)."""
     folder = Path(__file__).resolve().parent
     try:
         described = subprocess.run(
