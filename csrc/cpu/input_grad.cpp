@@ -235,41 +235,97 @@ const float* transform_turned(const PrefixConv2dGradParams& p, PrefixConv2dParam
                             threads, in_live, out_live);
 }
 
+// Groups: packed one after the other, which pairs have not been taught.
+PackedLayout layout_of(const PrefixConv2dParams& c, const PrefixConv2dGradParams& p) {
+  return c.shape.groups == 1 ? layout_in_use(c.shape, p.dtype) : PackedLayout(c.shape);
+}
+
+// The weights of one pair of phases, at `weights` unless Winograd takes all samples.
+void give_weights(const PrefixConv2dGradParams& p, const Phase& row, const Phase& col, const Threads& threads,
+                  float* weights, PrefixConv2dParams& c) {
+  if (p.shape.stride_h * p.shape.stride_w == 1) c.winograd = transform_turned(p, c, threads);
+  const PackedLayout layout = layout_of(c, p);
+  c.pairs = layout.pairs;
+  c.weight = weights;
+  c.weight_stride = {p.shape.group_out(), 1, 1, 1};
+  if (multiplies_planes(c) && !layout.small_groups()) {
+    transpose(p, row.tap * p.weight_stride.h + col.tap * p.weight_stride.w, weights);
+  } else {
+    c.weight = nullptr;
+    c.packed = weights;
+    if (!c.winograd || !WinogradSamples(c).all()) pack(p, row, col, layout, threads, weights);
+  }
+}
+
+// Samples n … n + count - 1 of a call.
+PrefixConv2dParams part_of(PrefixConv2dParams c, int64_t n, int64_t count, int64_t element) {
+  c.shape.n = count;
+  c.input = static_cast<const char*>(c.input) + n * c.input_stride.n * element;
+  c.output = static_cast<char*>(c.output) + n * c.output_stride.n * element;
+  if (c.in_prefix) c.in_prefix += n;
+  if (c.out_prefix) c.out_prefix += n;
+  return c;
+}
+
+// The convolutions of all pairs of phases; with `clear` grad_input, which no phase covers then, becomes zero before.
+// Each of several convolutions reads all of grad_output and writes some pixels of every line of grad_input, so they
+// take turns on as many samples as lie in a core's cache, each thread on samples of its own.
+void run(const PrefixConv2dGradParams& p, const std::vector<PrefixConv2dParams>& calls, bool clear, int64_t element,
+         const Threads& threads) {
+  constexpr int64_t kBytes = 512 << 10;  // half of the smallest L2 in use; 1 MB is level where L2 has 2
+  const ConvShape& s = p.shape;
+  const int64_t grad_input = s.c_in * s.h * s.w * element, sample = grad_input + s.c_out * s.out_h * s.out_w * element;
+  const auto clear_samples = [&](int64_t n, int64_t count) {
+    if (clear)
+      std::memset(static_cast<char*>(p.grad_input) + n * grad_input, 0, static_cast<size_t>(count * grad_input));
+  };
+  const int64_t together = std::max<int64_t>(kBytes / sample, 1), groups = (s.n + together - 1) / together;
+  if ((calls.size() <= 1 && !clear) || groups < 2 * threads.count) {
+    clear_samples(0, s.n);
+    for (const PrefixConv2dParams& c : calls) prefix_conv2d(c, threads);
+    return;
+  }
+  const Threads alone;
+  std::atomic<int64_t> next{0};
+  threads(threads.count, [&](int) {
+    for (int64_t n = together * next++; n < s.n; n = together * next++) {
+      const int64_t count = std::min(together, s.n - n);
+      clear_samples(n, count);
+      for (const PrefixConv2dParams& c : calls) prefix_conv2d(part_of(c, n, count, element), alone);
+    }
+  });
+}
+
 }  // namespace
 
 void prefix_conv2d_input_grad(const PrefixConv2dGradParams& p, const Threads& threads) {
   const ConvShape& s = p.shape;
-  const int64_t element = p.dtype == DType::kFloat32 ? 4 : 2, total = s.n * s.c_in * s.h * s.w;
-  if (total == 0) return;
-  const std::vector<Phase> rows = phases(s.h, s.out_h, s.kh, s.stride_h, s.pad_top, s.dilation_h);
-  const std::vector<Phase> cols = phases(s.w, s.out_w, s.kw, s.stride_w, s.pad_left, s.dilation_w);
-  const auto idle = [](const Phase& phase) { return phase.taps == 0; };
-  const bool cleared = std::any_of(rows.begin(), rows.end(), idle) || std::any_of(cols.begin(), cols.end(), idle);
-  static thread_local ScratchMemory scratch;
-  if (cleared) std::memset(p.grad_input, 0, static_cast<size_t>(total * element));
-  for (const Phase& row : rows) {
-    for (const Phase& col : cols) {
-      if (idle(row) || idle(col)) continue;
-      PrefixConv2dParams c = convolution(p, row, col, element);
-      c.tail = cleared ? Tail::kSkip : Tail::kZero;
-      if (s.stride_h * s.stride_w == 1) c.winograd = transform_turned(p, c, threads);
-      // Groups: packed one after the other, which pairs have not been taught.
-      const PackedLayout layout = s.groups == 1 ? layout_in_use(c.shape, p.dtype) : PackedLayout(c.shape);
-      c.pairs = layout.pairs;
-      float* weights = scratch.get(static_cast<size_t>(layout.total_floats()));
-      c.weight = weights;
-      c.weight_stride = {s.group_out(), 1, 1, 1};
-      if (multiplies_planes(c) && !layout.small_groups()) {
-        transpose(p, row.tap * p.weight_stride.h + col.tap * p.weight_stride.w, weights);
-      } else {
-        c.weight = nullptr;
-        c.packed = weights;
-        if (!c.winograd || !WinogradSamples(c).all()) pack(p, row, col, layout, threads, weights);
-      }
-      c.sum_kernel_rows = true;  // torch's sums are short here, on some shapes one chain for each tap
-      prefix_conv2d(c, threads);
+  const int64_t element = p.dtype == DType::kFloat32 ? 4 : 2;
+  if (s.n * s.c_in * s.h * s.w == 0) return;
+  bool clear = false;
+  std::vector<std::pair<Phase, Phase>> pairs;
+  for (const Phase& row : phases(s.h, s.out_h, s.kh, s.stride_h, s.pad_top, s.dilation_h))
+    for (const Phase& col : phases(s.w, s.out_w, s.kw, s.stride_w, s.pad_left, s.dilation_w)) {
+      if (row.taps > 0 && col.taps > 0)
+        pairs.emplace_back(row, col);
+      else
+        clear = true;
     }
+
+  std::vector<PrefixConv2dParams> calls;
+  std::vector<int64_t> places{0};
+  for (const auto& [row, col] : pairs) {
+    calls.push_back(convolution(p, row, col, element));
+    places.push_back(places.back() + (layout_of(calls.back(), p).total_floats() + 15) / 16 * 16);
   }
+  static thread_local ScratchMemory scratch;
+  float* const weights = scratch.get(static_cast<size_t>(places.back()));
+  for (size_t i = 0; i < calls.size(); ++i) {
+    give_weights(p, pairs[i].first, pairs[i].second, threads, weights + places[i], calls[i]);
+    calls[i].tail = clear ? Tail::kSkip : Tail::kZero;
+    calls[i].sum_kernel_rows = true;  // torch's sums are short here, on some shapes one chain for each tap
+  }
+  run(p, calls, clear, element, threads);
 }
 
 }  // namespace rnp::cpu

@@ -150,11 +150,9 @@ const ConvCase kSmallMaps = padded_case("3x3 on 5x5, many samples", 1, 40, 5, 5,
 const ConvCase kManyOutputs = padded_case("3x3 on 4x4, four panels", 1, 37, 4, 4, 120, 3);
 // Many images share a chunk of positions, some of them without a part of it that is live.
 const ConvCase kTinyMaps = padded_case("3x3 on 2x2, many samples", 1, 40, 2, 2, 48, 3);
-const ConvCase kStridedMap = [] {
-  ConvCase c = padded_case("3x3 on 37x31 in steps of two", 1, 24, 37, 31, 33, 3);
-  c.stride_h = c.stride_w = 2;
-  return c;
-}();
+// Samples so large that the input's gradient takes them one by one, each thread its own; 1x1: most pixels get nothing.
+const ConvCase kStridedMap = padded_case("3x3 on 37x31 in steps of two", 1, 94, 37, 31, 9, 3, 2);
+const ConvCase kStridedPoints = padded_case("1x1 on 45x47 in steps of two", 1, 61, 45, 47, 9, 1, 2);
 const ConvCase kLargeMap = padded_case("3x3 on 90x90", 1, 12, 90, 90, 40, 3);
 
 // Maps of so many positions that the input's gradient goes through Winograd.
@@ -175,8 +173,9 @@ TEST(float16_gradients_equal_the_reference_on_every_isa) {
 template <typename T>
 void check_units_and_slots(DType dtype, double unit) {
   for (Mode mode : {kFull, kMixed})
-    for (const auto& [shape, copies] : {std::pair(kSmallMaps, 23), std::pair(kManyOutputs, 19), std::pair(kLargeMap, 3),
-                                        std::pair(kTinyMaps, 150), std::pair(kStridedMap, 5)}) {
+    for (const auto& [shape, copies] :
+         {std::pair(kSmallMaps, 23), std::pair(kManyOutputs, 19), std::pair(kLargeMap, 3), std::pair(kTinyMaps, 150),
+          std::pair(kStridedMap, 4), std::pair(kStridedPoints, 4)}) {
       GradProblem<T> problem(shape, mode, dtype, true, copies);
       on_every_isa(dtype, [&, name = shape.name](const std::string& isa) {
         problem.prepare();
@@ -202,8 +201,8 @@ std::vector<float> unrounded(const GradProblem<T>& problem, int threads) {
 
 template <typename T>
 void check_threads(DType dtype, const std::vector<ConvCase>& more) {
-  std::vector<std::pair<ConvCase, int64_t>> all = {
-      {kSmallMaps, 23}, {kManyOutputs, 19}, {kLargeMap, 3}, {kTinyMaps, 150}};
+  std::vector<std::pair<ConvCase, int64_t>> all = {{kSmallMaps, 23}, {kManyOutputs, 19}, {kLargeMap, 3},
+                                                   {kTinyMaps, 150}, {kStridedMap, 5},   {kStridedPoints, 5}};
   for (const ConvCase& c : conv_cases()) all.emplace_back(c, 1);
   for (const ConvCase& c : more) all.emplace_back(c, 1);
   on_every_isa(dtype, [&](const std::string& isa) {
@@ -292,6 +291,10 @@ TEST(input_gradients_through_winograd) {
 TEST(the_gradient_of_a_sample_has_the_same_bits_alone) {
   std::vector<ConvCase> all = conv_cases();
   all.insert(all.end(), kWinogradMaps.begin(), kWinogradMaps.end());
+  for (ConvCase c : {kStridedMap, kStridedPoints}) {
+    c.n = 3;
+    all.push_back(c);
+  }
   on_every_isa(DType::kFloat32, [&](const std::string& isa) {
     for (const ConvCase& c : all) {
       GradProblem<float> batch(c, kMixed, DType::kFloat32, true), alone = batch;
