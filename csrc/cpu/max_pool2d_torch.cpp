@@ -10,6 +10,7 @@
 
 #include "core/prefix_conv2d.h"
 #include "cpu/max_pool2d.h"
+#include "torch_text.h"
 
 namespace rnp::cpu {
 namespace {
@@ -21,14 +22,14 @@ using torch::stable::Tensor;
 constexpr const char* kOp = "max_pool2d: ";
 
 Tensor max_pool2d_cpu(const Tensor& input, const std::optional<Tensor>& prefix, const std::vector<int64_t>& kernel,
-                      const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                      const std::string& tail) {
+                      const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const Text& tail) {
   STD_TORCH_CHECK(input.dim() == 4, kOp, "input must be (N, C, H, W); got ", input.dim(), " dimensions");
   STD_TORCH_CHECK(input.scalar_type() == ScalarType::Float, kOp, "input must be Float; got ",
                   torch::headeronly::toString(input.scalar_type()));
   STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2, kOp,
                   "kernel, stride and padding must be two integers each");
-  STD_TORCH_CHECK(tail == "zero" || tail == "skip", kOp, "tail must be \"zero\" or \"skip\"; got ", tail);
+  STD_TORCH_CHECK(tail.value == "zero" || tail.value == "skip", kOp, "tail must be \"zero\" or \"skip\"; got ",
+                  tail.value);
   for (int i = 0; i < 2; ++i) {
     STD_TORCH_CHECK(kernel[i] > 0 && stride[i] > 0, kOp, "kernel and stride must be positive; got ", kernel[i], " and ",
                     stride[i]);
@@ -57,7 +58,7 @@ Tensor max_pool2d_cpu(const Tensor& input, const std::optional<Tensor>& prefix, 
   }
   Tensor output = torch::stable::empty({p.n, p.c, p.out_h, p.out_w}, ScalarType::Float, std::nullopt, std::nullopt,
                                        std::nullopt, MemoryFormat::ChannelsLast);
-  p.zero_tail = tail == "zero";
+  p.zero_tail = tail.value == "zero";
   p.input = static_cast<const float*>(dense.const_data_ptr());
   p.output = static_cast<float*>(output.mutable_data_ptr());
   const int64_t rows = p.n * p.out_h, row_reads = p.out_w * p.kernel_h * p.kernel_w * p.c;

@@ -13,6 +13,7 @@
 #include "cpu/stock_torch.h"
 #include "cpu/torch_common.h"
 #include "cpu/winograd.h"
+#include "torch_text.h"
 
 namespace rnp::cpu {
 namespace {
@@ -203,14 +204,15 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
                                              const std::vector<int64_t>& dilation, int64_t groups,
                                              const OptionalTensor& in_prefix, const OptionalTensor& out_prefix,
                                              const OptionalTensor& scale, const OptionalTensor& row,
-                                             const OptionalTensor& residual, const std::string& activation,
-                                             const std::string& tail, bool pooled, const OptionalTensor& packed,
+                                             const OptionalTensor& residual, const Text& activation_text,
+                                             const Text& tail_text, bool pooled, const OptionalTensor& packed,
                                              const OptionalTensor& winograd) {
   PrefixConv2dParams p;
   check_cpu(kOp, "weight", weight);
   p.dtype = dtype_of(kOp, "input", input);
   p.shape = checked_shape(input, weight, stride, padding, dilation, groups);
   const ConvShape& s = p.shape;
+  const std::string &activation = activation_text.value, &tail = tail_text.value;
   STD_TORCH_CHECK(activation == "none" || activation == "relu", kOp,
                   ": activation must be \"none\" or \"relu\"; got \"", activation, "\"");
   STD_TORCH_CHECK(tail == "zero" || tail == "skip", kOp, ": tail must be \"zero\" or \"skip\"; got \"", tail, "\"");

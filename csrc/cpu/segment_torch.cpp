@@ -6,6 +6,7 @@
 #include "cpu/output_pool.h"
 #include "cpu/segment.h"
 #include "cpu/torch_common.h"
+#include "torch_text.h"
 
 namespace rnp::cpu {
 namespace {
@@ -96,10 +97,10 @@ class Call {
   SegmentCall call_;
 };
 
-std::vector<Tensor> run_segment_cpu(const std::string& program, const std::vector<Tensor>& inputs,
+std::vector<Tensor> run_segment_cpu(const Text& program, const std::vector<Tensor>& inputs,
                                     const std::vector<Tensor>& constants, double shift) {
   try {
-    const std::shared_ptr<const SegmentProgram> parsed = segment_program(program);
+    const std::shared_ptr<const SegmentProgram> parsed = segment_program(program.value);
     return Call(*parsed, inputs, constants).run(shift);
   } catch (const std::invalid_argument& error) {
     STD_TORCH_CHECK(false, kOp, ": ", error.what());

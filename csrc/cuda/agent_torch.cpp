@@ -5,6 +5,7 @@
 
 #include "cuda/agent_args.h"
 #include "cuda/tensors.h"
+#include "torch_text.h"
 
 namespace rnp::cuda {
 namespace {
@@ -73,8 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> agent_step_cuda(const Tensor& pooled,
 }
 
 Tensor max_pool2d_cuda(const Tensor& input, const OptionalTensor& prefix, const std::vector<int64_t>& kernel,
-                       const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                       const std::string& tail) {
+                       const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const Text& tail) {
   const ScalarType type = input.scalar_type();
   STD_TORCH_CHECK(
       input.dim() == 4 && (type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half),
@@ -82,7 +82,8 @@ Tensor max_pool2d_cuda(const Tensor& input, const OptionalTensor& prefix, const 
       text(input));
   STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2, kPool,
                   ": kernel, stride and padding must be two integers each");
-  STD_TORCH_CHECK(tail == "zero" || tail == "skip", kPool, ": tail must be \"zero\" or \"skip\"; got ", tail);
+  STD_TORCH_CHECK(tail.value == "zero" || tail.value == "skip", kPool, ": tail must be \"zero\" or \"skip\"; got ",
+                  tail.value);
   for (size_t i = 0; i < 2; ++i) {
     STD_TORCH_CHECK(kernel[i] > 0 && stride[i] > 0, kPool, ": kernel and stride must be positive; got ", kernel[i],
                     " and ", stride[i]);
@@ -108,7 +109,7 @@ Tensor max_pool2d_cuda(const Tensor& input, const OptionalTensor& prefix, const 
   p.stride_h = static_cast<int32_t>(stride[0]), p.stride_w = static_cast<int32_t>(stride[1]);
   p.pad_h = static_cast<int32_t>(padding[0]), p.pad_w = static_cast<int32_t>(padding[1]);
   p.input = dense.const_data_ptr();
-  p.prefix = indices(live), p.zero_tail = tail == "zero";
+  p.prefix = indices(live), p.zero_tail = tail.value == "zero";
   p.output = output.mutable_data_ptr();
   if (output.numel() > 0)
     check_launch(kPool, launch_max_pool2d(p, dtype_of(kPool, "input", input), current_stream(input)));

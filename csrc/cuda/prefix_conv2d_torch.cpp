@@ -6,6 +6,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/tensors.h"
+#include "torch_text.h"
 
 namespace rnp::cuda {
 namespace {
@@ -70,8 +71,8 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cuda(const Tensor& input, const Tensor&
                                               const std::vector<int64_t>& dilation, int64_t groups,
                                               const OptionalTensor& in_prefix, const OptionalTensor& out_prefix,
                                               const OptionalTensor& scale, const OptionalTensor& row,
-                                              const OptionalTensor& residual, const std::string& activation,
-                                              const std::string& tail, bool pooled, const OptionalTensor& packed,
+                                              const OptionalTensor& residual, const Text& activation_text,
+                                              const Text& tail_text, bool pooled, const OptionalTensor& packed,
                                               const OptionalTensor& winograd) {
   STD_TORCH_CHECK(!winograd, kOp, ": winograd must be None on CUDA; got ", winograd ? text(*winograd) : "");
   check_device(kOp, "weight", weight, input);
@@ -82,6 +83,7 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cuda(const Tensor& input, const Tensor&
                   torch::headeronly::toString(weight.scalar_type()));
   p.shape = checked_shape(kOp, sizes_of(input), sizes_of(weight), stride, padding, dilation, groups);
   const ConvShape& s = p.shape;
+  const std::string &activation = activation_text.value, &tail = tail_text.value;
   STD_TORCH_CHECK(activation == "none" || activation == "relu", kOp,
                   ": activation must be \"none\" or \"relu\"; got \"", activation, "\"");
   STD_TORCH_CHECK(tail == "zero" || tail == "skip", kOp, ": tail must be \"zero\" or \"skip\"; got \"", tail, "\"");
