@@ -126,6 +126,47 @@ def test_samples_that_take_the_stock_path_keep_their_bits(layer: tuple[Any, ...]
             assert torch.equal(part, whole[first:end]), f"{count} threads, samples {first}…{end - 1}"
 
 
+# Layers to which oneDNN gives other bits alone than in some batch or on some number of threads, or, in bfloat16 on AMX,
+# no numbers at all: (N, C_in, H, W, C_out, kernel, stride, padding, dilation, groups, channels_last).
+UNSTEADY = {
+    "grouped 1x1 on a line": (2, 6, 33, 1, 66, 1, 2, 0, 1, 2, False),
+    "grouped 1x1": (20, 96, 16, 16, 16, 1, 1, 0, 1, 2, False),
+    "one output channel a group": (3, 192, 28, 1, 3, 5, 1, 4, 1, 3, False),
+    "kernel as large as the map": (5, 48, 7, 7, 4, 7, 1, 6, 1, 2, False),
+    "groups of 17 to 1": (2, 34, 14, 14, 2, 5, 1, 4, 1, 2, False),
+    "multiplier 16, widely padded": (8, 3, 14, 14, 48, 7, 3, 6, 1, 3, False),
+    "groups of 9": (5, 27, 14, 14, 27, 1, 2, 0, 1, 3, False),
+    "groups of 8 to 6": (3, 16, 33, 1, 12, 1, 2, 0, 1, 2, False),
+    "7x7 in steps of two on a tiny map": (10, 256, 4, 4, 64, 7, 2, 3, 1, 1, False),
+    "one column in steps of two": (4, 128, 28, 1, 128, 3, 2, 1, 1, 1, False),
+    "one column, dilated": (3, 32, 28, 14, 9, 7, 2, 0, 2, 1, True),
+    "one row, dilated": (4, 64, 1, 6, 8, 2, 2, 1, 2, 1, False),
+    "5x5 in steps of two on a tiny map": (40, 16, 4, 4, 128, 5, 2, 2, 1, 1, False),
+    "3x3 in steps of two on a tiny map": (3, 128, 4, 4, 128, 3, 2, 1, 1, 1, False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layer", UNSTEADY.values(), ids=UNSTEADY.keys())
+def test_layers_that_onednn_computes_unsteadily_keep_their_bits(
+    layer: tuple[Any, ...], dtype: torch.dtype, threads: None
+) -> None:
+    n, c_in, h, w, c_out, kernel, *geometry, groups, channels_last = layer
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, c_in, h, w, generator=generator, dtype=dtype).contiguous(memory_format=layout)
+    weight = torch.randn(c_out, c_in // groups, kernel, kernel, generator=generator, dtype=dtype)
+    torch.set_num_threads(1)
+    whole = rnp_kernels.prefix_conv2d(x, weight, None, *geometry, groups)
+    exact = torch.nn.functional.conv2d(x.double(), weight.double(), None, *geometry, groups)
+    assert (whole.double() - exact).norm() <= (1e-6 if dtype is torch.float32 else 4e-3) * exact.norm()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        for first, end in ((0, 1), (n - 1, n), (0, 2), (0, n)):
+            part = rnp_kernels.prefix_conv2d(x[first:end], weight, None, *geometry, groups)
+            assert torch.equal(part, whole[first:end]), f"{count} threads, samples {first}…{end - 1}"
+
+
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "nchw"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel", [1, 3])

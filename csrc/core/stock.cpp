@@ -136,6 +136,29 @@ bool trains_faster(const ConvShape& s, bool channels_last) {
   return !channels_last;
 }
 
+// Whether oneDNN (3.10) gives a sample the same bits in every batch and on any number of threads, and the right ones.
+// Found with random shapes; tests/test_prefix_conv2d_invariance.py holds one of each kind.
+bool onednn_is_steady(const ConvShape& s, DType dtype, bool channels_last) {
+  const bool product = s.kh * s.kw * s.stride_h * s.stride_w == 1, line = s.out_h == 1 || s.out_w == 1;
+  if (dtype != DType::kFloat32) {
+    // Outputs of one column or row, in steps or of dilated kernels: on AMX parts of them are never written (128 -> 128,
+    // 3x3 in steps of two on 28x1). In steps on tiny maps the algorithm depends on the batch.
+    if (!product && (line || (s.stride_h * s.stride_w > 1 && s.out_h * s.out_w <= 16))) return false;
+  }
+  // Kernels as large as the map.
+  const int64_t rows = (s.kh - 1) * s.dilation_h + 1, cols = (s.kw - 1) * s.dilation_w + 1;
+  if (s.kh * s.kw > 1 && (rows >= s.h + s.pad_top || cols >= s.w + s.pad_left)) return false;
+  if (s.groups == 1 || (s.group_in() == 1 && s.group_out() == 1)) return true;
+  // Grouped products, and groups that are no whole vectors, are products over unfolded inputs, which share out K or the
+  // positions by the batch.
+  if (channels_last && s.kh * s.kw > 1) return true;
+  const bool padded = 2 * s.pad_top < rows && 2 * s.pad_left < cols;
+  const bool whole = (s.group_in() % 8 == 0 || (s.group_in() == 1 && padded)) && s.group_out() % 8 == 0;
+  return s.kh * s.kw > 1 && !line && whole;
+}
+
+Stock fastest_path(const ConvShape& s, DType dtype, bool channels_last, StockBFloat16 ours);
+
 }  // namespace
 
 void set_stock_dtypes(bool float32, StockBFloat16 bfloat16, bool float16) {
@@ -145,6 +168,13 @@ void set_stock_dtypes(bool float32, StockBFloat16 bfloat16, bool float16) {
 }
 
 Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, StockBFloat16 ours) {
+  const Stock path = fastest_path(s, dtype, channels_last, ours);
+  return path == Stock::kOneDnn && !onednn_is_steady(s, dtype, channels_last) ? Stock::kNone : path;
+}
+
+namespace {
+
+Stock fastest_path(const ConvShape& s, DType dtype, bool channels_last, StockBFloat16 ours) {
   const bool pairs = ours >= StockBFloat16::kPairs;
   // aten has one padding per axis.
   if (s.pad_top != s.pad_bottom || s.pad_left != s.pad_right) return Stock::kNone;
@@ -213,9 +243,12 @@ Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, StockBFloa
   return product ? gemm : Stock::kOneDnn;
 }
 
+}  // namespace
+
 Stock training_path(const ConvShape& s, bool channels_last) {
   if (s.pad_top != s.pad_bottom || s.pad_left != s.pad_right || trains_faster(s, channels_last)) return Stock::kNone;
-  if (s.groups > 1 || s.kh * s.kw > 1) return Stock::kOneDnn;
+  if (s.groups > 1 || s.kh * s.kw > 1)
+    return onednn_is_steady(s, DType::kFloat32, channels_last) ? Stock::kOneDnn : Stock::kNone;
   // Torch chooses by the number of threads, which would show in the bits. One product a sample takes 0.8 to 1.05 of its
   // time on one thread; on two 0.4 to 0.7 where samples are small, 0.43 to 0.94 on large maps in NCHW, 1.05 to 1.24
   // elsewhere. oneDNN: 0.97 to 1.11 on either, and 1.1 to 1.7 for small ones on one.
