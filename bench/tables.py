@@ -1,5 +1,5 @@
-"""RESULTS.md's tables of whole networks, of layers and of mixed actions, in Markdown, from what `rnp bench` or
-networks.py wrote.
+"""RESULTS.md's tables of whole networks, of layers, of what is lost and of mixed actions, in Markdown, from what
+`rnp bench` or networks.py wrote.
 
 python bench/tables.py bench/results/bench-zen4-2core.json
 python bench/tables.py bench/results/pruned-zen4-2core.json
@@ -14,6 +14,8 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from rnp.bench import report
 
 RUNTIMES = ("onnxruntime", "openvino")
 CLASSES = (
@@ -33,13 +35,14 @@ def speedups(row: dict[str, Any]) -> dict[str, float]:
 
 def networks(rows: list[dict[str, Any]]) -> list[str]:
     """Full width over the faster runtime; full width and mixed actions over the stock network."""
+    rows = [row for row in rows if row["part"] == "network"]
+    if not rows:
+        return []
     out = [
         line("network", "batch, threads", "over the faster runtime", "full", "mixed 3×", "5×", "10×"),
         "|---" * 7 + "|",
     ]
     for row in rows:
-        if row["part"] != "network":
-            continue
         speed = speedups(row)
         name, batch = row["name"].split()
         cells = [f"{speed[k]:.2f}×" if k in speed else "–" for k in ("full", "mixed 3x", "mixed 5x", "mixed 10x")]
@@ -71,6 +74,8 @@ def layers(rows: list[dict[str, Any]], batch: int) -> list[str]:
         for width in WIDTHS:
             if prefix + width in speed:
                 found[kind, width].append(speed[prefix + width] / row["theory"][width])
+    if not found:
+        return []
     columns = ["full", "full, direct", *(w for w in WIDTHS if found[CLASSES[0], w])]
     out = [line("layers", *(WIDTHS.get(c, c) for c in columns)), "|---" * (len(columns) + 1) + "|"]
     for kind in CLASSES:
@@ -78,6 +83,16 @@ def layers(rows: list[dict[str, Any]], batch: int) -> list[str]:
             cells = [f"{statistics.median(found[kind, c]):.2f} ({min(found[kind, c]):.2f})" for c in columns]
             out.append(line(kind, *cells))
     return out
+
+
+def losses(rows: list[dict[str, Any]]) -> list[str]:
+    """Every row in which full width is slower than the best stock path by more than its noise, and how many narrow ones
+    realise too little (rnp.bench.report.losses)."""
+    if not (found := report.losses(rows)):
+        return []
+    full = [f"{name}: {text.removeprefix('full width at ')}" for name, text in found if text.startswith("full width")]
+    rest = f"- {len(found) - len(full)} of the narrower widths realise less than {report.REALISED}"
+    return ["Slower than the best stock path at full width:", "", *(f"- {text}" for text in full), rest]
 
 
 def pruned(results: dict[str, Any], threads: int | None) -> list[str]:
@@ -111,7 +126,7 @@ def main() -> None:
         parser.error(f"{options.results} has neither rows nor runs: it is no file of rnp bench or networks.py")
     rows = results["rows"]
     rows = [row for row in rows if options.threads in (None, row["threads"])]
-    print("\n".join([*networks(rows), "", *layers(rows, options.batch)]))
+    print("\n".join([*networks(rows), "", *layers(rows, options.batch), "", *losses(rows)]))
 
 
 if __name__ == "__main__":

@@ -139,6 +139,7 @@ void read_table(const char* name, const OptionalTensor& t, DType dtype, int64_t 
   if (t->dim() == 2) {
     STD_TORCH_CHECK(have_row, kOp, ": a table of ", name, " needs `row`, which names each sample's line; got ",
                     text(*t));
+    STD_TORCH_CHECK(rows > 0, kOp, ": a table of ", name, " must have a line at least; got ", text(*t));
     out.rows = rows;
     out.row_stride = channels;
   }
