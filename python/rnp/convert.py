@@ -12,7 +12,7 @@ from . import graph as g
 from .batchnorm import PrefixBatchNorm2d
 from .macs import ConvCost, MacCounter
 from .network import PrunedNetwork
-from .tracing import trace
+from .tracing import Traced, trace
 
 
 @dataclass
@@ -43,28 +43,28 @@ def convert(model: nn.Module, example_input: Tensor, groups: int = 4) -> PrunedN
 
     `example_input` (N, C, H, W) fixes the resolution at which MACs are counted. `groups` is k of RNP.md: an action 1…k
     makes ceil(action · C / k) output channels live. The parameters are copied; `network.report` says what became of
-    each layer. Raises ValueError where torch.fx cannot trace the model, or where nothing in it can be pruned.
+    each layer.
+
+    Raises ValueError where torch.fx cannot trace the model, where nothing in it can be pruned, and where it writes into
+    a tensor in place in a way that has no counterpart which returns a new tensor, or that a view taken before would
+    have to show.
     """
     if not isinstance(example_input, Tensor) or example_input.dim() != 4:
         raise ValueError("rnp.convert: example_input must be one tensor (N, C, H, W)")
     if groups < 1:
         raise ValueError(f"rnp.convert: groups must be at least 1, got {groups}")
     backbone = copy.deepcopy(model).eval()
-    traced, shapes = trace(backbone, example_input)
-    for module in backbone.modules():
-        if getattr(module, "inplace", False):
-            module.inplace = False
-    builder = Builder(backbone, traced, shapes, groups)
-    network = builder.build()
+    network = Builder(backbone, trace(backbone, example_input), groups).build()
     return network.train(model.training)
 
 
 class Builder:
     """Walks the graph once and collects steps, decisions, MACs and the report."""
 
-    def __init__(self, backbone: nn.Module, graph: fx.Graph, shapes: dict[str, tuple[int, ...] | None], k: int) -> None:
-        self.backbone, self.graph, self.shapes, self.k = backbone, graph, shapes, k
-        self.nodes = list(graph.nodes)
+    def __init__(self, backbone: nn.Module, traced: Traced, k: int) -> None:
+        self.backbone, self.shapes, self.k = backbone, traced.shapes, k
+        self.in_place = traced.in_place
+        self.nodes = list(traced.graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.report = Report()
         self.values: dict[str, g.Value] = {}
@@ -215,8 +215,9 @@ class Builder:
         self.replace_norms()
         counter = MacCounter(self.costs, self.fixed_macs, self.k, len(self.layers))
         return PrunedNetwork(
-            self.backbone, self.steps, self.values, self.input, self.layers, self.states, self.k, counter, self.report
-        )
+            self.backbone, self.steps, self.values, self.input, self.layers, self.states, self.k, counter, self.report,
+            self.in_place,
+        )  # fmt: skip
 
     def group(self, name: str) -> frozenset[int] | None:
         return self.values[name].group
