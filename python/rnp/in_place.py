@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .fold import SHAPE_ONLY
+from .graph import hooked
 from .plan import version_of
 
 OPERATORS: dict[Any, Callable[..., Any]] = {
@@ -199,7 +200,7 @@ class Rewriter:
         self.names: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
             module = model.get_submodule(node.target) if node.op == "call_module" else None
-            identity = type(module) is nn.Identity
+            identity = type(module) is nn.Identity and not hooked(module)
             self.join(node, node.args[0] if identity and node.args else node)
 
     def join(self, node: fx.Node, source: fx.Node) -> None:

@@ -47,7 +47,9 @@ class Traced:
     """A functional graph, and what running it on the example showed."""
 
     graph: fx.Graph
+    images: int  # in the example
     shapes: dict[str, Shape | None]  # of every value; None: not a tensor
+    batched: set[str]  # values that come from the images and have an entry for each
     in_place: list[str]  # modules whose `inplace` flag was on
 
 
@@ -110,7 +112,8 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
         module = fx.GraphModule(model, graph)
         run = Shapes(module, kinds)
         run.run(example.clone())
-    return Traced(graph, run.shapes, in_place)
+        found = batched(module, placeholders[0], run.shapes, example)
+        return Traced(graph, len(example), run.shapes, found, in_place)
 
 
 def view_as_reshape(graph: fx.Graph) -> None:
@@ -122,3 +125,23 @@ def view_as_reshape(graph: fx.Graph) -> None:
         if not any(isinstance(size, torch.dtype) for size in sizes):
             node.target = "reshape" if node.target == "view" else "reshape_as"
             node.args, node.kwargs = (node.args[0], *sizes), {}
+
+
+def batched(module: fx.GraphModule, images: fx.Node, shapes: dict[str, Shape | None], example: Tensor) -> set[str]:
+    """Names of the values that come from the images and have an entry for each along their first axis.
+
+    With an example of one image, what has one entry for all of them looks the same: a second run tells.
+    """
+    count, dependent = example.shape[0], {images}
+    for node in module.graph.nodes:
+        if dependent.intersection(node.all_input_nodes):
+            dependent.add(node)
+    if count == 1:
+        run = Shapes(module)
+        try:
+            run.run(example.new_zeros((2, *example.shape[1:])))
+            shapes, count = run.shapes, 2
+        except Exception:  # the model takes one image at a time, so there is no difference to tell
+            shapes, count = shapes, 1
+    found = ((node.name, shapes.get(node.name)) for node in dependent)
+    return {name for name, shape in found if shape and shape[0] == count}
