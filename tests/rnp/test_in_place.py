@@ -17,13 +17,16 @@ K = 4
 
 
 class Net(nn.Module):
-    """Two convolutions; `write` gets the map between them, and forward() goes on with that map by its old name."""
+    """Two convolutions; `write` gets the map between them, and forward() goes on with that map by its old name.
+
+    One reader is a mean, which a fused convolution gives along with its output: from before the map was written.
+    """
 
     def __init__(self, write: Callable[[Net, Tensor], Any]) -> None:
         super().__init__()
         self.stem, self.first, self.second = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 6, 3)
         self.hardswish, self.identity, self.dropout = nn.Hardswish(inplace=True), nn.Identity(), nn.Dropout()
-        self.fc = nn.Linear(6, 5)
+        self.fc = nn.Linear(14, 5)
         self.register_buffer("seen", torch.zeros(8, 16, 16))
         self.write = write
 
@@ -31,7 +34,8 @@ class Net(nn.Module):
         x = self.first(self.stem(x).relu())
         found = self.write(self, x)
         y = self.second(x)
-        return self.fc((y if found is None else y + found.mean()).mean((2, 3)))
+        y = y if found is None else y + found.flatten(1).mean(1).view(-1, 1, 1, 1)
+        return self.fc(torch.cat([y.mean((2, 3)), x.mean((2, 3))], 1))
 
 
 def subtract(x: Tensor) -> None:
@@ -93,8 +97,8 @@ REFUSED: dict[str, tuple[Callable[[Net, Tensor], Any], str]] = {
     "bernoulli_": (lambda net, x: x.bernoulli_(0.5), "bernoulli_"),
     "an overload": (lambda net, x: torch.ops.aten.relu_.default(x), "relu_.* knows no operation"),
     "another type": (lambda net, x: x.gt_(0), "gt .* another shape or type"),
-    "a buffer": (lambda net, x: net.seen.add_(x.mean(0)), "a parameter or buffer of the model"),
-    "a buffer, unseen": (lambda net, x: net.seen.add_(1), "Net writes into 'seen'"),
+    "a buffer": (lambda net, x: (net.seen.add_(x.mean(0)), x)[1], "a parameter or buffer of the model"),
+    "a buffer, unseen": (lambda net, x: (net.seen.add_(1), x)[1], "Net writes into 'seen'"),
 }
 
 
@@ -124,6 +128,23 @@ def test_gradients_are_the_originals(case):
         gradients.append({name.removeprefix("backbone."): p.grad for name, p in f.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12, msg=f"{case}: {name}")
+
+
+@pytest.mark.parametrize("case", REPLACED)
+def test_mixed_actions_are_the_masked_network(case):
+    torch.manual_seed(0)
+    model, x = Net(REPLACED[case]).eval(), torch.randn(4, 3, 16, 16)
+    network, actions = rnp.convert(model, x[:1], K), torch.tensor([[1, 2], [4, 1], [2, 4], [3, 3]])
+    live = torch.arange(8) < 2 * actions[:, :1], torch.arange(6) < (6 * actions[:, 1:] + K - 1) // K
+    for conv, mask in zip((model.first, model.second), live, strict=True):
+        conv.register_forward_hook(lambda module, inputs, output, mask=mask: output * mask[:, :, None, None])
+    expected = model(x.clone())
+    network.policy = rnp.policies.Fixed(actions)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-6)
+    for i, path in enumerate(actions.tolist()):
+        torch.testing.assert_close(network.forward_path(x, path)[i], expected[i], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", REFUSED)
