@@ -77,9 +77,14 @@ class PrefixBatchNorm2d(nn.Module):
         var += (batch_var - var) / count
         return y
 
-    def forward(self, x: Tensor, row: Tensor, live: Tensor) -> Tensor:
-        """Normalise a mixed batch: x (N, C, H, W), row (N,) int 0…k−1, live (N, C) bool. Dead channels become 0."""
-        live = live.to(x.dtype)
+    def forward(self, x: Tensor, row: Tensor | None = None, live: Tensor | None = None) -> Tensor:
+        """Normalise a mixed batch: x (N, C, H, W), row (N,) int 0…k−1, live (N, C) bool. Dead channels become 0.
+
+        Without `row` all samples take the last one, full width; without `live` all channels live.
+        """
+        if row is None:
+            row = torch.full((x.shape[0],), self.rows - 1, device=x.device)
+        live = x.new_ones(x.shape[:2]) if live is None else live.to(x.dtype)
         index = row.long()
         if not self.training:
             scale, shift = self.table()

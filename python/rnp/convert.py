@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, fx, nn
 
 from . import graph as g
+from .analysis import Analysis
 from .batchnorm import PrefixBatchNorm2d
+from .fixed_macs import fixed_macs
 from .macs import ConvCost, MacCounter
 from .network import PrunedNetwork
-from .tracing import trace
+from .tracing import Traced, trace
 
 
 @dataclass
@@ -43,29 +44,36 @@ def convert(model: nn.Module, example_input: Tensor, groups: int = 4) -> PrunedN
 
     `example_input` (N, C, H, W) fixes the resolution at which MACs are counted. `groups` is k of RNP.md: an action 1…k
     makes ceil(action · C / k) output channels live. The parameters are copied; `network.report` says what became of
-    each layer. Raises ValueError where torch.fx cannot trace the model, or where nothing in it can be pruned.
+    each layer.
+
+    A module that has forward hooks or forward pre-hooks is called as it is, on complete tensors, and stays dense: the
+    report says so. Hooks registered later on modules of `network.backbone` are called only where the module itself
+    is, not where fused calls have taken the place of convolutions, BatchNorms, activations and pooling.
+
+    Raises ValueError where torch.fx cannot trace the model, where nothing in it can be pruned, where the model itself
+    has forward hooks, and where it writes into a tensor in place in a way that has no counterpart which returns a new
+    tensor, or that a view taken before would have to show.
     """
     if not isinstance(example_input, Tensor) or example_input.dim() != 4:
         raise ValueError("rnp.convert: example_input must be one tensor (N, C, H, W)")
     if groups < 1:
         raise ValueError(f"rnp.convert: groups must be at least 1, got {groups}")
+    if g.hooked(model):
+        raise ValueError(
+            f"rnp.convert: the model must have no forward hooks of its own, and {type(model).__name__} has: the "
+            "network would not call them. Remove them, and register them on the network"
+        )
     backbone = copy.deepcopy(model).eval()
-    traced, shapes = trace(backbone, example_input)
-    for module in backbone.modules():
-        if getattr(module, "inplace", False):
-            module.inplace = False
-    builder = Builder(backbone, traced, shapes, groups)
-    network = builder.build()
+    network = Builder(backbone, trace(backbone, example_input), groups).build()
     return network.train(model.training)
 
 
-class Builder:
+class Builder(Analysis):
     """Walks the graph once and collects steps, decisions, MACs and the report."""
 
-    def __init__(self, backbone: nn.Module, graph: fx.Graph, shapes: dict[str, tuple[int, ...] | None], k: int) -> None:
-        self.backbone, self.graph, self.shapes, self.k = backbone, graph, shapes, k
-        self.nodes = list(graph.nodes)
-        self.position = {node: i for i, node in enumerate(self.nodes)}
+    def __init__(self, backbone: nn.Module, traced: Traced, k: int) -> None:
+        super().__init__(backbone, traced)
+        self.k = k
         self.report = Report()
         self.values: dict[str, g.Value] = {}
         self.steps: list[g.Step] = []
@@ -75,124 +83,6 @@ class Builder:
         self.states: list[str] = []  # the value whose mean is the state of each decision
         self.producer: dict[str, g.Step] = {}
         self.decision_of: dict[fx.Node, int] = {}
-
-    # -- what the nodes are --------------------------------------------------------------------------------------
-
-    def module(self, node: fx.Node) -> nn.Module | None:
-        return self.backbone.get_submodule(node.target) if node.op == "call_module" else None
-
-    def is_conv(self, node: fx.Node) -> bool:
-        """A 2-D convolution whose forward is Conv2d's own."""
-        module = self.module(node)
-        if not isinstance(module, nn.Conv2d) or not isinstance(node.args[0], fx.Node):
-            return False
-        plain = type(module).forward is nn.Conv2d.forward or type(module).__name__ == "PrefixConv2d"
-        shape = self.shapes[node.args[0].name]
-        return plain and len(node.args) == 1 and not node.kwargs and shape is not None and len(shape) == 4
-
-    def is_norm(self, node: fx.Node) -> bool:
-        module = self.module(node)
-        return type(module) is nn.BatchNorm2d and module.running_mean is not None
-
-    def is_depthwise(self, node: fx.Node) -> bool:
-        conv = self.module(node)
-        return isinstance(conv, nn.Conv2d) and conv.groups == conv.in_channels == conv.out_channels > 1
-
-    def is_sum(self, node: fx.Node) -> bool:
-        """The sum of two different feature maps."""
-        return g.is_add(node, self.shapes) and node.args[0] is not node.args[1]
-
-    # -- analysis ------------------------------------------------------------------------------------------------
-
-    def dense_reason(self, node: fx.Node) -> str | None:
-        """Why a convolution's output stays dense, or None."""
-        conv = self.module(node)
-        assert isinstance(conv, nn.Conv2d)
-        if not self.has_convolution(node.args[0]):
-            return "first convolution: no state before it"
-        if conv.groups > 1:
-            return f"grouped convolution (groups={conv.groups}): reads the prefix, writes all channels"
-        if conv.out_channels == 1:
-            return "one output channel"
-        if self.reaches_output(node):
-            return "its channels are the network's output"
-        return None
-
-    def has_convolution(self, node: fx.Node) -> bool:
-        """Whether a convolution lies before (or at) `node`."""
-        return any(isinstance(self.module(n), nn.modules.conv._ConvNd) for n in self.ancestors(node))
-
-    def ancestors(self, node: fx.Node) -> set[fx.Node]:
-        seen, stack = set(), [node]
-        while stack:
-            n = stack.pop()
-            if n not in seen:
-                seen.add(n)
-                stack.extend(n.all_input_nodes)
-        return seen
-
-    def reaches_output(self, node: fx.Node) -> bool:
-        """Whether the output is reached with no convolution or linear layer in between."""
-        seen, stack = set(), list(node.users)
-        while stack:
-            n = stack.pop()
-            if n in seen:
-                continue
-            seen.add(n)
-            if n.op == "output":
-                return True
-            if not isinstance(self.module(n), (nn.modules.conv._ConvNd, nn.Linear)):
-                stack.extend(n.users)
-        return False
-
-    def find_blocks(self) -> dict[fx.Node, int]:
-        """Prunable convolution → block. The convolutions on the branches that meet in one add share a block."""
-        block: dict[fx.Node, int] = {}
-        adds = [n for n in self.nodes if g.is_add(n, self.shapes)]
-        of_add: dict[fx.Node, int] = {}
-        for add in adds:
-            a, b = (self.ancestors(arg) for arg in add.args)
-            inner = [arg for arg in add.args if arg in of_add and len(arg.users) == 1]  # x + f(x) + g(x): one block
-            of_add[add] = of_add[inner[0]] if inner else len(of_add)
-            for n in a ^ b:
-                if self.is_conv(n) and n not in block and self.dense_reason(n) is None:
-                    block[n] = of_add[add]
-        for n in self.nodes:
-            if self.is_conv(n) and n not in block and self.dense_reason(n) is None:
-                block[n] = len(adds) + self.position[n]
-        return block
-
-    def find_chains(self) -> dict[fx.Node, tuple[list[fx.Node], g.ConvStep]]:
-        """Last node of each fused chain → (nodes of the chain, its step). Later convolutions claim an add first."""
-        chains: dict[fx.Node, tuple[list[fx.Node], g.ConvStep]] = {}
-        taken: set[fx.Node] = set()
-        for conv in reversed([n for n in self.nodes if self.is_conv(n)]):
-            step = g.ConvStep(output="", inputs=[conv.args[0].name], conv=conv.target, conv_node=conv.name)
-            chain = [conv]
-            user = self.only_user(conv)
-            if user is not None and self.is_norm(user):
-                step.norm = user.target
-                chain.append(user)
-                user = self.only_user(user)
-            if user is not None and user not in taken and self.is_sum(user):
-                other = user.args[1] if user.args[0] is chain[-1] else user.args[0]
-                step.residual = True
-                step.inputs.append(other.name)
-                taken.add(user)
-                chain.append(user)
-                user = self.only_user(user)
-            if user is not None and g.is_relu(user, self.backbone):
-                step.relu = True
-                chain.append(user)
-            step.output = chain[-1].name
-            chains[chain[-1]] = (chain, step)
-        return chains
-
-    @staticmethod
-    def only_user(node: fx.Node) -> fx.Node | None:
-        return next(iter(node.users)) if len(node.users) == 1 else None
-
-    # -- building ------------------------------------------------------------------------------------------------
 
     def build(self) -> PrunedNetwork:
         self.blocks = self.find_blocks()
@@ -215,8 +105,9 @@ class Builder:
         self.replace_norms()
         counter = MacCounter(self.costs, self.fixed_macs, self.k, len(self.layers))
         return PrunedNetwork(
-            self.backbone, self.steps, self.values, self.input, self.layers, self.states, self.k, counter, self.report
-        )
+            self.backbone, self.steps, self.values, self.input, self.layers, self.states, self.k, counter, self.report,
+            self.in_place,
+        )  # fmt: skip
 
     def group(self, name: str) -> frozenset[int] | None:
         return self.values[name].group
@@ -303,6 +194,7 @@ class Builder:
         if ended:
             module = self.module(node)
             what = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+            what += " with forward hooks" if module is not None and g.hooked(module) else ""
             where = str(node.target) if module is not None else node.name
             self.report.add(where, "ends the prefix", f"{what} reads all channels, tails as zeros")
         source = self.linear_source(node, names)
@@ -313,7 +205,7 @@ class Builder:
     def linear_source(self, node: fx.Node, names: list[str]) -> str | None:
         """Of a linear layer on flattened channels that have a prefix: those, counted and reported. Otherwise None."""
         module = self.module(node)
-        if type(module) is not nn.Linear or len(names) != 1:
+        if type(module) is not nn.Linear or len(names) != 1 or g.hooked(module):
             return None
         source = g.flattened(names[0], self.producer, self.values, self.backbone)
         if source is None or self.group(source) is g.FULL:
@@ -328,21 +220,15 @@ class Builder:
 
     def count_fixed(self, node: fx.Node) -> None:
         """MACs of other linear layers and of convolutions that are not followed."""
-        module, shape = self.module(node), self.shapes.get(node.name)
-        if shape is None:
+        module = self.module(node)
+        macs = fixed_macs(node, module, self.shapes, self.images)
+        if macs is None:
             return
-        if isinstance(module, nn.Linear):
-            self.fixed_macs += module.in_features * torch.Size(shape[1:]).numel()
-        elif isinstance(module, nn.modules.conv._ConvTransposeNd):
-            source = self.shapes[node.args[0].name]
-            assert source is not None
-            per_input = module.out_channels // module.groups * torch.Size(module.kernel_size).numel()
-            self.fixed_macs += torch.Size(source[1:]).numel() * per_input
-            self.report.add(node.target, "dense", f"{type(module).__name__} is not followed")
+        self.fixed_macs += macs
+        if module is None:
+            self.report.add(node.name, "dense", f"a call of {node.target.__name__}() in forward() is not followed")
         elif isinstance(module, nn.modules.conv._ConvNd):
-            per_output = module.in_channels // module.groups * torch.Size(module.kernel_size).numel()
-            self.fixed_macs += torch.Size(shape[1:]).numel() * per_output
-            self.report.add(node.target, "dense", f"{type(module).__name__} is not followed")
+            self.report.add(node.target, "dense", self.unfollowed_reason(node, module))
 
     def replace_norms(self) -> None:
         """Give every BatchNorm that meets a varying in-prefix its k sets; one set where only the output varies."""

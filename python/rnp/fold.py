@@ -86,7 +86,8 @@ def find_averages(steps: list[g.Step], backbone: nn.Module) -> dict[str, bool]:
         keep = g.is_global_mean(step.call)
         if step.call.op == "call_module":
             pool = backbone.get_submodule(step.call.target)
-            keep = (type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1), [1, 1])) or None
+            global_pool = type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1), [1, 1])
+            keep = (global_pool and not g.hooked(pool)) or None
         if keep is not None:
             found[step.output] = keep
     return found

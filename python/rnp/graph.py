@@ -235,22 +235,30 @@ ADD_FUNCTIONS = {operator.add, torch.add}
 RELU_FUNCTIONS = {F.relu, torch.relu}
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether forward hooks listen to the module, so that it has to be called itself, on complete tensors."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def is_relu(node: fx.Node, model: nn.Module) -> bool:
     """Whether `node` is a plain ReLU, in whatever spelling."""
     if node.op == "call_module":
-        return type(model.get_submodule(node.target)) is nn.ReLU
+        module = model.get_submodule(node.target)
+        return type(module) is nn.ReLU and not hooked(module)
     if node.op == "call_function":
         return node.target in RELU_FUNCTIONS
     return node.op == "call_method" and node.target == "relu"
 
 
-def is_add(node: fx.Node, shapes: dict[str, tuple[int, ...] | None]) -> bool:
-    """Whether `node` adds two 4-D feature maps of one shape, with no scaling."""
+def is_add(node: fx.Node, shapes: dict[str, tuple[int, ...] | None], batched: set[str]) -> bool:
+    """Whether `node` adds two 4-D feature maps of one shape, both with an entry for each image, with no scaling."""
     spelled = (node.op == "call_function" and node.target in ADD_FUNCTIONS) or (
         node.op == "call_method" and node.target == "add"
     )
     if not spelled or len(node.args) != 2 or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
         return False
+    if not all(arg.name in batched for arg in node.args):
+        return False  # a position embedding and the like: broadcast over the images
     a, b = (shapes.get(arg.name) for arg in node.args)
     return a is not None and a == b and len(a) == 4
 
@@ -267,7 +275,7 @@ def channelwise(node: fx.Node, model: nn.Module, shapes: dict[str, tuple[int, ..
         return None
     if node.op == "call_module":
         module = model.get_submodule(node.target)
-        if getattr(module, "return_indices", False):
+        if getattr(module, "return_indices", False) or hooked(module):
             return None
         if isinstance(module, SPATIAL):
             return True
@@ -292,6 +300,8 @@ def flattened(name: str, producer: dict[str, Step], values: dict[str, Value], ba
     """
     while isinstance(step := producer.get(name), OpaqueStep):
         module = backbone.get_submodule(step.call.target) if step.call.op == "call_module" else None
+        if module is not None and hooked(module):
+            return None
         what = step.call.target if module is None else type(module)
         before = step.inputs[0] if step.inputs else None
         if before is None or before not in values:

@@ -75,9 +75,8 @@ def _mixed_conv(
         out_prefix=None if group_out is None else _prefix(group_out, conv.out_channels, k),
     )  # fmt: skip
     if isinstance(norm, PrefixBatchNorm2d):
-        row = torch.full((x.shape[0],), norm.rows - 1, device=x.device) if group_in is None else group_in - 1
-        live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        x = norm(x, row, live if group_out is None else _live(group_out, x.shape[1], k))
+        row = None if group_in is None else group_in - 1
+        x = norm(x, row, None if group_out is None else _live(group_out, x.shape[1], k))
     elif norm is not None:
         x = norm(x)
     if step.residual:

@@ -55,6 +55,7 @@ class PrunedNetwork(nn.Module):
         groups: int,
         counter: MacCounter,
         report: Report,
+        in_place: list[str],
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -70,6 +71,7 @@ class PrunedNetwork(nn.Module):
         self._cap = Cap(counter)
         self._plans: dict[tuple[bool, ...], Plan] = {}
         self._packs: dict[str, tuple[PackedWeight, LayerTransforms | None]] = {}
+        self._in_place = in_place  # modules whose `inplace` flag the model had on
         self._modal = [m for m in backbone.modules() if isinstance(m, MODAL)]
 
     # -- policy --------------------------------------------------------------------------------------------------

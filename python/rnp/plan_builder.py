@@ -105,7 +105,8 @@ class PlanBuilder(PlanSlots):
             return False
         if step.call.args != (g.Arg(0),) or step.call.kwargs:
             return False
-        return type(self.module(step.call.target)) in (nn.Identity, nn.Dropout, nn.Dropout2d)
+        module = self.module(step.call.target)
+        return type(module) in (nn.Identity, nn.Dropout, nn.Dropout2d) and not g.hooked(module)
 
     def module(self, name: str) -> nn.Module:
         """The module, whose replacement the plan will notice."""

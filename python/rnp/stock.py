@@ -65,6 +65,8 @@ def dense_model(pruned: PrunedNetwork) -> nn.Module:
             if id(module) not in made:
                 made[id(module)] = _full_width_norm(module)
             model.set_submodule(name, made[id(module)])
+    for name in pruned._in_place:  # forward() may count on it
+        model.get_submodule(name).inplace = True
     return model.eval()
 
 

@@ -3,23 +3,91 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
+
+from .in_place import OPERATORS, Kind, kind_of, make_functional, refusal, state, tensors_in
+from .plan import version_of
+
+Shape = tuple[int, ...]
+
+
+class Proxy(fx.Proxy):
+    """torch.fx's proxy, whose `x += y` would be `x = x + y`: another tensor, where x has other names."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _augmented(target: Callable[..., Any]) -> Callable[[Proxy, Any], fx.Proxy]:
+    return lambda self, other: self.tracer.create_proxy("call_function", target, (self, other), {})
+
+
+for target in OPERATORS:
+    setattr(Proxy, f"__{target.__name__}__", _augmented(target))
 
 
 class Tracer(fx.Tracer):
     """torch.fx's tracer, for which every convolution and BatchNorm is a leaf, subclasses included."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaf = isinstance(m, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase))
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(model: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, tuple[int, ...] | None]]:
-    """Return the graph of `model` in eval mode (in-place operations made functional) and the shape of every value."""
+@dataclass
+class Traced:
+    """A functional graph, and what running it on the example showed."""
+
+    graph: fx.Graph
+    images: int  # in the example
+    shapes: dict[str, Shape | None]  # of every value; None: not a tensor
+    batched: set[str]  # values that come from the images and have an entry for each
+    in_place: list[str]  # modules whose `inplace` flag was on
+
+
+class Shapes(fx.Interpreter):
+    """Runs a functional graph and notes shapes. Raises ValueError where a node writes into what it reads all the same.
+
+    `kinds`: the shape and type that results must have.
+    """
+
+    def __init__(self, module: fx.GraphModule, kinds: dict[str, Kind | None] | None = None) -> None:
+        super().__init__(module)
+        self.kinds = {} if kinds is None else kinds
+        self.shapes: dict[str, Shape | None] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        read = list(tensors_in(self.fetch_args_kwargs_from_env(n)))
+        versions = [version_of(t) for t in read]
+        result = super().run_node(n)
+        if [version_of(t) for t in read] != versions:
+            self.refuse(n, "rnp.convert knows no operation that returns its result instead")
+        kind = kind_of(result)
+        if self.kinds.get(n.name, kind) != kind:
+            self.refuse(n, "otherwise the result would have another shape or type")
+        self.shapes[n.name] = None if kind is None else tuple(kind[0])
+        return result
+
+    def refuse(self, node: fx.Node, why: str) -> None:
+        self.extra_traceback = False  # the message is complete
+        raise ValueError(refusal(node, self.module, why))
+
+
+def trace(model: nn.Module, example: Tensor) -> Traced:
+    """Trace `model`, in eval mode, without in-place operations; turns the `inplace` flags of its modules off.
+
+    Raises ValueError where torch.fx cannot trace it, where it takes more than one tensor, and where something writes
+    in place that cannot be replaced by an operation which returns a new tensor.
+    """
+    versions = {name: version_of(tensor) for name, tensor in state(model).items()}
     try:
         graph = Tracer().trace(model)
     except Exception as error:
@@ -32,57 +100,48 @@ def trace(model: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, tuple[
         raise ValueError(
             f"rnp.convert: forward() must take exactly one tensor, and {type(model).__name__} uses {len(placeholders)}"
         )
-    make_functional(graph, model)
-    shapes: dict[str, tuple[int, ...] | None] = {}
-
-    class Shapes(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
-            shapes[n.name] = tuple(result.shape) if isinstance(result, Tensor) else None
-            return result
-
-    module = fx.GraphModule(model, graph)
-    with torch.no_grad():
-        Shapes(module).run(example)
-    return graph, shapes
-
-
-IN_PLACE_FUNCTIONS: dict[Any, Any] = {
-    operator.iadd: operator.add,
-    operator.imul: operator.mul,
-    torch.relu_: torch.relu,
-    F.relu_: F.relu,
-}
-IN_PLACE_METHODS = {"relu_": "relu", "add_": "add", "mul_": "mul"}
-IN_PLACE_KEYWORD = (F.relu, F.relu6, F.leaky_relu, F.elu, F.silu, F.hardtanh, F.hardswish, F.dropout, F.dropout2d)
-ALIASING_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
+    for name, tensor in state(model).items():
+        if version_of(tensor) != versions.get(name):
+            raise ValueError(
+                f"rnp.convert: forward() must leave the model as it is, and {type(model).__name__} writes into {name!r}"
+            )
+    in_place = [name for name, module in model.named_modules() if getattr(module, "inplace", False)]
+    view_as_reshape(graph)
+    with torch.inference_mode(False), torch.no_grad():  # inference tensors do not count what is written into them
+        kinds = make_functional(graph, model, example.clone())
+        module = fx.GraphModule(model, graph)
+        run = Shapes(module, kinds)
+        run.run(example.clone())
+        found = batched(module, placeholders[0], run.shapes, example)
+        return Traced(graph, len(example), run.shapes, found, in_place)
 
 
-def make_functional(graph: fx.Graph, model: nn.Module) -> None:
-    """Replace in-place operations: what a later node reads of the argument is the result of the operation.
-
-    `out = relu_(x); return out + x` reads the rectified x twice, so the later uses of x become uses of `out`. Modules
-    with an `inplace` flag are handled likewise; the caller runs them with the flag off.
-    """
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        in_place = False
-        if node.op == "call_function" and node.target in IN_PLACE_FUNCTIONS:
-            node.target = IN_PLACE_FUNCTIONS[node.target]
-            in_place = True
-        elif node.op == "call_method" and node.target in IN_PLACE_METHODS:
-            node.target = IN_PLACE_METHODS[node.target]
-            in_place = True
-        elif node.op == "call_function" and node.target in IN_PLACE_KEYWORD and node.kwargs.get("inplace"):
-            node.kwargs = {**node.kwargs, "inplace": False}
-            in_place = True
-        elif node.op == "call_module":
-            in_place = bool(getattr(model.get_submodule(node.target), "inplace", False))
-        if not in_place:
+def view_as_reshape(graph: fx.Graph) -> None:
+    """Let sizes be changed by `reshape`: a network's maps are channels_last, of which few views exist."""
+    for node in graph.nodes:
+        if node.op != "call_method" or node.target not in ("view", "view_as"):
             continue
-        written = node.args[0]
-        while isinstance(written, fx.Node):
-            written.replace_all_uses_with(node, delete_user_cb=lambda user, at=position[node]: position[user] > at)
-            aliases = written.op == "call_module" and isinstance(model.get_submodule(written.target), ALIASING_MODULES)
-            written = written.args[0] if aliases else None
-    graph.lint()
+        sizes = (*node.args[1:], *node.kwargs.values())
+        if not any(isinstance(size, torch.dtype) for size in sizes):
+            node.target = "reshape" if node.target == "view" else "reshape_as"
+            node.args, node.kwargs = (node.args[0], *sizes), {}
+
+
+def batched(module: fx.GraphModule, images: fx.Node, shapes: dict[str, Shape | None], example: Tensor) -> set[str]:
+    """Names of the values that come from the images and have an entry for each along their first axis.
+
+    With an example of one image, what has one entry for all of them looks the same: a second run tells.
+    """
+    count, dependent = example.shape[0], {images}
+    for node in module.graph.nodes:
+        if dependent.intersection(node.all_input_nodes):
+            dependent.add(node)
+    if count == 1:
+        run = Shapes(module)
+        try:
+            run.run(example.new_zeros((2, *example.shape[1:])))
+            shapes, count = run.shapes, 2
+        except Exception:  # the model takes one image at a time, so there is no difference to tell
+            shapes, count = shapes, 1
+    found = ((node.name, shapes.get(node.name)) for node in dependent)
+    return {name for name, shape in found if shape and shape[0] == count}

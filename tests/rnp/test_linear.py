@@ -157,7 +157,10 @@ def test_when_it_stands_in_for_the_module():
     assert not takes_linear(module, x)
 
 
-@pytest.mark.parametrize("flatten", ["module", "function", "view", "reshape, dropout and relu", "mean"])
+FLATTEN = ["module", "function", "view", "view of a size", "reshape, dropout and relu", "mean"]
+
+
+@pytest.mark.parametrize("flatten", FLATTEN)
 def test_a_converted_network_reads_live_channels_only(flatten):
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -172,13 +175,20 @@ def test_a_converted_network_reads_live_channels_only(flatten):
             if flatten == "mean":
                 return self.fc(x.mean((2, 3)))
             if flatten == "view":
-                return self.fc(x.contiguous().view(x.size(0), -1))
+                return self.fc(x.view(x.size(0), -1))
+            if flatten == "view of a size":
+                return self.fc(x.view(size=(-1, 8 * 16)))
             return self.fc(self.flat(x) if flatten == "module" else torch.flatten(x, 1))
 
     torch.manual_seed(0)
     model, x = Net().eval(), torch.randn(4, 3, 8, 8)
     network = rnp.convert(model, x[:1], 4)
     assert any((row.name, row.action) == ("fc", "reads the prefix") for row in network.report.rows)
+    with torch.no_grad():
+        whole = model(x)
+        torch.testing.assert_close(network(x), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network(x), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network.forward_path(x, [4]), whole, rtol=1e-4, atol=1e-5)
     actions = torch.tensor([[1], [2], [4], [3]], dtype=torch.int32)
     network.policy = rnp.policies.Fixed(actions)
     positions = network.backbone.get_submodule("fc").in_features // 8
@@ -186,6 +196,8 @@ def test_a_converted_network_reads_live_channels_only(flatten):
     assert (network.dense_macs - network.macs(actions)).tolist() == fewer.tolist()
     with torch.no_grad():
         expected = network(x)
+        for n, path in enumerate(actions.tolist()):
+            torch.testing.assert_close(network.forward_path(x, path)[n], expected[n], rtol=1e-4, atol=1e-5)
         weight = network.backbone.get_submodule("fc").weight
         weight[:, 2 * positions :] = torch.nan  # of channels that the first sample has not
         found = network(x)
