@@ -54,7 +54,7 @@ def findings() -> dict[str, Any]:
         },
         "difficulty": {"rank_correlation": 0.7, "interval": [0.68, 0.72]},
         "environment": {
-            "rnp_kernels": "0", "torch": "2", "processor": "a <processor>", "instruction_set": "avx2", "threads": 2
+            "rnp_kernels": "0", "commit": None, "torch": "2", "processor": "a <processor>", "instruction_set": "avx2", "threads": 2
         },
         "training": [{"phase": "pretrain", "steps": 1234, "seconds": 5.0, "loss": 0.5}],
         "scenes": {"train": 100, "validation": 10, "test": count},
