@@ -111,6 +111,8 @@ class PrefixConv2d(nn.Conv2d):
         out_prefix: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """An eager call on the CPU, with what this module keeps for it."""
+        if bias is not None and not bias.is_contiguous():
+            bias = bias.contiguous()  # oneDNN would read it as though it were
         if in_prefix is None and out_prefix is None and needs_autograd(input, weight, bias):
             call = training.module_call(input, weight, bias, self.stride, padding, self.dilation, self.groups)
             if call is not None:
@@ -162,7 +164,7 @@ class PrefixConv2d(nn.Conv2d):
     ) -> Tensor | None:
         """The shortest way to the operator's own result where every sample has full width; None where there is none."""
         groups, packed = self.__dict__["groups"], None
-        path, training, stride, paddings, dilation, kernel_size, *_ = route
+        path, training, stride, paddings, dilation, *_ = route
         if winograd is None:  # else no sample is computed directly
             if route.transforms or not path == training == stock.CONV2D:  # else one and the same with gradients
                 if needs_autograd(input, weight, bias):
@@ -171,12 +173,9 @@ class PrefixConv2d(nn.Conv2d):
                         return None
                 elif route.transforms:
                     return None
-            if path == stock.CONV2D:
-                return torch.conv2d(input, weight, bias, stride, paddings[::2], dilation, groups)
-            if path == stock.ONEDNN:
-                return torch.mkldnn_convolution(input, weight, bias, paddings[::2], stride, dilation, groups)
-            if path == stock.GEMM:
-                return torch._C._nn.thnn_conv2d(input, weight, kernel_size, bias, stride, paddings[::2])
+            if path != stock.OURS:
+                function, arguments = stock.stock_function(route, path, groups)
+                return function(input, weight, bias, *arguments)
             packed = self._pack_cache().get(weight, groups)
         try:
             return run_below_autograd(

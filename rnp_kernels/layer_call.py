@@ -54,20 +54,6 @@ def _requires_grad(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 ANY_MODE, WITHOUT_GRADIENTS, WITH_GRADIENTS = range(3)
 
 
-def stock_function(route: stock.Route, path: int, groups: int) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
-    """What `path` calls with an input, a weight and a bias, and its further arguments."""
-    padding = route.padding[::2]
-    if path == stock.GEMM:
-        return (
-            lambda input, weight, bias: torch._C._nn.thnn_conv2d(
-                input, weight, route.kernel_size, bias, route.stride, padding
-            )
-        ), ()
-    if path == stock.ONEDNN:
-        return torch.mkldnn_convolution, (padding, route.stride, route.dilation, groups)
-    return torch.conv2d, (route.stride, padding, route.dilation, groups)
-
-
 class StockCall:
     """One module's call at one input shape that torch's own convolution answers, or one around it; immutable."""
 
@@ -240,10 +226,12 @@ def prepare(
     mode = ANY_MODE if route.path == route.training == stock.CONV2D and not route.tile else WITH_GRADIENTS
     trained = None
     if route.training != stock.OURS:
-        trained = StockCall(input, weight, bias, *stock_function(route, route.training, module.groups), mode, algorithm)
+        trained = StockCall(
+            input, weight, bias, *stock.stock_function(route, route.training, module.groups), mode, algorithm
+        )
     if transformed is not None or (route.path == stock.OURS and pack is not None and not route.tile):
         return LayerCall(module, input, weight, bias, route, held, output, trained)
     if mode == ANY_MODE or route.path == stock.OURS or route.tile:
         return trained
-    function = stock_function(route, route.path, module.groups)
+    function = stock.stock_function(route, route.path, module.groups)
     return StockCall(input, weight, bias, *function, WITHOUT_GRADIENTS, algorithm, trained)
