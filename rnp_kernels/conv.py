@@ -12,6 +12,7 @@ from torch.overrides import has_torch_function_unary
 from . import backends, stock, training
 from .algorithms import get_algorithm
 from .checks import DTYPES
+from .errors import message
 from .layer_call import SETTINGS, may_keep
 from .layer_call import prepare as prepare_call
 from .ops import needs_autograd, prefix_conv2d, run_below_autograd
@@ -73,6 +74,8 @@ class PrefixConv2d(nn.Conv2d):
 
     def _checked_forward(self, input: Tensor, in_prefix: Tensor | None, out_prefix: Tensor | None) -> Tensor:
         """The long way: every rule is looked at."""
+        if not isinstance(input, Tensor) and not has_torch_function_unary(input):
+            raise TypeError(message(type(self).__name__, "input must be a tensor", type(input).__name__))
         parameters = self._parameters
         weight = parameters.get("weight")
         if weight is None:
@@ -91,6 +94,7 @@ class PrefixConv2d(nn.Conv2d):
             or torch._C._len_torch_dispatch_stack()
             or torch._C._is_tracing()
             or has_torch_function_unary(input)
+            or input.layout is not torch.strided  # the operator says so
         ):
             packed = None
         elif not input.is_cpu:
