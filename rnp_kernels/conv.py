@@ -142,6 +142,10 @@ class PrefixConv2d(nn.Conv2d):
     def _keep_call(self, input: Tensor, call: Any) -> None:
         """For inputs of this shape; None: nothing can be kept."""
         calls = self.__dict__.setdefault("_calls", {})
+        cache = self.__dict__.get("_packs")
+        if cache is not None and cache.dropped:
+            cache.dropped = False
+            calls.clear()  # they hold what was dropped, and the old weights
         if call is None:
             calls.pop(input.shape, None)
             return
