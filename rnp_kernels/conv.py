@@ -12,6 +12,7 @@ from torch.overrides import has_torch_function_unary
 from . import backends, stock, training
 from .algorithms import get_algorithm
 from .checks import DTYPES
+from .errors import message
 from .layer_call import SETTINGS, may_keep
 from .layer_call import prepare as prepare_call
 from .ops import needs_autograd, prefix_conv2d, run_below_autograd
@@ -73,6 +74,8 @@ class PrefixConv2d(nn.Conv2d):
 
     def _checked_forward(self, input: Tensor, in_prefix: Tensor | None, out_prefix: Tensor | None) -> Tensor:
         """The long way: every rule is looked at."""
+        if not isinstance(input, Tensor) and not has_torch_function_unary(input):
+            raise TypeError(message(type(self).__name__, "input must be a tensor", type(input).__name__))
         parameters = self._parameters
         weight = parameters.get("weight")
         if weight is None:
@@ -91,6 +94,7 @@ class PrefixConv2d(nn.Conv2d):
             or torch._C._len_torch_dispatch_stack()
             or torch._C._is_tracing()
             or has_torch_function_unary(input)
+            or input.layout is not torch.strided  # the operator says so
         ):
             packed = None
         elif not input.is_cpu:
@@ -111,6 +115,8 @@ class PrefixConv2d(nn.Conv2d):
         out_prefix: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """An eager call on the CPU, with what this module keeps for it."""
+        if bias is not None and not bias.is_contiguous():
+            bias = bias.contiguous()  # oneDNN would read it as though it were
         if in_prefix is None and out_prefix is None and needs_autograd(input, weight, bias):
             call = training.module_call(input, weight, bias, self.stride, padding, self.dilation, self.groups)
             if call is not None:
@@ -136,6 +142,10 @@ class PrefixConv2d(nn.Conv2d):
     def _keep_call(self, input: Tensor, call: Any) -> None:
         """For inputs of this shape; None: nothing can be kept."""
         calls = self.__dict__.setdefault("_calls", {})
+        cache = self.__dict__.get("_packs")
+        if cache is not None and cache.dropped:
+            cache.dropped = False
+            calls.clear()  # they hold what was dropped, and the old weights
         if call is None:
             calls.pop(input.shape, None)
             return
@@ -162,7 +172,7 @@ class PrefixConv2d(nn.Conv2d):
     ) -> Tensor | None:
         """The shortest way to the operator's own result where every sample has full width; None where there is none."""
         groups, packed = self.__dict__["groups"], None
-        path, training, stride, paddings, dilation, kernel_size, *_ = route
+        path, training, stride, paddings, dilation, *_ = route
         if winograd is None:  # else no sample is computed directly
             if route.transforms or not path == training == stock.CONV2D:  # else one and the same with gradients
                 if needs_autograd(input, weight, bias):
@@ -171,12 +181,9 @@ class PrefixConv2d(nn.Conv2d):
                         return None
                 elif route.transforms:
                     return None
-            if path == stock.CONV2D:
-                return torch.conv2d(input, weight, bias, stride, paddings[::2], dilation, groups)
-            if path == stock.ONEDNN:
-                return torch.mkldnn_convolution(input, weight, bias, paddings[::2], stride, dilation, groups)
-            if path == stock.GEMM:
-                return torch._C._nn.thnn_conv2d(input, weight, kernel_size, bias, stride, paddings[::2])
+            if path != stock.OURS:
+                function, arguments = stock.stock_function(route, path, groups)
+                return function(input, weight, bias, *arguments)
             packed = self._pack_cache().get(weight, groups)
         try:
             return run_below_autograd(

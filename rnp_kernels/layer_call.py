@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import _C, backends, stock
-from .packing import PackCache, identity_of
+from .packing import PackCache, PackedWeight, identity_of
 
 # Setting one of them makes a module forget its calls.
 SETTINGS = frozenset(("stride", "padding", "dilation", "groups", "padding_mode"))
@@ -52,20 +52,6 @@ def _requires_grad(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 ANY_MODE, WITHOUT_GRADIENTS, WITH_GRADIENTS = range(3)
-
-
-def stock_function(route: stock.Route, path: int, groups: int) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
-    """What `path` calls with an input, a weight and a bias, and its further arguments."""
-    padding = route.padding[::2]
-    if path == stock.GEMM:
-        return (
-            lambda input, weight, bias: torch._C._nn.thnn_conv2d(
-                input, weight, route.kernel_size, bias, route.stride, padding
-            )
-        ), ()
-    if path == stock.ONEDNN:
-        return torch.mkldnn_convolution, (padding, route.stride, route.dilation, groups)
-    return torch.conv2d, (route.stride, padding, route.dilation, groups)
 
 
 class StockCall:
@@ -140,16 +126,21 @@ class LayerCall:
 
     def __init__(
         self, module: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None, route: stock.Route,
-        held: tuple[Tensor | None, Tensor | None], output: Tensor, with_gradients: StockCall | None,
+        held: tuple[PackedWeight | None, PackedWeight | None], output: Tensor, with_gradients: StockCall | None,
     ) -> None:  # fmt: skip
-        """For a call with these arguments, which gave `output`; `held` are the pack and the transform."""
+        """For a call with these arguments, which gave `output`.
+
+        `held` are the pack and the transform, and with them the storage they were made of: as long as the call is kept,
+        no other weight can have its address.
+        """
         self._weight, self._bias = weight, bias
         self._identity, self._bias_metadata = identity_of(weight), _metadata(bias)
         self._input_strides = input.stride()
         self._output_size, self._output_strides = output.shape, output.stride()
         self._held = held
         # What the identities vouch for; of the weight, the bias, the pack and the transform.
-        self._addresses = tuple(0 if t is None else t.data_ptr() for t in (weight, bias, *held))
+        packs = (None if pack is None else pack.data for pack in held)
+        self._addresses = tuple(0 if t is None else t.data_ptr() for t in (weight, bias, *packs))
         self._kernel = _C.LayerCall(
             tuple(input.shape), tuple(weight.shape), route.stride, route.padding, route.dilation, module.groups,
             input.stride(), weight.stride(), output.stride(), route.tile,
@@ -185,6 +176,9 @@ class LayerCall:
             or (bias is not None and _metadata(bias) != self._bias_metadata)
         ):
             return None
+        address = input.data_ptr()
+        if not address:
+            return None  # zeros without memory
         narrow_in = narrow_out = 0
         if in_prefix is not None:
             narrow_in = self._address_of_prefix(in_prefix, input)
@@ -198,7 +192,7 @@ class LayerCall:
             output = _from_dlpack(self._kernel.new_output())
         else:
             output = input.new_empty_strided(self._output_size, self._output_strides)
-        done = self._kernel(input.data_ptr(), output.data_ptr(), narrow_in, narrow_out, *self._addresses)
+        done = self._kernel(address, output.data_ptr(), narrow_in, narrow_out, *self._addresses)
         return output if done == _DONE else None
 
     def _address_of_prefix(self, prefix: Tensor, input: Tensor) -> int:
@@ -233,6 +227,8 @@ def prepare(
         return None
     if weight.is_neg() or not (bias is None or (bias.dtype is _float32 and bias.is_contiguous())):
         return None
+    if not weight.data_ptr() or not (bias is None or bias.data_ptr()):
+        return None  # zeros without memory
     held = pack, transformed = cache.kept(weight, module.groups, route.tile)
     winograd_can = _C.winograd_can(tuple(weight.shape), route.stride, route.dilation, module.groups)
     algorithm = _algorithm() if winograd_can else None
@@ -240,10 +236,12 @@ def prepare(
     mode = ANY_MODE if route.path == route.training == stock.CONV2D and not route.tile else WITH_GRADIENTS
     trained = None
     if route.training != stock.OURS:
-        trained = StockCall(input, weight, bias, *stock_function(route, route.training, module.groups), mode, algorithm)
+        trained = StockCall(
+            input, weight, bias, *stock.stock_function(route, route.training, module.groups), mode, algorithm
+        )
     if transformed is not None or (route.path == stock.OURS and pack is not None and not route.tile):
         return LayerCall(module, input, weight, bias, route, held, output, trained)
     if mode == ANY_MODE or route.path == stock.OURS or route.tile:
         return trained
-    function = stock_function(route, route.path, module.groups)
+    function = stock.stock_function(route, route.path, module.groups)
     return StockCall(input, weight, bias, *function, WITHOUT_GRADIENTS, algorithm, trained)

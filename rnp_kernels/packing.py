@@ -82,9 +82,10 @@ class PackCache:
     call alone, as cheaply. An inference loop packs once.
     """
 
-    __slots__ = ("_packed", "_seen", "_transformed")
+    __slots__ = ("_packed", "_seen", "_transformed", "dropped")
 
     def __init__(self) -> None:
+        self.dropped = False  # set when weights turn out to have changed, for the owner to see and reset
         self._packed: PackedWeight | None = None
         self._seen: tuple[Any, ...] | None = None
         self._transformed: PackedWeight | None = None
@@ -96,6 +97,7 @@ class PackCache:
             if packed.belongs_to(weight, groups):
                 return packed.data
             self._packed = None
+            self.dropped = True
         if type(weight) is not nn.Parameter or weight.is_inference():
             return None  # computed anew for each call, or without a version counter
         if weight.dtype not in _PACKED or (not weight.is_cpu and _stream_of(weight) is None):
@@ -120,17 +122,18 @@ class PackCache:
             if transformed._stale.value:
                 self._packed = None  # of the same old values; the operator looks at one of the two only
             self._transformed = None
+            self.dropped |= not transformed.belongs_to(weight, 1)  # else of another tile, for other sizes
         if type(weight) is not nn.Parameter or weight.is_inference():
             return None
         transformed = self._transformed = PackedWeight(weight, 1, tile)
         return transformed.data
 
-    def kept(self, weight: Tensor, groups: int, tile: int) -> tuple[Tensor | None, Tensor | None]:
+    def kept(self, weight: Tensor, groups: int, tile: int) -> tuple[PackedWeight | None, PackedWeight | None]:
         """The pack and the transform (None for tile 0) of `weight`, each None where none stands ready."""
         packed, transformed = self._packed, self._transformed
         return (
-            packed.data if packed is not None and packed.belongs_to(weight, groups) else None,
-            transformed.data
+            packed if packed is not None and packed.belongs_to(weight, groups) else None,
+            transformed
             if tile and transformed is not None and transformed.tile == tile and transformed.belongs_to(weight, 1)
             else None,
         )

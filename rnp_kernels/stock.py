@@ -6,7 +6,7 @@ follows the first for every sample of full width; what is here saves the way thr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ class Route(NamedTuple):
     kernel_size: tuple[int, int]
     tile: int  # of the Winograd algorithm at full width, or 0
     transforms: bool  # whether the operator itself transforms weights for it, where it is given none
+    copied_to: torch.memory_format | None  # the layout to bring both operands into below conv2d; None: both have it
 
 
 native_bfloat16 = False  # whether oneDNN multiplies bfloat16 with the processor's own instructions
@@ -73,7 +74,39 @@ def route(conv: nn.Conv2d, input: Tensor, weight: Tensor, padding: int | Sequenc
         if NAMES[training] != NAMES[path] and training:
             chosen += ", with gradients torch's own"
         backends.log(input, weight, stride, paddings, conv.groups, f"backend cpu, full width: {chosen}")
-    return Route(path, training, stride, paddings, dilation, kernel, tile, transforms)
+    layout: torch.memory_format | None = output_memory_format(input, weight)
+    if input.is_contiguous(memory_format=layout) and weight.is_contiguous(memory_format=layout):
+        layout = None
+    return Route(path, training, stride, paddings, dilation, kernel, tile, transforms, layout)
+
+
+def stock_function(route: Route, path: int, groups: int) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+    """What `path`, which is not OURS, calls with an input, a weight and a bias like the route's; its further arguments.
+
+    torch.conv2d brings its operands into one layout before it calls what computes, and so has to do whoever calls that:
+    the gradients of the matrix product take it for granted, and views or two layouts would give wrong ones. A bias,
+    whose strides may change with its data, is read as though it were contiguous.
+    """
+    padding, layout = route.padding[::2], route.copied_to
+    if path == CONV2D:
+        return torch.conv2d, (route.stride, padding, route.dilation, groups)
+
+    def product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch._C._nn.thnn_conv2d(input, weight, route.kernel_size, bias, route.stride, padding)
+
+    def one_dnn(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is not None:
+            bias = bias.contiguous()
+        return torch.mkldnn_convolution(input, weight, bias, padding, route.stride, route.dilation, groups)
+
+    function = product if path == GEMM else one_dnn
+    if layout is None:
+        return function, ()
+
+    def copied(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return function(input.contiguous(memory_format=layout), weight.contiguous(memory_format=layout), bias)
+
+    return copied, ()
 
 
 def describe_winograd(tile: int, kernel: tuple[int, ...]) -> str:

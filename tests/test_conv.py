@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import rnp_kernels
 from rnp_kernels import _C, PrefixConv2d, replace_conv2d, stock
@@ -259,6 +260,24 @@ def test_functional_call_uses_the_given_weights() -> None:
         for _ in range(3):
             other = {"weight": torch.randn_like(conv.weight), "bias": torch.randn(6)}
             close(torch.func.functional_call(conv, other, (x,)), nn.functional.conv2d(x, *other.values()))
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["first call", "later call"])
+@pytest.mark.parametrize("settings", [{}, {"padding": 1, "padding_mode": "reflect"}], ids=["zeros", "reflect"])
+def test_what_is_no_dense_tensor_is_refused(kept: bool, settings: dict) -> None:
+    conv, x = PrefixConv2d(4, 6, 3, **settings), torch.randn(2, 4, 8, 8)
+    for _ in range(3 * kept):
+        conv(x)
+    for wrong in (x.numpy(), None, [1.0]):
+        with pytest.raises(TypeError, match=rf"PrefixConv2d: input must be a tensor, got {type(wrong).__name__}"):
+            conv(wrong)
+    if not settings:
+        with pytest.raises(NotImplementedError, match="rnp::prefix_conv2d"):
+            conv(x.to_sparse())
+        with FakeTensorMode():
+            fake = torch.empty(2, 4, 8, 8)
+        with pytest.raises(AssertionError, match="FakeTensor"):
+            conv(fake)
 
 
 def test_meta_device() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -244,6 +245,75 @@ def test_it_is_never_copied_and_can_be_dropped(taken: list[bool]) -> None:
     taken.clear()
     settle(conv, x)
     assert taken.count(True) == 1
+
+
+def test_a_kept_call_knows_its_weights_from_others_at_the_same_address() -> None:
+    """The allocator likes to hand out again what the assignment before last has freed."""
+    conv, x = made(LAYERS["direct"])
+    other = torch.randn(1, 12, 11, 11).contiguous(memory_format=torch.channels_last)
+    base = conv.weight.detach().clone()
+    for trial in range(20):
+        conv.weight.data = base.clone()
+        settle(conv, x)
+        conv.weight.data = torch.randn_like(base)
+        settle(conv, other)
+        changed = base.clone()
+        changed[:, trial % 12, 1, trial % 3] += 1  # elements that the operator does not compare
+        conv.weight.data = changed
+        with torch.no_grad():
+            theirs = nn.functional.conv2d(x, changed, conv.bias, padding=conv.padding)
+            torch.testing.assert_close(conv(x), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_kept_calls_go_with_the_weights_they_hold() -> None:
+    conv, _ = made(LAYERS["direct"])
+    for _ in range(3):
+        for side in range(5, 15):
+            settle(conv, torch.randn(1, side, side, 12).permute(0, 3, 1, 2))
+        assert len(vars(conv)["_calls"]) == 10
+        old = StorageWeakRef(conv.weight.untyped_storage())
+        conv.weight.data = torch.randn_like(conv.weight)
+        settle(conv, torch.randn(1, 9, 9, 12).permute(0, 3, 1, 2))
+        assert len(vars(conv)["_calls"]) == 1 and old.expired()
+
+
+def test_calls_of_two_tiles_are_kept_side_by_side(taken: list[bool]) -> None:
+    conv, x = made(LAYERS["winograd"])
+    other = x[:, :, :5, :5].contiguous(memory_format=torch.channels_last)
+    tiles = [stock.route(conv, x, conv.weight, conv.padding).tile for x in (x, other)]
+    assert tiles == [4, 2]
+    for _ in range(3):
+        settle(conv, x)
+        settle(conv, other)
+    assert all(taken[-6:])
+
+
+@pytest.mark.parametrize("name", ["direct", "winograd", "depthwise", "one product", "conv2d"])
+def test_tensors_without_memory_are_zeros(name: str) -> None:
+    """Their address is null: a kernel that is given it would end the process."""
+    conv, x = made(LAYERS[name])
+    settle(conv, x)
+    zeros = torch._efficientzerotensor(x.shape)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        n, c, h, w = x.shape
+        zeros = torch._efficientzerotensor((n, h, w, c)).permute(0, 3, 1, 2)
+    assert zeros.data_ptr() == 0 and zeros.stride() == x.stride()
+
+    def check(x: torch.Tensor) -> None:
+        for _ in range(3):
+            with torch.no_grad():
+                y = conv(x)
+            theirs = nn.functional.conv2d(x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)
+            torch.testing.assert_close(y, theirs, rtol=1e-4, atol=1e-4)
+
+    check(zeros)
+    with torch.no_grad():
+        none = torch._efficientzerotensor((3,), dtype=torch.int32)
+        assert torch.equal(conv(x, None, none), torch.zeros_like(conv(x)))
+    conv.bias = nn.Parameter(torch._efficientzerotensor(conv.bias.shape))
+    check(x)
+    conv.weight = nn.Parameter(torch._efficientzerotensor(conv.weight.shape))
+    check(x)
 
 
 def test_many_shapes_do_not_pile_up() -> None:
