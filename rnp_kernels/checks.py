@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import transforms
 from .errors import message
 
 _NAME = "prefix_conv2d"
@@ -182,6 +183,9 @@ def check_values(index: Tensor | None, name: str, limit: int) -> None:
     """A prefix or row out of 0...limit; on another device, where reading values stalls it, only under RNP_CHECK=1."""
     if index is None or index.numel() == 0 or torch.compiler.is_compiling() or not (index.is_cpu or _CHECK):
         return
-    low, high = torch.aminmax(index)
+    values = transforms.values_of(index)
+    if values is None:
+        return
+    low, high = torch.aminmax(values)
     if low < 0 or high > limit:
-        raise RuntimeError(message(_NAME, f"{name} must lie in 0...{limit}", index.tolist()))
+        raise RuntimeError(message(_NAME, f"{name} must lie in 0...{limit}", values.tolist()))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import backends, checks, cuda_library, gradients, reference, registrations, stock  # noqa: F401 (two of them register on import)
+from . import backends, checks, cuda_library, gradients, reference, registrations, stock, transforms  # noqa: F401 (two of them register on import)
 from .triton import operators as triton_operators
 
 _OPERATOR = torch.ops.rnp.prefix_conv2d.default
@@ -18,11 +18,7 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
-    """Whether autograd must see the call."""
-    if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    ):
-        raise NotImplementedError("prefix_conv2d: forward-mode derivatives are not implemented, got a dual tensor")
+    """Whether autograd must see the call. What a transform wraps does not say so (`transforms`)."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -36,10 +32,16 @@ def _reference(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     lines = [table.shape[0] for table in (scale, bias) if table is not None and table.dim() == 2]
     if lines:
         checks.check_values(row, "row", lines[0] - 1)
-    return reference.prefix_conv2d(
-        input, weight, bias, stride, padding, dilation, groups, in_prefix=in_prefix, out_prefix=out_prefix,
-        scale=scale, row=row, residual=residual, activation=activation, tail=tail, pooled=pooled,
-    )  # fmt: skip
+    device = input.device.type
+    autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    if autocast:
+        input, weight, bias, residual = registrations.autocast_operands(device, input, weight, bias, scale, residual)
+        checks.check_types(input, weight, autocast=False)
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        return reference.prefix_conv2d(
+            input, weight, bias, stride, padding, dilation, groups, in_prefix=in_prefix, out_prefix=out_prefix,
+            scale=scale, row=row, residual=residual, activation=activation, tail=tail, pooled=pooled,
+        )  # fmt: skip
 
 
 def _describe(name: str, arguments: tuple[Any, ...]) -> str:
@@ -61,15 +63,21 @@ def _run(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     What needs no gradient skips autograd's Python layer, which costs more than a small convolution.
     """
     input, weight, bias, *_, scale, _row, residual, _activation, _tail, _pooled, _packed, _winograd = arguments
-    name = backends.resolve(input)
-    if backends.LOG and name != "triton" and not torch.compiler.is_compiling():  # which logs kernel and tile itself
+    name, compiling = backends.resolve(input), torch.compiler.is_compiling()
+    transformed = compiling or transforms.in_force()
+    if transformed and (
+        transforms.differentiating() or (not compiling and transforms.has_tangent(input, weight, bias, scale, residual))
+    ):
+        name = "reference"
+    if backends.LOG and name != "triton" and not compiling:  # which logs kernel and tile itself
         backends.log(input, weight, arguments[3], arguments[4], arguments[6], _describe(name, arguments))
     if name == "reference":
         return _reference(arguments)
-    if name == "cuda" and not torch.compiler.is_compiling():
+    if name == "cuda" and not compiling:
         cuda_library.follow_tf32()
     operator = triton_operators.PREFIX_CONV2D if name == "triton" else _OPERATOR
-    if torch.compiler.is_compiling() or needs_autograd(input, weight, bias, scale, residual):
+    # A slice of what torch.vmap maps over may need a gradient though the whole does not say so.
+    if transformed or needs_autograd(input, weight, bias, scale, residual):
         return operator(*arguments)
     with _below_autograd():
         return operator(*arguments)
@@ -136,6 +144,10 @@ def prefix_conv2d(
     `in_prefix[n]` on count as zero and are never read; `scale * conv2d(input, weight) + bias` is computed for the
     output channels below `out_prefix[n]`, and the channels beyond contribute nothing; then `residual` is added to all
     channels and the activation applied. `rnp_kernels.reference.prefix_conv2d` is the definition in plain torch.
+
+    The kernels have gradients of any order in reverse mode. Under `torch.func.grad`, `vjp`, `jvp` and what is made of
+    them (`jacrev`, `hessian`, gradients of samples), and for dual tensors of forward-mode autograd, that definition
+    runs instead, and skips no work. Under `torch.vmap` alone the kernels run, once for each slice, with gradients.
 
     Args:
         input: (N, C_in, H, W) or (C_in, H, W); float32, float64, float16 or bfloat16. channels_last is the fast layout.
