@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import backends, checks, cuda_library, gradients, reference, registrations, stock, transforms  # noqa: F401 (two of them register on import)
+from .errors import message
 from .triton import operators as triton_operators
 
 _OPERATOR = torch.ops.rnp.prefix_conv2d.default
@@ -30,8 +31,7 @@ def _reference(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     checks.check_values(in_prefix, "in_prefix", input.shape[1])
     checks.check_values(out_prefix, "out_prefix", weight.shape[0])
     lines = [table.shape[0] for table in (scale, bias) if table is not None and table.dim() == 2]
-    if lines:
-        checks.check_values(row, "row", lines[0] - 1)
+    checks.check_values(row, "row", (lines[0] if lines else 2**31) - 1)
     device = input.device.type
     autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
     if autocast:
@@ -96,10 +96,15 @@ def _call(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     stride, dilation = checks.pair(stride, "stride"), checks.pair(dilation, "dilation")
     padding = checks.four_paddings(padding, weight.shape[2:], stride, dilation)
+    groups = checks.integer(groups, "groups")
+    if type(pooled) is not bool:  # the operator would take numbers, and None
+        raise TypeError(message("prefix_conv2d", "pooled must be a bool", repr(pooled)))
     batched = input.dim() == 4
     if not batched:
         input = input.unsqueeze(0)
         residual = residual if residual is None else residual.unsqueeze(0)
+    if row is not None:
+        checks.check_lines(scale, bias, input.shape[0])
     output, mean = _run(
         (input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual,
          activation, tail, pooled, packed, winograd)
@@ -153,7 +158,7 @@ def prefix_conv2d(
         input: (N, C_in, H, W) or (C_in, H, W); float32, float64, float16 or bfloat16. channels_last is the fast layout.
         weight: (C_out, C_in / groups, KH, KW), of the input's dtype.
         bias: (C_out,), or a table (T, C_out) of which `row` names each sample's line; of the input's dtype or float32.
-        stride, dilation: an int or (vertical, horizontal).
+        stride, dilation: an int or (vertical, horizontal). An int may be whatever conv2d takes for one.
         padding: an int, (vertical, horizontal), (top, bottom, left, right), "valid" or "same".
         groups: as in conv2d; a prefix counts channels in their order across groups.
         in_prefix: int32 (N,), live input channels of each sample, 0...C_in. None: all.
