@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import backends, checks, cuda_library, gradients, reference, registrations, stock, transforms  # noqa: F401 (two of them register on import)
+from . import backends, checks, cuda_library, flops, gradients, reference, registrations, stock, transforms  # noqa: F401 (some register on import)
 from .errors import message
 from .triton import operators as triton_operators
 
