@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import transforms
 from .errors import message
 
 _NAME = "prefix_conv2d"
@@ -15,17 +19,32 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _CHECK = os.environ.get("RNP_CHECK") == "1"
 ACTIVATIONS = ("none", "relu")
 TAILS = ("zero", "skip")
+_END_OF_INT64 = 2**63
 
 
-def pair(value: int | Sequence[int], what: str) -> tuple[int, int]:
+def integer(value: Any, what: str, rule: str = "an int") -> int:
+    """A whole number as conv2d takes it: an int, NumPy's, or a tensor of one; neither a bool nor a float."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(message(_NAME, f"{what} must be {rule}", f"{value!r} ({type(value).__name__})"))
+
+
+def pair(value: Any, what: str) -> tuple[int, int]:
     """An int or one or two ints, as conv2d takes them, as (vertical, horizontal)."""
-    if isinstance(value, (int, torch.SymInt)):
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        return value
+    rule = "an int or two of them"
+    if not isinstance(value, (tuple, list)):
+        value = integer(value, what, rule)
         return (value, value)
-    if not isinstance(value, Sequence):
-        raise TypeError(message(_NAME, f"{what} must be an int or two of them", type(value).__name__))
     if len(value) not in (1, 2):
-        raise ValueError(message(_NAME, f"{what} must be an int or two of them", value))
-    return (value[0], value[-1])
+        raise ValueError(message(_NAME, f"{what} must be {rule}", value))
+    return (integer(value[0], what, rule), integer(value[-1], what, rule))
 
 
 def four_paddings(
@@ -41,8 +60,8 @@ def four_paddings(
             raise ValueError(message(_NAME, 'padding="same" needs a stride of 1', stride))
         vertical, horizontal = dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1)
         return (vertical // 2, vertical - vertical // 2, horizontal // 2, horizontal - horizontal // 2)
-    if isinstance(padding, Sequence) and len(padding) == 4:
-        return tuple(padding)
+    if isinstance(padding, (tuple, list)) and len(padding) == 4:
+        return tuple(integer(side, "padding", "an int, two or four of them") for side in padding)
     vertical, horizontal = pair(padding, "padding")
     return (vertical, vertical, horizontal, horizontal)
 
@@ -110,15 +129,27 @@ def check_convolution(
         raise ValueError(message(_NAME, rule, input.shape[1]))
     if weight.shape[0] % groups:
         raise ValueError(message(_NAME, f"output channels must be a multiple of groups = {groups}", weight.shape[0]))
-    if stride[0] < 1 or stride[1] < 1:
-        raise ValueError(message(_NAME, "stride must be positive", stride))
-    if dilation[0] < 1 or dilation[1] < 1:
-        raise ValueError(message(_NAME, "dilation must be positive", dilation))
+    for value, name in ((stride, "stride"), (dilation, "dilation")):
+        if value[0] < 1 or value[1] < 1:
+            raise ValueError(message(_NAME, f"{name} must be positive", value))
+        if value[0] >= _END_OF_INT64 or value[1] >= _END_OF_INT64:
+            raise ValueError(message(_NAME, f"{name} must be less than 2^63", value))
     if min(padding) < 0:
         raise ValueError(message(_NAME, "padding must not be negative", padding))
     size = output_size(input, weight, stride, padding, dilation)
     if size[0] < 1 or size[1] < 1:
         raise ValueError(message(_NAME, "the kernel must fit into the padded input (output at least 1 x 1)", size))
+    shape = (input.shape[0], weight.shape[0], *size)
+    if all(type(n) is int for n in shape) and math.prod(shape) * input.element_size() >= _END_OF_INT64:
+        raise ValueError(message(_NAME, f"the output must have less than 2^63 bytes, with padding {padding}", shape))
+
+
+def check_lines(scale: Tensor | None, bias: Tensor | None, batch: int) -> None:
+    """A table without a line has none for a sample; the operator would take it for no table."""
+    for table, name in ((scale, "scale"), (bias, "bias")):
+        if isinstance(table, Tensor) and table.dim() == 2 and table.shape[0] == 0 and batch > 0:
+            rule = f"{name} of shape (T, C_out) must have a line for row to name, T at least 1"
+            raise ValueError(message(_NAME, rule, tuple(table.shape)))
 
 
 def check_options(
@@ -139,6 +170,7 @@ def check_options(
                 lines.append(table.shape[0])
     if lines and row is None:
         raise ValueError(message(_NAME, "scale or bias of shape (T, C_out) needs row, each sample's line", "row=None"))
+    check_lines(scale, bias, batch)
     if len(lines) == 2 and lines[0] != lines[1]:
         raise ValueError(message(_NAME, "scale and bias must have as many lines as each other", lines))
     if activation not in ACTIVATIONS:
@@ -170,6 +202,9 @@ def check_call(
     check_types(input, weight, autocast)
     stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
     padding = four_paddings(padding, weight.shape[2:], stride, dilation)
+    groups = integer(groups, "groups")
+    if not isinstance(residual, (Tensor, type(None))):
+        raise TypeError(message(_NAME, "residual must be a tensor", type(residual).__name__))
     if input.dim() == 3:
         input = input.unsqueeze(0)
         residual = residual if residual is None else residual.unsqueeze(0)
@@ -182,6 +217,9 @@ def check_values(index: Tensor | None, name: str, limit: int) -> None:
     """A prefix or row out of 0...limit; on another device, where reading values stalls it, only under RNP_CHECK=1."""
     if index is None or index.numel() == 0 or torch.compiler.is_compiling() or not (index.is_cpu or _CHECK):
         return
-    low, high = torch.aminmax(index)
+    values = transforms.values_of(index)
+    if values is None:
+        return
+    low, high = torch.aminmax(values)
     if low < 0 or high > limit:
-        raise RuntimeError(message(_NAME, f"{name} must lie in 0...{limit}", index.tolist()))
+        raise RuntimeError(message(_NAME, f"{name} must lie in 0...{limit}", values.tolist()))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
-from . import backends, stock, training
+from . import backends, stock, training, transforms
 from .algorithms import get_algorithm
 from .checks import DTYPES
 from .errors import message
@@ -88,9 +88,10 @@ class PrefixConv2d(nn.Conv2d):
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         # A traced or compiled graph would keep the route or the pack as a constant while shapes and weights move on;
-        # torch.fx brings a Proxy.
+        # torch.fx brings a Proxy. What transforms of torch.func wrap must reach the function that knows of them.
         if (
             torch.compiler.is_compiling()
+            or transforms.in_force()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._is_tracing()
             or has_torch_function_unary(input)

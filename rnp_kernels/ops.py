@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import backends, checks, cuda_library, gradients, reference, registrations, stock  # noqa: F401 (two of them register on import)
+from . import backends, checks, cuda_library, flops, gradients, reference, registrations, stock, transforms  # noqa: F401 (some register on import)
+from .errors import message
 from .triton import operators as triton_operators
 
 _OPERATOR = torch.ops.rnp.prefix_conv2d.default
@@ -18,11 +19,7 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
-    """Whether autograd must see the call."""
-    if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    ):
-        raise NotImplementedError("prefix_conv2d: forward-mode derivatives are not implemented, got a dual tensor")
+    """Whether autograd must see the call. What a transform wraps does not say so (`transforms`)."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -34,12 +31,17 @@ def _reference(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     checks.check_values(in_prefix, "in_prefix", input.shape[1])
     checks.check_values(out_prefix, "out_prefix", weight.shape[0])
     lines = [table.shape[0] for table in (scale, bias) if table is not None and table.dim() == 2]
-    if lines:
-        checks.check_values(row, "row", lines[0] - 1)
-    return reference.prefix_conv2d(
-        input, weight, bias, stride, padding, dilation, groups, in_prefix=in_prefix, out_prefix=out_prefix,
-        scale=scale, row=row, residual=residual, activation=activation, tail=tail, pooled=pooled,
-    )  # fmt: skip
+    checks.check_values(row, "row", (lines[0] if lines else 2**31) - 1)
+    device = input.device.type
+    autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    if autocast:
+        input, weight, bias, residual = registrations.autocast_operands(device, input, weight, bias, scale, residual)
+        checks.check_types(input, weight, autocast=False)
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        return reference.prefix_conv2d(
+            input, weight, bias, stride, padding, dilation, groups, in_prefix=in_prefix, out_prefix=out_prefix,
+            scale=scale, row=row, residual=residual, activation=activation, tail=tail, pooled=pooled,
+        )  # fmt: skip
 
 
 def _describe(name: str, arguments: tuple[Any, ...]) -> str:
@@ -61,15 +63,21 @@ def _run(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     What needs no gradient skips autograd's Python layer, which costs more than a small convolution.
     """
     input, weight, bias, *_, scale, _row, residual, _activation, _tail, _pooled, _packed, _winograd = arguments
-    name = backends.resolve(input)
-    if backends.LOG and name != "triton" and not torch.compiler.is_compiling():  # which logs kernel and tile itself
+    name, compiling = backends.resolve(input), torch.compiler.is_compiling()
+    transformed = compiling or transforms.in_force()
+    if transformed and (
+        transforms.differentiating() or (not compiling and transforms.has_tangent(input, weight, bias, scale, residual))
+    ):
+        name = "reference"
+    if backends.LOG and name != "triton" and not compiling:  # which logs kernel and tile itself
         backends.log(input, weight, arguments[3], arguments[4], arguments[6], _describe(name, arguments))
     if name == "reference":
         return _reference(arguments)
-    if name == "cuda" and not torch.compiler.is_compiling():
+    if name == "cuda" and not compiling:
         cuda_library.follow_tf32()
     operator = triton_operators.PREFIX_CONV2D if name == "triton" else _OPERATOR
-    if torch.compiler.is_compiling() or needs_autograd(input, weight, bias, scale, residual):
+    # A slice of what torch.vmap maps over may need a gradient though the whole does not say so.
+    if transformed or needs_autograd(input, weight, bias, scale, residual):
         return operator(*arguments)
     with _below_autograd():
         return operator(*arguments)
@@ -88,10 +96,15 @@ def _call(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     stride, dilation = checks.pair(stride, "stride"), checks.pair(dilation, "dilation")
     padding = checks.four_paddings(padding, weight.shape[2:], stride, dilation)
+    groups = checks.integer(groups, "groups")
+    if type(pooled) is not bool:  # the operator would take numbers, and None
+        raise TypeError(message("prefix_conv2d", "pooled must be a bool", repr(pooled)))
     batched = input.dim() == 4
     if not batched:
         input = input.unsqueeze(0)
         residual = residual if residual is None else residual.unsqueeze(0)
+    if row is not None:
+        checks.check_lines(scale, bias, input.shape[0])
     output, mean = _run(
         (input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual,
          activation, tail, pooled, packed, winograd)
@@ -137,11 +150,15 @@ def prefix_conv2d(
     output channels below `out_prefix[n]`, and the channels beyond contribute nothing; then `residual` is added to all
     channels and the activation applied. `rnp_kernels.reference.prefix_conv2d` is the definition in plain torch.
 
+    The kernels have gradients of any order in reverse mode. Under `torch.func.grad`, `vjp`, `jvp` and what is made of
+    them (`jacrev`, `hessian`, gradients of samples), and for dual tensors of forward-mode autograd, that definition
+    runs instead, and skips no work. Under `torch.vmap` alone the kernels run, once for each slice, with gradients.
+
     Args:
         input: (N, C_in, H, W) or (C_in, H, W); float32, float64, float16 or bfloat16. channels_last is the fast layout.
         weight: (C_out, C_in / groups, KH, KW), of the input's dtype.
         bias: (C_out,), or a table (T, C_out) of which `row` names each sample's line; of the input's dtype or float32.
-        stride, dilation: an int or (vertical, horizontal).
+        stride, dilation: an int or (vertical, horizontal). An int may be whatever conv2d takes for one.
         padding: an int, (vertical, horizontal), (top, bottom, left, right), "valid" or "same".
         groups: as in conv2d; a prefix counts channels in their order across groups.
         in_prefix: int32 (N,), live input channels of each sample, 0...C_in. None: all.

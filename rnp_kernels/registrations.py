@@ -69,6 +69,22 @@ def _pack_winograd_fake(weight: Tensor, tile: int) -> Tensor:
     return weight.new_empty((16 + c_out + 15) // 16 * 16 + lanes * values, dtype=torch.float32)
 
 
+def autocast_operands(
+    device: str, input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Input, weight, bias and residual as autocast gives them to the operator."""
+    dtype = torch.get_autocast_dtype(device)
+    if input.dtype is torch.float64 or weight.dtype is torch.float64:
+        if input.dtype is not weight.dtype:
+            return input, weight, bias, residual  # the operator refuses the mixture
+        dtype = torch.float64
+    elif not (input.is_floating_point() and weight.is_floating_point()):
+        return input, weight, bias, residual  # as conv2d does, which then refuses it
+    if bias is not None and bias.dim() == 1 and scale is None:
+        bias = bias.to(dtype)  # as conv2d does; a table stays in float32
+    return input.to(dtype), weight.to(dtype), bias, None if residual is None else residual.to(dtype)
+
+
 def _autocast(device: str, family: str = "") -> None:
     """Under autocast the convolution runs in autocast's dtype; scale and bias keep the float32 they accumulate in.
 
@@ -84,19 +100,11 @@ def _autocast(device: str, family: str = "") -> None:
         row: Tensor | None, residual: Tensor | None, activation: str, tail: str, pooled: bool, packed: Tensor | None,
         winograd: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        dtype = torch.get_autocast_dtype(device)
-        if input.dtype is torch.float64 or weight.dtype is torch.float64:
-            dtype = torch.float64 if input.dtype is weight.dtype else None  # None: the operator refuses the mixture
-        elif not (input.is_floating_point() and weight.is_floating_point()):
-            dtype = None  # as conv2d does, which then refuses it
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            if dtype is not None:
-                packed = packed if weight.dtype is dtype else None
-                winograd = winograd if weight.dtype is dtype else None
-                input, weight = input.to(dtype), weight.to(dtype)
-                residual = None if residual is None else residual.to(dtype)
-                if bias is not None and bias.dim() == 1 and scale is None:
-                    bias = bias.to(dtype)  # as conv2d does; a table stays in float32
+            given = weight.dtype
+            input, weight, bias, residual = autocast_operands(device, input, weight, bias, scale, residual)
+            packed = packed if weight.dtype is given else None
+            winograd = winograd if weight.dtype is given else None
             return getattr(torch.ops.rnp, name)(
                 input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual,
                 activation, tail, pooled, packed, winograd,

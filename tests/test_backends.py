@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,6 +127,24 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "residual's shape": (ValueError, r"\(2, 8, 1, 1\)", {"residual": torch.randn(2, 8, 1, 1)}),
     "residual's dtype": (TypeError, "float64", {"residual": torch.randn(2, 8, 3, 3).double()}),
     "residual and skip": (ValueError, "skip", {"residual": torch.randn(2, 8, 3, 3), "tail": "skip"}),
+    "stride is a bool": (TypeError, "stride .* True", {"stride": True}),
+    "stride is a string": (TypeError, "stride .* '1'", {"stride": "1"}),
+    "stride of floats": (TypeError, "stride .* 1.0", {"stride": (1.0, 1.0)}),
+    "stride beyond 64 bits": (ValueError, "stride .* less than .* 9223372036854775808", {"stride": 2**63}),
+    "dilation beyond 64 bits": (ValueError, "dilation .* less than", {"weight": W[..., :1, :1], "dilation": 2**63}),
+    "padding is a float": (TypeError, "padding .* 1.0", {"padding": (1, 1.0)}),
+    "padding of four has a bool": (TypeError, "padding .* True", {"padding": (1, 1, 1, True)}),
+    "padding too large": (ValueError, "padding .*1099511627776", {"padding": 2**40}),
+    "padding beyond 64 bits": (ValueError, "padding .*9223372036854775808", {"padding": 2**63}),
+    "groups is None": (TypeError, "groups .* None", {"groups": None}),
+    "groups is a float": (TypeError, "groups .* 1.0", {"groups": 1.0}),
+    "groups is a bool": (TypeError, "groups .* True", {"groups": True}),
+    "pooled is a string": (TypeError, "pooled .* 'yes'", {"pooled": "yes"}),
+    "residual is a number": (TypeError, "residual .* float", {"residual": 1.0}),
+    "residual is a number, no batch": (TypeError, "residual .* float", {"input": X[0], "residual": 1.0}),
+    "scale without a line": (ValueError, r"scale .* \(0, 8\)", {"scale": TABLE[:0], "row": int32(0, 7)}),
+    "bias without a line": (ValueError, r"bias .* \(0, 8\)", {"bias": TABLE[:0], "row": int32(0, 0)}),
+    "row negative, no table": (RuntimeError, "row must lie in .*-5", {"row": int32(0, -5)}),
     "another weight's pack": (RuntimeError, "packed", {"packed": rnp_kernels.pack_weight(torch.randn(4, 6, 3, 3))}),
 }
 
@@ -152,3 +171,27 @@ def test_wrong_shapes_raise_while_compiling_too(wrong: tuple[type[Exception], st
         return
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(Exception, match=value):
         rnp_kernels.prefix_conv2d(**arguments)
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "one", [np.int64(1), np.uint8(1), torch.tensor(1), torch.tensor([1], dtype=torch.int32)], ids=repr
+)
+def test_integers_as_conv2d_takes_them(one: Any, name: str) -> None:
+    expected = torch.nn.functional.conv2d(X, W, None, one, one, one, one)
+    pairs = torch.nn.functional.conv2d(X, W, None, [one], (one, 1), (1, one))
+    two = (one, one)  # nn.Conv2d's constructor would iterate over a tensor
+    conv = rnp_kernels.PrefixConv2d(6, 8, 3, stride=two, padding=two, dilation=two, groups=one, bias=False)
+    with rnp_kernels.backend(name), torch.no_grad():
+        conv.weight.copy_(W)
+        for ours in (rnp_kernels.prefix_conv2d(X, W, None, one, one, one, one), conv(X), conv(X), conv(X)):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+        ours = rnp_kernels.prefix_conv2d(X, W, None, [one], (one, 1), (1, one))
+        torch.testing.assert_close(ours, pairs, rtol=1e-4, atol=1e-4)
+        ours = rnp_kernels.prefix_conv2d(X, W, None, 1, (one, 1, 1, one))
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_table_may_be_empty_where_no_sample_needs_a_line() -> None:
+    output = rnp_kernels.prefix_conv2d(X[:0], W, scale=TABLE[:0], row=int32())
+    assert output.shape == (0, 8, 3, 3)

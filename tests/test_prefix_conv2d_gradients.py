@@ -1,6 +1,6 @@
 """Gradients: gradcheck in float64, odd upstream gradients, what is asked for alone, what must raise.
 
-Every gradient of every case against the specification is in tests/conformance.
+Every gradient of every case against the specification is in tests/conformance; torch.func in test_transforms.py.
 """
 
 from __future__ import annotations
@@ -131,22 +131,6 @@ def test_deterministic_mode_repeats_bit_by_bit() -> None:
         torch.use_deterministic_algorithms(False)
     for name in PARAMETERS:
         assert torch.equal(runs[0][name], runs[1][name]), name
-
-
-def test_forward_mode_refuses_loudly() -> None:
-    x, w = torch.randn(2, 4, 5, 5), torch.randn(4, 4, 1, 1)
-    with pytest.raises(NotImplementedError, match="forward-mode"), torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        torch.autograd.forward_ad.unpack_dual(rnp_kernels.prefix_conv2d(dual, w))
-    with torch.autograd.forward_ad.dual_level():
-        assert torch.equal(rnp_kernels.prefix_conv2d(x, w), rnp_kernels.prefix_conv2d(x, w))
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap_is_a_loop() -> None:
-    x, w = torch.randn(3, 2, 4, 5, 5), torch.randn(6, 4, 1, 1)
-    mapped = torch.vmap(lambda one: rnp_kernels.prefix_conv2d(one, w))(x)
-    assert torch.equal(mapped, torch.stack([rnp_kernels.prefix_conv2d(one, w) for one in x]))
 
 
 def test_grad_mode_and_inference_mode() -> None:
