@@ -129,6 +129,24 @@ def test_a_signal_leaves_a_usable_state(number: int, exception: type[BaseExcepti
     rnp.fileformat.read(tmp_path / training.STATE_FILE, "training")
 
 
+@pytest.mark.parametrize(("number", "exception"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize("at", range(5), ids="after phase {}".format)
+def test_a_signal_during_a_validation_stops_the_run_with_its_phase_saved(
+    at: int, number: int, exception: type[BaseException], tmp_path: Path, uninterrupted: dict[str, Tensor]
+) -> None:
+    """Also during the last one, when no batch is left before which it could be looked at."""
+    validation, settings = toy.Loader(16, number=number, at=at), {"validation_batches": 1, "checkpoint_dir": tmp_path}
+    with pytest.raises(exception):
+        rnp.train(toy.network(), toy.Loader(), validation, toy.config(**settings))
+    assert validation.served == at + 1
+    _, header = rnp.fileformat.read(tmp_path / training.STATE_FILE, "training")
+    assert (header["phase_index"], header["inside"]) == (at + 1, False)
+    assert (tmp_path / training.NETWORK_FILE).exists() == (at == 4)
+    resumed = toy.Loader()
+    assert_same(uninterrupted, toy.train(resumed, resume=True, **settings))
+    assert (resumed.served == 0) == (at == 4)
+
+
 def test_the_callers_generators_are_left_alone() -> None:
     pruned = toy.network()
     torch.manual_seed(1)
