@@ -21,6 +21,7 @@ from rnp import cli, demo, report
 from rnp.config import Length
 from rnp.demo_plan import MAIN_TARGET, OTHER_SECONDS, full_plan, quick_plan
 from rnp.demo_training import beside
+from rnp.fileformat import CheckpointError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 KEYS = ("policy", "accuracy", "accuracy_interval", "mean_macs", "theoretical_speedup", "measured_speedup",
@@ -155,16 +156,43 @@ def test_the_phases_share_the_time_asked_for() -> None:
     assert len(plan.targets) + 1 >= 5 and max(plan.targets) == 5.0
 
 
-@pytest.mark.parametrize("text", ["1,2,3", "1,2,3,4,x", "1,2,3,4,-5"])
-def test_wrong_steps_are_refused_before_anything_runs(text: str, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="--steps takes"):
-        cli.main(["demo", "--quick", "--steps", text, "--out", str(tmp_path / "out")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "1,2,3"], "--steps takes 5 numbers of steps, each at least 1, got '1,2,3'"),
+        (["--steps", "1,2,3,4,x"], "--steps takes 5 numbers of steps, each at least 1, got '1,2,3,4,x'"),
+        (["--steps", "1,2,3,4,-5"], "--steps takes 5 numbers of steps, each at least 1, got '1,2,3,4,-5'"),
+        (["--steps", "1,2,0,4,5"], "--steps takes 5 numbers of steps, each at least 1, got '1,2,0,4,5'"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--threads", "-1"], "--threads must be at least 1, got -1"),
+        (["--seed", "-1"], "--seed must lie in 0…4294967295, got -1"),
+        (["--seed", str(2**64)], "--seed must lie in 0…4294967295, got 18446744073709551616"),
+        (["--minutes", "nan"], "--minutes must be a positive number, got nan"),
+        (["--minutes", "inf"], "--minutes must be a positive number, got inf"),
+        (["--minutes", "0"], "--minutes must be a positive number, got 0.0"),
+        (["--minutes", "-6"], "--minutes must be a positive number, got -6.0"),
+        (["--minutes", "0.5"], "--minutes must leave time to train, at least 1.2, got 0.5"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_runs(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"rnp demo: error: {message}\n"
     assert not (tmp_path / "out").exists()
 
 
-def test_too_few_minutes_are_refused() -> None:
-    with pytest.raises(SystemExit, match="--minutes must leave time to train"):
-        full_plan(0.5)
+def test_a_checkpoint_of_other_arguments_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*arguments: Any) -> None:
+        raise CheckpointError("training.safetensors: of another setting: seed is 1 in the file and 2 here")
+
+    monkeypatch.setattr(demo, "make_scenes", lambda plan, seed: {})
+    monkeypatch.setattr(demo, "train_both", refused)
+    assert cli.main(["demo", "--quick", "--resume", "--out", str(tmp_path)]) == 2
+    expected = "--resume: training.safetensors: of another setting: seed is 1 in the file and 2 here"
+    assert capsys.readouterr().err == f"rnp demo: error: {expected}\n"
 
 
 def test_the_command_of_a_timed_run_gives_its_lengths_in_steps() -> None:

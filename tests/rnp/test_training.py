@@ -262,6 +262,7 @@ def test_what_cannot_be_trained_on_is_named() -> None:
     [
         ({"penalty": 0.1}, "penalty must not be positive"),
         ({"epsilon_end": 2.0}, "epsilon_end must lie in 0…1, got 2.0"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
         ({"replay": 0}, "replay must be at least 1"),
         ({"resume": True}, "resume needs checkpoint_dir"),
         ({"lr": 0.0}, "lr must be positive"),
@@ -276,7 +277,12 @@ def test_wrong_settings(settings: dict[str, float], message: str) -> None:
         rnp.TrainConfig(**settings)
 
 
-@pytest.mark.parametrize("lengths", [{}, {"steps": 1, "seconds": 1.0}, {"steps": -1}])
+NEVER = (float("nan"), float("inf"))
+
+
+@pytest.mark.parametrize(
+    "lengths", [{}, {"steps": 1, "seconds": 1.0}, {"steps": -1}, *({"seconds": seconds} for seconds in NEVER)]
+)
 def test_wrong_lengths(lengths: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="Length"):
         rnp.Length(**lengths)
