@@ -75,6 +75,15 @@ def test_every_static_rival_has_the_mean_macs_of_its_agent(result: Result) -> No
     assert result.values["thin_macs"] * MAIN_TARGET > 0.9 * result.values["dense_macs"]
 
 
+def test_the_thin_network_is_timed_as_the_others_and_the_faster_path_counts(result: Result) -> None:
+    thin = next(row for row in result.values["budgets"] if row["kind"] == "thin")
+    (stock_path,) = thin["thin_ms"].keys() - {"rnp"}
+    assert stock_path in ("eager", "folded", "prepacked")
+    assert thin["thin_ms"][thin["thin_path"]] == thin["pruned_ms"] == min(thin["thin_ms"].values())
+    assert thin["measured_speedup"] == pytest.approx(thin["dense_ms"] / thin["pruned_ms"])
+    assert report.note(result.values) in result.printed and report.note(result.values) in html.unescape(result.page)
+
+
 def test_differences_and_difficulty_have_intervals_around_them(result: Result) -> None:
     main = result.values["main"]
     for rival in ("full", "uniform", "thin", "shuffled"):
