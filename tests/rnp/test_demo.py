@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from rnp import cli, demo, report
+from rnp import cli, demo, fileformat, report, training
 from rnp.config import Length
 from rnp.demo_plan import MAIN_TARGET, OTHER_SECONDS, full_plan, quick_plan
 from rnp.demo_training import beside
@@ -155,6 +155,47 @@ def test_a_finished_run_resumed_trains_nothing_again(result: Result, capsys: pyt
     assert again["difficulty"] == result.values["difficulty"]
     assert again["training"] == result.values["training"]
     assert "targets" in capsys.readouterr().out.lower()
+
+
+# `rnp demo` with a plan still smaller than --quick's; the first argument "kill" ends it in the middle of finetune.
+TINY = """
+import os, signal, sys
+from rnp import backbone_phases, cli, demo
+from rnp.config import Length
+from rnp.demo_plan import Plan
+
+def step_or_die(phase, number, *arguments):
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(phase, number, *arguments)
+
+if __name__ == "__main__":
+    lengths = tuple(Length(steps=steps) for steps in (8, 4, 5, 4))
+    demo.quick_plan = lambda: Plan(256, 64, 64, lengths, Length(steps=6), (2.0, 3.0), timing_batches=1, rounds=2)
+    step = backbone_phases.Finetune.step
+    if sys.argv[1] == "kill":
+        backbone_phases.Finetune.step = step_or_die
+    sys.exit(cli.main(["demo", "--quick", "--threads", "1", *sys.argv[2:]]))
+"""
+
+
+def test_a_run_killed_in_the_middle_goes_on_from_there(tmp_path: Path) -> None:
+    def run(how: str, *options: str) -> int:
+        command = [sys.executable, "-c", TINY, how, "--out", str(tmp_path / "out"), *options]
+        with (tmp_path / "log").open("w") as log:  # the thin network's process would hold a pipe open
+            return subprocess.run(command, cwd=tmp_path, stdout=log, stderr=log, check=False).returncode
+
+    assert run("kill") == -signal.SIGKILL, (tmp_path / "log").read_text()
+    _, header = fileformat.read(tmp_path / "out" / "checkpoint" / training.STATE_FILE, "training")
+    assert [row["phase"] for row in header["history"]] == ["pretrain", "agent"]
+    assert not (tmp_path / "out" / "report.json").exists()
+    assert run("finish", "--resume") == 0, (tmp_path / "log").read_text()
+    values = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert values["training"][:2] == header["history"]  # to the second: neither was trained again
+    steps = [(row["phase"], row["steps"]) for row in values["training"]]
+    assert steps == [("pretrain", 8), ("agent", 4), ("finetune", 5), ("agent", 4), ("thin network", 6)]
+    assert {row["kind"] for row in values["budgets"]} == {"full", "agent", "uniform", "thin"}
+    assert "Targets:" in (tmp_path / "log").read_text() and (tmp_path / "out" / "index.html").exists()
 
 
 def test_the_phases_share_the_time_asked_for() -> None:
