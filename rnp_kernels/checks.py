@@ -213,9 +213,14 @@ def check_call(
     check_options(input, weight, bias, in_prefix, out_prefix, scale, row, residual, activation, tail, size, autocast)
 
 
+def may_read(values: Tensor) -> bool:
+    """Whether values may be looked at: on the CPU; elsewhere, where that stalls the device, only under RNP_CHECK=1."""
+    return not torch.compiler.is_compiling() and (values.is_cpu or _CHECK)
+
+
 def check_values(index: Tensor | None, name: str, limit: int) -> None:
-    """A prefix or row out of 0...limit; on another device, where reading values stalls it, only under RNP_CHECK=1."""
-    if index is None or index.numel() == 0 or torch.compiler.is_compiling() or not (index.is_cpu or _CHECK):
+    """A prefix or row out of 0...limit, where it may be looked at."""
+    if index is None or index.numel() == 0 or not may_read(index):
         return
     values = transforms.values_of(index)
     if values is None:

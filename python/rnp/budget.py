@@ -55,16 +55,22 @@ def calibrate(
         speedup: the target, e.g. 3.0.
         tolerance: relative; the search stops within it.
         max_images: images used; None: all.
-        max_probes: rollouts at most. Where the agent's behaviour jumps, the nearest Δp found is set, with a warning.
+        max_probes: rollouts at most, 3 or more: at Δp = 0, at an end of the range and in between. Where the agent's
+            behaviour jumps, the nearest Δp found is set, with a warning.
 
     Raises:
-        ValueError: the policy is no Agent, there are no images, or the target is out of range: the message names the
-            range that can be reached. The budget is then as it was.
+        ValueError: the policy is no Agent, a number is out of its range, there are no images, or the target cannot be
+            reached: the message names the range that can be. The budget is then as it was.
     """
     if not isinstance(pruned.policy, Agent):
         raise ValueError(f"calibrate: Δp steers an Agent, but the network's policy is {pruned.policy!r}")
     if not speedup > 0:
         raise ValueError(f"calibrate: speedup must be positive, got {speedup}")
+    if not tolerance >= 0:
+        raise ValueError(f"calibrate: tolerance must not be negative, got {tolerance}")
+    for name, value, least in (("max_images", max_images, 1), ("max_probes", max_probes, 3)):
+        if value is not None and value < least:
+            raise ValueError(f"calibrate: {name} must be at least {least}, got {value}")
     batches = _images(pruned, loader, max_images)
     count = sum(len(images) for images in batches)
     if count == 0:

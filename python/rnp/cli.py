@@ -1,7 +1,8 @@
 """The command `rnp`.
 
 Each sub-command lives in its own module, with `add_arguments(parser)` and `run(arguments) -> int | None`, imported
-only when asked for, so that `rnp doctor` works where the packages of the demo are not installed.
+only when asked for, so that `rnp doctor` works where the packages of the demo are not installed. What argparse cannot
+tell of the arguments, `run` checks first and raises as :class:`rnp.usage.UsageError`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+
+from rnp.usage import UsageError
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return options.run(options) or 0
+    except UsageError as error:
+        print(f"rnp {options.command}: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"rnp {options.command}: interrupted", file=sys.stderr)
         return 130

@@ -5,6 +5,7 @@ Sources: *RNP* is Lin et al., *Runtime Neural Pruning*, NIPS 2017; *ours* is a c
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ class Length:
         if (self.steps is None) == (self.seconds is None):
             raise ValueError(f"Length: give either steps or seconds, got steps={self.steps}, seconds={self.seconds}")
         value = self.seconds if self.steps is None else self.steps
-        if value < 0:
-            raise ValueError(f"Length: must not be negative, got {value}")
+        if not 0 <= value < math.inf:  # NaN would never end
+            raise ValueError(f"Length: must be a number, not negative, got {value}")
 
     def progress(self, steps: int, seconds: float) -> float:
         """The share done, 0…1, after so many steps and seconds."""
@@ -177,6 +178,7 @@ class TrainConfig:
             ("finetune_chunk", self.finetune_chunk >= 1, "must be at least 1"),
             ("agent_lr_end", 0 <= self.agent_lr_end <= 1, "must lie in 0…1"),
             ("finetune_batchnorm", self.finetune_batchnorm in ("frozen", "train"), "must be 'frozen' or 'train'"),
+            ("seed", self.seed >= 0, "must not be negative"),
             ("epoch_steps", self.epoch_steps is None or self.epoch_steps >= 1, "must be at least 1"),
         ]
         for name, holds, rule in rules:

@@ -8,12 +8,12 @@ Real handwritten digits in scenes whose difficulty is known (:mod:`rnp.data`), a
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import sys
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +24,9 @@ from rnp.bench.environment import environment
 from rnp.comparison import BATCH, Comparison, Row, difference, rank_correlation
 from rnp.demo_plan import MAIN_TARGET, Plan, full_plan, quick_plan
 from rnp.demo_training import fast_bfloat16, say, train_both
+from rnp.fileformat import CheckpointError
 from rnp.network import PrunedNetwork
+from rnp.usage import UsageError, require, writable_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,15 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the demo; returns 0. Whether the targets were met is said in the report, not in the exit status."""
+    """Run the demo; returns 0. Whether the targets were met is said in the report, not in the exit status.
+
+    Raises UsageError before any work for arguments that cannot be met, and for checkpoints that do not belong to them.
+    """
     started = time.monotonic()
+    check(arguments)
     plan = quick_plan() if arguments.quick else full_plan(arguments.minutes)
     if arguments.steps is not None:
         plan = plan.with_steps(arguments.steps)
+    out = writable_folder(arguments.out, "--out")
     threads_before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
-    out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
     try:
         scenes = make_scenes(plan, arguments.seed)
         pruned, thin, history = train_both(plan, arguments, scenes, out)
@@ -66,10 +71,20 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         say(f"stopped; `rnp demo --out {shlex.quote(str(out))} --resume` (with the same options) goes on from here")
         raise
+    except CheckpointError as error:
+        raise UsageError(f"--resume: {error}") from error
     finally:
         torch.set_num_threads(threads_before)
     print(report.text(findings, out))
     return 0
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raise UsageError for a number out of its range."""
+    threads, seed, minutes = arguments.threads, arguments.seed, arguments.minutes
+    require(threads is None or threads >= 1, "--threads must be at least 1", threads)
+    require(0 <= seed < 2**32, f"--seed must lie in 0…{2**32 - 1}", seed)
+    require(0 < minutes < math.inf, "--minutes must be a positive number", minutes)
 
 
 def make_scenes(plan: Plan, seed: int) -> dict[str, data.Scenes]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from rnp.config import Length
+from rnp.usage import require
 
 GROUPS = 4
 PHASES = ("pretrain", "agent", "finetune", "agent")
@@ -29,21 +31,21 @@ class Plan:
     batch_size: int = 32
 
     def with_steps(self, text: str) -> Plan:
-        """The same with phase lengths in steps: five numbers, PHASES and the thin network, separated by commas."""
-        try:
-            steps = [Length(steps=int(part)) for part in text.split(",")]
-        except ValueError as error:
-            raise SystemExit(f"rnp demo: --steps takes five numbers of steps, got {text!r} ({error})") from None
-        if len(steps) != len(PHASES) + 1:
-            raise SystemExit(f"rnp demo: --steps takes {len(PHASES) + 1} numbers, got {len(steps)}: {text!r}")
+        """The same with phase lengths in steps: five numbers, PHASES and the thin network, separated by commas.
+
+        Raises UsageError for anything else, and for a phase of no steps: there is something to report of each.
+        """
+        parts = [part.strip() for part in text.split(",")]
+        right = len(parts) == len(PHASES) + 1 and all(part.isdecimal() and int(part) > 0 for part in parts)
+        require(right, f"--steps takes {len(PHASES) + 1} numbers of steps, each at least 1", repr(text))
+        steps = [Length(steps=int(part)) for part in parts]
         return replace(self, lengths=tuple(steps[:-1]), thin=steps[-1])
 
 
 def full_plan(minutes: float) -> Plan:
-    """The plan that takes about so many minutes on two cores."""
+    """The plan that takes about so many minutes on two cores; UsageError where they leave no time to train."""
     training = 60 * minutes - OTHER_SECONDS
-    if training < 5:
-        raise SystemExit(f"rnp demo: --minutes must leave time to train, at least 1.2, got {minutes:g}")
+    require(math.isfinite(training) and training >= 5, "--minutes must leave time to train, at least 1.2", minutes)
     return Plan(
         train_scenes=9_000,
         validation_scenes=4_000,

@@ -167,8 +167,15 @@ def evaluate(
         max_images: stop after so many images; None: all.
 
     Raises:
-        ValueError: the loader gave no images.
+        ValueError: a number out of its range, the loader gave no images, labels are not (N,), or the network's answer
+            is not (N, classes).
+        TypeError: the loader yields something else than images with labels, or labels that are not integers.
     """
+    numbers = {"batch_size": (batch_size, 1), "timing_batches": (timing_batches, 0), "rounds": (rounds, 1),
+               "max_images": (max_images, 1)}  # fmt: skip
+    for name, (value, least) in numbers.items():
+        if value is not None and value < least:
+            raise ValueError(f"evaluate: {name} must be at least {least}, got {value}")
     device = next(pruned.parameters()).device
     training = pruned.training
     epsilon = getattr(pruned.policy, "epsilon", 0.0)
@@ -180,7 +187,8 @@ def evaluate(
         pruned.eval()
         if isinstance(pruned.policy, Agent):
             pruned.policy.epsilon = 0.0
-        for images, labels in loader:
+        for batch in loader:
+            images, labels = _images_and_labels(batch)
             if max_images is not None and seen + len(images) > max_images:
                 images, labels = images[: max_images - seen], labels[: max_images - seen]
             if len(images) == 0:
@@ -194,6 +202,9 @@ def evaluate(
             seen += len(images)
             with torch.inference_mode():
                 logits, trace = pruned(images, return_trace=True)
+            if not isinstance(logits, Tensor) or logits.dim() != 2:
+                got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise ValueError(f"evaluate: the network must answer (N, classes), got {got}")
             correct.append(logits.argmax(1).cpu() == labels.cpu())
             macs.append(trace.macs.cpu())
             actions.append(trace.actions.cpu())
@@ -231,6 +242,23 @@ def evaluate(
         macs=spent,
         actions=taken,
     )
+
+
+def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
+    """A batch of the loader, checked: labels of another shape would be compared with every answer."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
+        got = type(batch).__name__
+        if isinstance(batch, (tuple, list)):
+            got += f" of {', '.join(type(part).__name__ for part in batch)}"
+        raise TypeError(f"evaluate: loader must yield pairs of tensors, images and labels, got {got}")
+    images, labels = batch
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"evaluate: labels must have shape (N,) = {tuple(images.shape[:1])}, got {tuple(labels.shape)}"
+        )
+    if labels.dtype is torch.bool or labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"evaluate: labels must be integers, got {labels.dtype}")
+    return images, labels
 
 
 def policy_name(pruned: PrunedNetwork) -> str:

@@ -10,7 +10,10 @@ from typing import Any
 
 
 class Interruption:
-    """SIGINT and SIGTERM as a flag that is looked at between batches. A second one acts at once, as without this."""
+    """SIGINT and SIGTERM as a flag that is looked at between batches. A second one acts at once, as without this.
+
+    A signal that nobody looked at is raised at the end of the block, so that none is lost.
+    """
 
     def __init__(self) -> None:
         self.process = os.getpid()
@@ -37,8 +40,10 @@ class Interruption:
             number, handler = self.before.popitem()
             signal.signal(number, handler)
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._restore()
+        if kind is None:
+            self.check()
 
     def check(self) -> None:
         """Raise what the signal stands for."""

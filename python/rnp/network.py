@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +16,14 @@ from rnp_kernels.triton.operators import PREFIX_CONV2D as TRITON
 
 from . import graph as g
 from . import layerwise
+from .actions import check_integers, check_range
 from .agent import Agent
 from .batchnorm import PrefixBatchNorm2d
 from .decider import Decider, trace_of
 from .macs import Cap, MacCounter
 from .plan import Plan
 from .plan_builder import PlanBuilder
-from .policies import FullWidth, Policy
+from .policies import FullWidth, Policy, check_policy
 
 if TYPE_CHECKING:
     from .convert import Report
@@ -85,11 +88,7 @@ class PrunedNetwork(nn.Module):
         if name != "policy":
             super().__setattr__(name, value)
             return
-        for needed in ("start", "act", "needs_features"):
-            if not hasattr(value, needed):
-                raise TypeError(
-                    f"PrunedNetwork.policy: {type(value).__name__} has no `{needed}`; see rnp.policies.Policy"
-                )
+        check_policy(value, self)
         self._modules.pop("agent", None)
         self.__dict__["_policy"] = None
         if isinstance(value, nn.Module):
@@ -100,14 +99,23 @@ class PrunedNetwork(nn.Module):
     # -- budget --------------------------------------------------------------------------------------------------
 
     def macs(self, actions: Tensor) -> Tensor:
-        """Exact MACs of the backbone for actions (N, L) in 1…k → (N,) int64."""
+        """Exact MACs of the backbone for actions (N, L), integers in 1…k → (N,) int64.
+
+        Raises TypeError for other numbers, ValueError for another shape and, on the CPU, for values out of 1…k.
+        """
+        if actions.dim() == 2 and actions.shape[1] == len(self.layers):  # else the counter says what is wrong
+            check_integers(actions, "macs: actions")
+            check_range(actions, self.groups, "macs: actions")
         return self.counter.count(actions)
 
     def set_budget(self, penalty_shift: float = 0.0, max_macs: float | None = None) -> None:
         """Δp of RNP for the agent, and a cap on every image's MACs (the policy's own included) as a share of the dense.
 
-        Raises ValueError where `max_macs` is not in (0, 1], or where even action 1 at every decision exceeds it.
+        Raises ValueError where `penalty_shift` is not finite, where `max_macs` is not in (0, 1], or where even action 1
+        at every decision exceeds it. The budget is then as it was.
         """
+        if not math.isfinite(penalty_shift):
+            raise ValueError(f"set_budget: penalty_shift must be finite, got {penalty_shift}")
         if max_macs is not None:
             if not 0 < max_macs <= 1:
                 raise ValueError(f"set_budget: max_macs must lie in (0, 1], got {max_macs}")
@@ -225,7 +233,10 @@ class PrunedNetwork(nn.Module):
         Differentiable; equal to `forward` under `Fixed(path)`. A BatchNorm in train mode uses batch statistics and
         updates the running statistics of the in-prefix in use, for the channels that are live.
         """
-        path = [int(a) for a in path]
+        try:
+            path = [index(a) for a in path]
+        except TypeError:
+            raise TypeError(f"forward_path: path must be integers, got {path}") from None
         if len(path) != len(self.layers) or not all(1 <= a <= self.groups for a in path):
             raise ValueError(f"forward_path: path must be {len(self.layers)} actions in 1…{self.groups}, got {path}")
         return layerwise.run_path(self, images.contiguous(memory_format=torch.channels_last), path)

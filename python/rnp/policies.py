@@ -11,6 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from rnp_kernels.checks import may_read
+
+from .actions import check_integers
 from .agent import Agent
 from .constant import Constant
 
@@ -27,7 +30,7 @@ class Policy(Protocol):
         """Begin a batch of `batch_size` samples; the answer is handed to `act` as `state`."""
 
     def act(self, layer: int, features: Tensor | None, state: Any) -> tuple[Tensor, Any]:
-        """Decide for decision `layer`: features (N, C_layer) float32 → actions (N,) int32 in 1…k, and the new state."""
+        """Decide for decision `layer`: features (N, C_layer) float32 → actions (N,), integers 1…k, and new state."""
 
 
 class FullWidth:
@@ -71,7 +74,10 @@ class Fixed:
 
     `actions` may be assigned or changed in place. On a GPU the first batch after that copies them there, and no other
     does, so that a forward can be captured as a CUDA graph. A graph keeps the actions of its capture; for other actions
-    at every replay, let `actions` be a tensor on the GPU and change it in place.
+    at every replay, let `actions` be a tensor on the GPU and change it in place; values out of 1…k are clamped then.
+
+    Raises TypeError for actions that are not integers, ValueError for another shape and, when a batch begins, for
+    values out of 1…k.
     """
 
     needs_features = False
@@ -86,17 +92,20 @@ class Fixed:
 
     @actions.setter
     def actions(self, actions: Tensor | list[int] | list[list[int]]) -> None:
-        actions = torch.as_tensor(actions).to(torch.int32)
-        if actions.dim() not in (1, 2):
-            raise ValueError(f"Fixed: actions must be (L,) or (N, L), got {tuple(actions.shape)}")
+        given = torch.as_tensor(actions)
+        if given.dim() not in (1, 2):
+            raise ValueError(f"Fixed: actions must be (L,) or (N, L), got {tuple(given.shape)}")
+        if given.numel():  # of nothing, a list makes a tensor of floats
+            check_integers(given, "Fixed: actions")
+        actions = given.to(torch.int32)
         self._actions = actions
         self._by_layer = Constant(actions[:, None] if actions.dim() == 1 else actions.t())  # (L, 1) or (L, N)
-        self._measure()
+        self._measure(given)
 
-    def _measure(self) -> None:
-        actions = self._actions
+    def _measure(self, actions: Tensor) -> None:
+        """The range of `actions`: those given, which a cast to int32 could bring back into it, or those kept."""
         self.least, self.largest = (int(x) for x in actions.aminmax()) if actions.numel() else (1, 1)
-        self._measured = 0 if actions.is_inference() else actions._version
+        self._measured = 0 if self._actions.is_inference() else self._actions._version
 
     def start(self, network: Any, batch_size: int, device: torch.device) -> Any:
         actions, depth = self._actions, len(network.layers)
@@ -104,13 +113,13 @@ class Fixed:
             raise ValueError(
                 f"Fixed: actions must be ({depth},) or ({batch_size}, {depth}) here, got {tuple(actions.shape)}"
             )
-        # Values on a GPU are not looked at again: that would wait for it.
-        looked_at = not actions.is_cpu or torch.compiler.is_compiling()
-        if not looked_at and (actions.is_inference() or actions._version != self._measured):
-            self._measure()
+        # Values on a GPU are looked at again under RNP_CHECK=1 alone: that waits for it.
+        if may_read(actions) and (actions.is_inference() or actions._version != self._measured):
+            self._measure(actions)
         if self.least < 1 or self.largest > network.groups:
             raise ValueError(f"Fixed: actions must lie in 1…{network.groups}, got {self.least}…{self.largest}")
-        return self._by_layer.on(device).expand(depth, batch_size).contiguous()
+        state = self._by_layer.on(device).expand(depth, batch_size).contiguous()
+        return state if actions.is_cpu else state.clamp_(1, network.groups)
 
     def act(self, layer: int, features: Tensor | None, state: Any) -> tuple[Tensor, Any]:
         return state[layer], state
@@ -137,3 +146,18 @@ class Random:
 
     def __repr__(self) -> str:
         return "Random()"
+
+
+def check_policy(policy: Any, network: Any) -> None:
+    """Raise TypeError for what is no policy, ValueError for an agent that was made for another network."""
+    who = "PrunedNetwork.policy"
+    if isinstance(policy, type):
+        raise TypeError(f"{who}: must be an instance, {policy.__name__}(…), got the class {policy.__name__} itself")
+    for needed in ("start", "act", "needs_features"):
+        if not hasattr(policy, needed):
+            raise TypeError(f"{who}: {type(policy).__name__} has no `{needed}`; see rnp.policies.Policy")
+    if isinstance(policy, Agent):
+        for name in ("groups", "feature_sizes"):
+            own, wanted = getattr(policy, name), getattr(network, name)
+            if own != wanted:
+                raise ValueError(f"{who}: the agent's {name} must be the network's, {wanted}, got {own}")

@@ -98,6 +98,16 @@ def sentences(findings: dict[str, Any]) -> list[str]:
     ]
 
 
+def note(findings: dict[str, Any]) -> str:
+    """How the thin network of the table was timed."""
+    thin = next(row for row in findings["budgets"] if row["kind"] == "thin")
+    times = ", ".join(f"{name} {milliseconds:.2f} ms" for name, milliseconds in thin["thin_ms"].items())
+    return (
+        f"The thin network was timed on its best stock path and on our kernels ({times} a batch); the faster counts: "
+        f"{thin['thin_path']}."
+    )
+
+
 def text(findings: dict[str, Any], out: Path) -> str:
     """What is printed at the end."""
     rows = [list(COLUMNS)] + [cells(row) for row in findings["budgets"]]
@@ -107,6 +117,7 @@ def text(findings: dict[str, Any], out: Path) -> str:
         aligned = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *aligned]))
     lines.insert(1, "-" * len(lines[0]))
+    lines += ["", note(findings)]
     environment = findings["environment"]
     if findings["quick"]:
         lines += ["", "This was --quick: the figures show that everything runs, and nothing else."]
@@ -165,6 +176,7 @@ def page(findings: dict[str, Any], figures: list[tuple[Path, str]]) -> str:
         sentences="".join(f"<p>{html.escape(sentence)}</p>\n" for sentence in sentences(findings)),
         head="".join(f"<th>{name}</th>" for name in COLUMNS),
         body=body,
+        note=html.escape(note(findings)),
         marks=marks,
         images=images,
         phases=phases,

@@ -173,6 +173,11 @@ def prepacked(model: nn.Module, example: Tensor) -> fx.GraphModule:
     return graph_module
 
 
+def rounding(truth: Tensor) -> float:
+    """By how much a network's output may differ where the same sums are taken in another order."""
+    return (1e-4 if truth.dtype == torch.float32 else 2e-2) * float(truth.abs().max())
+
+
 @dataclass
 class StockPath:
     """The fastest stock path for a model, see :func:`best_stock_path`."""
@@ -200,7 +205,7 @@ def best_stock_path(model: nn.Module, example: Tensor, rounds: int = 7) -> Stock
     }
     with torch.inference_mode():
         truth = candidates["eager"](example)
-    tolerance = (1e-4 if truth.dtype == torch.float32 else 2e-2) * float(truth.abs().max())
+    tolerance = rounding(truth)
     for name, make in makers.items():
         try:
             module = make()

@@ -60,7 +60,8 @@ def train(
 
     The agent is ``pruned.policy`` if that is an :class:`rnp.Agent` already, else a new one, which is left there. The
     budget (Δp and the cap) does not count during training and is put back after it. The network is left in eval mode,
-    also after Ctrl-C or SIGTERM, which stop after the current batch and raise ``KeyboardInterrupt`` or ``SystemExit``.
+    also after Ctrl-C or SIGTERM, which stop after the current batch, or the validation of the current phase once its
+    state is saved, and raise ``KeyboardInterrupt`` or ``SystemExit``.
 
     Args:
         pruned: from :func:`rnp.convert`; trained in place.
@@ -135,6 +136,7 @@ class Run:
         """Every phase from where the run stands to the end."""
         phase = self._resume() if self.config.resume else None
         while self.phase_index < len(self.phases):
+            self.interruption.check()  # what came while the phase before was finished and validated
             if phase is None:
                 phase = self.phases[self.phase_index]()
                 started = time.monotonic()

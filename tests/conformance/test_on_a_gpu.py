@@ -172,6 +172,24 @@ def test_a_converted_network_is_one_graph(backend: str, policy: str, traced: boo
                 assert torch.equal(tensor, right)
 
 
+def test_actions_out_of_range_are_clamped(backend: str) -> None:
+    """Of Fixed as of a policy of one's own; looking at them would wait for the device."""
+    wild = torch.tensor([-3, 0, 1, 4, 5, 2**40], device="cuda")
+    network, x = converted("uniform", 6), torch.randn(6, 3, 16, 16, device="cuda", dtype=torch.float16)
+
+    class Wild(rnp.policies.FullWidth):
+        def act(self, layer: int, features: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+            return wild, state
+
+    fixed = rnp.policies.Fixed(torch.ones(6, len(network.layers), device="cuda", dtype=torch.int32))
+    fixed.actions.copy_(wild.clamp(-9, 9)[:, None])
+    for policy in (Wild(), fixed):
+        network.policy = policy
+        with torch.no_grad():
+            actions = network(x, return_trace=True)[1].actions
+        assert actions.tolist() == [[a] * len(network.layers) for a in (1, 1, 1, 4, 4, 4)]
+
+
 def test_the_same_bits_at_every_call(backend: str) -> None:
     arguments = arguments_of("everything", torch.bfloat16)
     first = outputs("everything", arguments)

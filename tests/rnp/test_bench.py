@@ -179,15 +179,23 @@ def test_layers_in_bfloat16_pass_the_gate_first(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--threads", "0"], "must be at least 1"),
+        (["--threads", "1", "0"], "--threads must be at least 1, got 0"),
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--seconds", "nan"], "--seconds must be a number, not negative, got nan"),
+        (["--seconds", "inf"], "--seconds must be a number, not negative, got inf"),
+        (["--seconds", "-1"], "--seconds must be a number, not negative, got -1.0"),
         (["network", "--dtype", "bfloat16"], "--dtype bfloat16 needs part layer or training, got network"),
         (["--threads", "1", "2", "--clock", "cpu"], "--clock cpu needs --threads 1, got 1 2"),
-        (["layer", "--quick", "--threads", "1", "--only", "no such row"], "no row's name contains 'no such row'"),
+        (
+            ["layer", "--quick", "--threads", "1", "--only", "no such row"],
+            "no row's name contains 'no such row'",
+        ),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["bench", *arguments, "--out", str(tmp_path)]) == 2
-    assert message in capsys.readouterr().err
+    assert capsys.readouterr().err == f"rnp bench: error: {message}\n"
     assert not list(tmp_path.iterdir())
 
 

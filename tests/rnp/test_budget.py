@@ -96,6 +96,31 @@ def test_wrong_input(pruned: rnp.PrunedNetwork) -> None:
         rnp.calibrate(pruned, loader(), speedup=-1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"max_probes": 0}, "max_probes must be at least 3, got 0"),
+        ({"max_probes": 2}, "max_probes must be at least 3, got 2"),
+        ({"max_images": 0}, "max_images must be at least 1, got 0"),
+        ({"max_images": -1}, "max_images must be at least 1, got -1"),
+        ({"tolerance": -0.01}, "tolerance must not be negative, got -0.01"),
+        ({"tolerance": float("nan")}, "tolerance must not be negative, got nan"),
+        ({"speedup": float("nan")}, "speedup must be positive, got nan"),
+    ],
+)
+def test_wrong_numbers_leave_the_budget_alone(pruned: rnp.PrunedNetwork, settings: dict, rule: str) -> None:
+    pruned.set_budget(-0.03, 0.9)
+    with pytest.raises(ValueError, match=f"calibrate: {rule}"):
+        rnp.calibrate(pruned, loader(), **settings)
+    assert (pruned.penalty_shift, pruned.max_macs) == (-0.03, 0.9)
+
+
+def test_few_probes_are_kept_to(pruned: rnp.PrunedNetwork) -> None:
+    with pytest.warns(UserWarning, match="nearest to"):
+        result = rnp.calibrate(pruned, loader(), speedup=2.0, tolerance=1e-6, max_probes=3)
+    assert len(result.probes) == 3 and abs(result.penalty_shift) < 1
+
+
 def test_a_jump_sets_the_nearest_and_warns(pruned: rnp.PrunedNetwork) -> None:
     """Equal images leave the agent only a few averages."""
     same = [torch.ones(8, 3, SIZE, SIZE)]

@@ -12,6 +12,7 @@ import pytest
 
 import rnp_kernels
 from rnp import cli
+from rnp.usage import writable_folder
 
 
 def test_without_a_command_it_prints_help_and_fails(capsys: pytest.CaptureFixture[str]):
@@ -73,6 +74,28 @@ def test_the_demo_extra_brings_what_the_demo_needs():
     brought = {r.partition(";")[0].strip() for r in requirements if "extra ==" in r and "demo" in r}
     assert {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}.keys() == set(cli.COMMANDS["demo"].needs)
     assert brought >= {"scikit-learn", "matplotlib"}
+
+
+@pytest.mark.parametrize("command", ["demo", "bench"])
+@pytest.mark.parametrize("where", ["a file", "below a file", "where nothing can be made"])
+def test_an_out_that_cannot_be_written_to_is_refused(
+    command: str, where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    out = {"a file": file, "below a file": file / "out", "where nothing can be made": Path("/proc/rnp")}[where]
+    assert cli.main([command, "--quick", "--out", str(out)]) == 2
+    captured = capsys.readouterr()
+    message = captured.err.splitlines()
+    assert len(message) == 1 and not captured.out
+    assert message[0].startswith(f"rnp {command}: error: --out must be a folder to write to, got {str(out)!r}: ")
+    assert file.read_text() == "kept"
+
+
+def test_a_folder_to_write_to_is_made_and_left_empty(tmp_path: Path):
+    folder = writable_folder(tmp_path / "a" / "b", "--out")
+    assert folder == writable_folder(folder, "--out") == tmp_path / "a" / "b"
+    assert list(folder.iterdir()) == []
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 
-from rnp import cli, demo, report
+from rnp import cli, demo, fileformat, report, training
 from rnp.config import Length
 from rnp.demo_plan import MAIN_TARGET, OTHER_SECONDS, full_plan, quick_plan
 from rnp.demo_training import beside
+from rnp.fileformat import CheckpointError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 KEYS = ("policy", "accuracy", "accuracy_interval", "mean_macs", "theoretical_speedup", "measured_speedup",
@@ -72,6 +73,15 @@ def test_every_static_rival_has_the_mean_macs_of_its_agent(result: Result) -> No
             assert row["mean_macs"] == pytest.approx(agents[row["target"]]["mean_macs"])
     assert result.values["thin_macs"] * MAIN_TARGET <= result.values["dense_macs"]
     assert result.values["thin_macs"] * MAIN_TARGET > 0.9 * result.values["dense_macs"]
+
+
+def test_the_thin_network_is_timed_as_the_others_and_the_faster_path_counts(result: Result) -> None:
+    thin = next(row for row in result.values["budgets"] if row["kind"] == "thin")
+    (stock_path,) = thin["thin_ms"].keys() - {"rnp"}
+    assert stock_path in ("eager", "folded", "prepacked")
+    assert thin["thin_ms"][thin["thin_path"]] == thin["pruned_ms"] == min(thin["thin_ms"].values())
+    assert thin["measured_speedup"] == pytest.approx(thin["dense_ms"] / thin["pruned_ms"])
+    assert report.note(result.values) in result.printed and report.note(result.values) in html.unescape(result.page)
 
 
 def test_differences_and_difficulty_have_intervals_around_them(result: Result) -> None:
@@ -147,6 +157,47 @@ def test_a_finished_run_resumed_trains_nothing_again(result: Result, capsys: pyt
     assert "targets" in capsys.readouterr().out.lower()
 
 
+# `rnp demo` with a plan still smaller than --quick's; the first argument "kill" ends it in the middle of finetune.
+TINY = """
+import os, signal, sys
+from rnp import backbone_phases, cli, demo
+from rnp.config import Length
+from rnp.demo_plan import Plan
+
+def step_or_die(phase, number, *arguments):
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(phase, number, *arguments)
+
+if __name__ == "__main__":
+    lengths = tuple(Length(steps=steps) for steps in (8, 4, 5, 4))
+    demo.quick_plan = lambda: Plan(256, 64, 64, lengths, Length(steps=6), (2.0, 3.0), timing_batches=1, rounds=2)
+    step = backbone_phases.Finetune.step
+    if sys.argv[1] == "kill":
+        backbone_phases.Finetune.step = step_or_die
+    sys.exit(cli.main(["demo", "--quick", "--threads", "1", *sys.argv[2:]]))
+"""
+
+
+def test_a_run_killed_in_the_middle_goes_on_from_there(tmp_path: Path) -> None:
+    def run(how: str, *options: str) -> int:
+        command = [sys.executable, "-c", TINY, how, "--out", str(tmp_path / "out"), *options]
+        with (tmp_path / "log").open("w") as log:  # the thin network's process would hold a pipe open
+            return subprocess.run(command, cwd=tmp_path, stdout=log, stderr=log, check=False).returncode
+
+    assert run("kill") == -signal.SIGKILL, (tmp_path / "log").read_text()
+    _, header = fileformat.read(tmp_path / "out" / "checkpoint" / training.STATE_FILE, "training")
+    assert [row["phase"] for row in header["history"]] == ["pretrain", "agent"]
+    assert not (tmp_path / "out" / "report.json").exists()
+    assert run("finish", "--resume") == 0, (tmp_path / "log").read_text()
+    values = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert values["training"][:2] == header["history"]  # to the second: neither was trained again
+    steps = [(row["phase"], row["steps"]) for row in values["training"]]
+    assert steps == [("pretrain", 8), ("agent", 4), ("finetune", 5), ("agent", 4), ("thin network", 6)]
+    assert {row["kind"] for row in values["budgets"]} == {"full", "agent", "uniform", "thin"}
+    assert "Targets:" in (tmp_path / "log").read_text() and (tmp_path / "out" / "index.html").exists()
+
+
 def test_the_phases_share_the_time_asked_for() -> None:
     plan = full_plan(6.0)
     seconds = [length.seconds for length in plan.lengths]
@@ -155,16 +206,43 @@ def test_the_phases_share_the_time_asked_for() -> None:
     assert len(plan.targets) + 1 >= 5 and max(plan.targets) == 5.0
 
 
-@pytest.mark.parametrize("text", ["1,2,3", "1,2,3,4,x", "1,2,3,4,-5"])
-def test_wrong_steps_are_refused_before_anything_runs(text: str, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="--steps takes"):
-        cli.main(["demo", "--quick", "--steps", text, "--out", str(tmp_path / "out")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "1,2,3"], "--steps takes 5 numbers of steps, each at least 1, got '1,2,3'"),
+        (["--steps", "1,2,3,4,x"], "--steps takes 5 numbers of steps, each at least 1, got '1,2,3,4,x'"),
+        (["--steps", "1,2,3,4,-5"], "--steps takes 5 numbers of steps, each at least 1, got '1,2,3,4,-5'"),
+        (["--steps", "1,2,0,4,5"], "--steps takes 5 numbers of steps, each at least 1, got '1,2,0,4,5'"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--threads", "-1"], "--threads must be at least 1, got -1"),
+        (["--seed", "-1"], "--seed must lie in 0…4294967295, got -1"),
+        (["--seed", str(2**64)], "--seed must lie in 0…4294967295, got 18446744073709551616"),
+        (["--minutes", "nan"], "--minutes must be a positive number, got nan"),
+        (["--minutes", "inf"], "--minutes must be a positive number, got inf"),
+        (["--minutes", "0"], "--minutes must be a positive number, got 0.0"),
+        (["--minutes", "-6"], "--minutes must be a positive number, got -6.0"),
+        (["--minutes", "0.5"], "--minutes must leave time to train, at least 1.2, got 0.5"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_runs(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"rnp demo: error: {message}\n"
     assert not (tmp_path / "out").exists()
 
 
-def test_too_few_minutes_are_refused() -> None:
-    with pytest.raises(SystemExit, match="--minutes must leave time to train"):
-        full_plan(0.5)
+def test_a_checkpoint_of_other_arguments_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*arguments: Any) -> None:
+        raise CheckpointError("training.safetensors: of another setting: seed is 1 in the file and 2 here")
+
+    monkeypatch.setattr(demo, "make_scenes", lambda plan, seed: {})
+    monkeypatch.setattr(demo, "train_both", refused)
+    assert cli.main(["demo", "--quick", "--resume", "--out", str(tmp_path)]) == 2
+    expected = "--resume: training.safetensors: of another setting: seed is 1 in the file and 2 here"
+    assert capsys.readouterr().err == f"rnp demo: error: {expected}\n"
 
 
 def test_the_command_of_a_timed_run_gives_its_lengths_in_steps() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,3 +152,56 @@ def test_the_network_is_left_as_it_was(pruned: rnp.PrunedNetwork) -> None:
 def test_no_images(pruned: rnp.PrunedNetwork) -> None:
     with pytest.raises(ValueError, match="gave no images"):
         rnp.evaluate(pruned, [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"max_images": 0}, "max_images must be at least 1, got 0"),
+        ({"max_images": -1}, "max_images must be at least 1, got -1"),
+        ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"timing_batches": -1}, "timing_batches must be at least 0, got -1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_wrong_numbers_are_refused_before_the_loader_is_asked(
+    pruned: rnp.PrunedNetwork, settings: dict[str, int], rule: str
+) -> None:
+    class Untouched:
+        def __iter__(self) -> None:
+            raise AssertionError("it was asked")
+
+    with pytest.raises(ValueError, match=rule):
+        rnp.evaluate(pruned, Untouched(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "rule"),
+    [
+        (lambda x, y: (x, y[:, None]), ValueError, r"labels must have shape \(N,\) = \(16,\), got \(16, 1\)"),
+        (lambda x, y: (x, y[:1]), ValueError, r"labels must have shape \(N,\) = \(16,\), got \(1,\)"),
+        (lambda x, y: (x, y[0]), ValueError, r"labels must have shape \(N,\) = \(16,\), got \(\)"),
+        (lambda x, y: (x, nn.functional.one_hot(y, 3)), ValueError, r"got \(16, 3\)"),
+        (lambda x, y: (x, y.float()), TypeError, "labels must be integers, got torch.float32"),
+        (lambda x, y: (x, y > 0), TypeError, "labels must be integers, got torch.bool"),
+        (lambda x, y: x, TypeError, "must yield pairs of tensors, images and labels, got Tensor"),
+        (lambda x, y: (x, y.tolist()), TypeError, "got tuple of Tensor, list"),
+        (lambda x, y: {"images": x, "labels": y}, TypeError, "got dict"),
+    ],
+)
+def test_labels_that_do_not_fit_are_named(
+    pruned: rnp.PrunedNetwork, change: Any, error: type[Exception], rule: str
+) -> None:
+    pruned.policy = agent = rnp.Agent(pruned.feature_sizes, 4)
+    agent.epsilon = 0.5
+    pruned.train()
+    with pytest.raises(error, match=rule):
+        rnp.evaluate(pruned, [change(x, y) for x, y in loader(16)], timing_batches=0)
+    assert (agent.epsilon, pruned.training) == (0.5, True)
+
+
+def test_a_network_that_does_not_classify_is_named() -> None:
+    layers = [nn.Conv2d(channels, 8, 3, padding=1) for channels in (3, 8, 8)]
+    maps = rnp.convert(nn.Sequential(*layers).eval(), torch.zeros(1, 3, 6, 6))
+    with pytest.raises(ValueError, match=r"must answer \(N, classes\), got \(16, 8, 6, 6\)"):
+        rnp.evaluate(maps, loader(16), timing_batches=0)

@@ -129,6 +129,24 @@ def test_a_signal_leaves_a_usable_state(number: int, exception: type[BaseExcepti
     rnp.fileformat.read(tmp_path / training.STATE_FILE, "training")
 
 
+@pytest.mark.parametrize(("number", "exception"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize("at", range(5), ids="after phase {}".format)
+def test_a_signal_during_a_validation_stops_the_run_with_its_phase_saved(
+    at: int, number: int, exception: type[BaseException], tmp_path: Path, uninterrupted: dict[str, Tensor]
+) -> None:
+    """Also during the last one, when no batch is left before which it could be looked at."""
+    validation, settings = toy.Loader(16, number=number, at=at), {"validation_batches": 1, "checkpoint_dir": tmp_path}
+    with pytest.raises(exception):
+        rnp.train(toy.network(), toy.Loader(), validation, toy.config(**settings))
+    assert validation.served == at + 1
+    _, header = rnp.fileformat.read(tmp_path / training.STATE_FILE, "training")
+    assert (header["phase_index"], header["inside"]) == (at + 1, False)
+    assert (tmp_path / training.NETWORK_FILE).exists() == (at == 4)
+    resumed = toy.Loader()
+    assert_same(uninterrupted, toy.train(resumed, resume=True, **settings))
+    assert (resumed.served == 0) == (at == 4)
+
+
 def test_the_callers_generators_are_left_alone() -> None:
     pruned = toy.network()
     torch.manual_seed(1)
@@ -244,6 +262,7 @@ def test_what_cannot_be_trained_on_is_named() -> None:
     [
         ({"penalty": 0.1}, "penalty must not be positive"),
         ({"epsilon_end": 2.0}, "epsilon_end must lie in 0…1, got 2.0"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
         ({"replay": 0}, "replay must be at least 1"),
         ({"resume": True}, "resume needs checkpoint_dir"),
         ({"lr": 0.0}, "lr must be positive"),
@@ -258,7 +277,12 @@ def test_wrong_settings(settings: dict[str, float], message: str) -> None:
         rnp.TrainConfig(**settings)
 
 
-@pytest.mark.parametrize("lengths", [{}, {"steps": 1, "seconds": 1.0}, {"steps": -1}])
+NEVER = (float("nan"), float("inf"))
+
+
+@pytest.mark.parametrize(
+    "lengths", [{}, {"steps": 1, "seconds": 1.0}, {"steps": -1}, *({"seconds": seconds} for seconds in NEVER)]
+)
 def test_wrong_lengths(lengths: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="Length"):
         rnp.Length(**lengths)

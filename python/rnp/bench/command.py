@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 import time
@@ -18,6 +19,7 @@ from rnp.bench.gate import WrongResult
 from rnp.bench.machine import limits
 from rnp.bench.run import Options, default_threads, measure_jobs, progress
 from rnp.bench.timing import CLOCKS
+from rnp.usage import UsageError, require, writable_folder
 
 PARTS = ("operator", "layer", "network", "training")
 
@@ -45,19 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and report; the exit status: 1 where a result was wrong (nothing is timed then)."""
+    """Measure and report; the exit status: 1 where a result was wrong (nothing is timed then).
+
+    Raises UsageError for arguments that cannot be met, before any work but for `--only` that names no row.
+    """
     threads = tuple(sorted(set(arguments.threads or default_threads())))
-    if min(threads) < 1 or min(arguments.batch) < 1 or arguments.rounds < 1:
-        print("rnp bench: --threads, --batch and --rounds must be at least 1", file=sys.stderr)
-        return 2
-    if arguments.clock == "cpu" and threads != (1,):
-        print(f"rnp bench: --clock cpu needs --threads 1, got {' '.join(map(str, threads))}", file=sys.stderr)
-        return 2
-    if arguments.dtype != "float32" and arguments.part not in ("layer", "training"):
-        print(
-            f"rnp bench: --dtype {arguments.dtype} needs part layer or training, got {arguments.part}", file=sys.stderr
-        )
-        return 2
+    check(arguments, threads)
+    out = writable_folder(arguments.out, "--out")
     dtype = getattr(torch, arguments.dtype)
     seconds, rounds, batches = arguments.seconds, arguments.rounds, tuple(arguments.batch)
     if arguments.quick:
@@ -78,7 +74,6 @@ def run(arguments: argparse.Namespace) -> int:
         results["limits"].append(limits(arguments.clock, dtype).as_dict())
         progress(report.roof(results["limits"][-1]))
     torch.set_num_threads(before)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     try:
         for part in PARTS if arguments.part == "all" else (arguments.part,):
             progress(f"\n{part}: baseline ms ± noise | speed-up over it (share of the theoretical speed-up)")
@@ -87,10 +82,21 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"rnp bench: wrong result, nothing more is measured: {wrong}", file=sys.stderr)
         return 1
     if not results["rows"]:
-        print(f"rnp bench: no row's name contains {arguments.only!r}", file=sys.stderr)
-        return 2
+        raise UsageError(f"no row's name contains {arguments.only!r}")
     results["environment"]["load_after"] = environment()["load"]
     results["seconds"] = time.monotonic() - start
-    report.write(results, arguments.out)
-    progress("\n" + report.closing(results, arguments.out))
+    report.write(results, out)
+    progress("\n" + report.closing(results, out))
     return 0
+
+
+def check(arguments: argparse.Namespace, threads: tuple[int, ...]) -> None:
+    """Raise UsageError for a number out of its range, or for options that exclude each other."""
+    for name, least in (("threads", min(threads)), ("batch", min(arguments.batch)), ("rounds", arguments.rounds)):
+        require(least >= 1, f"--{name} must be at least 1", least)
+    require(0 <= arguments.seconds < math.inf, "--seconds must be a number, not negative", arguments.seconds)
+    if arguments.clock == "cpu":
+        require(threads == (1,), "--clock cpu needs --threads 1", " ".join(map(str, threads)))
+    if arguments.dtype != "float32":
+        rule = f"--dtype {arguments.dtype} needs part layer or training"
+        require(arguments.part in ("layer", "training"), rule, arguments.part)
