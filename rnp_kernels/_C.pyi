@@ -43,6 +43,15 @@ def training_path(
     groups: int,
     channels_last: bool,
 ) -> int: ...
+def onednn_is_right(
+    input: Sequence[int],
+    weight: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    dtype: str,
+) -> bool: ...
 def our_gradients(
     input: Sequence[int],
     weight: Sequence[int],

@@ -110,13 +110,23 @@ def _rule(_isa: str, *layer: Any) -> tuple[bool, bool]:
     return _C.our_gradients(*layer)
 
 
+@functools.lru_cache(1024)
+def _right(*layer: Any) -> bool:
+    return _C.onednn_is_right(*layer, "bfloat16")
+
+
 def _bfloat16(
     input: Tensor, weight: Tensor, stride: int | Sequence[int], padding: int | Sequence[int] | str,
     dilation: int | Sequence[int], groups: int,
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:  # fmt: skip
-    """torch.conv2d of tensors like these, with the gradients that are faster by our kernels; None where none is."""
+    """torch.conv2d of tensors like these, with the gradients that are faster by our kernels; None where none is.
+
+    Where oneDNN would leave parts of the output unwritten, `prefix_conv2d`.
+    """
     strides, dilations = pair(stride, "stride"), pair(dilation, "dilation")
     paddings = four_paddings(padding, tuple(weight.shape[2:]), strides, dilations)
+    if not _right(tuple(input.shape[1:]), tuple(weight.shape), strides, paddings, dilations, groups):
+        return lambda input, weight, bias: prefix_conv2d(input, weight, bias, strides, paddings, dilations, groups)
     ours = our_gradients(input, weight, strides, paddings, dilations, groups)
     if not any(ours):
         return None

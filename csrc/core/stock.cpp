@@ -136,15 +136,23 @@ bool trains_faster(const ConvShape& s, bool channels_last) {
   return !channels_last;
 }
 
-// Whether oneDNN (3.10) gives a sample the same bits in every batch and on any number of threads, and the right ones.
-// Found with random shapes; tests/test_prefix_conv2d_invariance.py holds one of each kind.
+Stock fastest_path(const ConvShape& s, DType dtype, bool channels_last, StockBFloat16 ours);
+
+}  // namespace
+
+// oneDNN 3.10, found with random shapes: on AMX parts of the output are never written (128 -> 128, 3x3 in steps of two
+// on 28x1). tests/test_prefix_conv2d_invariance.py holds some of each kind, these and those below.
+bool onednn_is_right(const ConvShape& s, DType dtype) {
+  const bool product = s.kh * s.kw * s.stride_h * s.stride_w == 1;
+  return dtype == DType::kFloat32 || product || (s.out_h > 1 && s.out_w > 1);
+}
+
+namespace {
+
+// Whether oneDNN gives a sample the same bits in every batch and on any number of threads.
 bool onednn_is_steady(const ConvShape& s, DType dtype, bool channels_last) {
-  const bool product = s.kh * s.kw * s.stride_h * s.stride_w == 1, line = s.out_h == 1 || s.out_w == 1;
-  if (dtype != DType::kFloat32) {
-    // Outputs of one column or row, in steps or of dilated kernels: on AMX parts of them are never written (128 -> 128,
-    // 3x3 in steps of two on 28x1). In steps on tiny maps the algorithm depends on the batch.
-    if (!product && (line || (s.stride_h * s.stride_w > 1 && s.out_h * s.out_w <= 16))) return false;
-  }
+  // In steps on tiny maps.
+  if (dtype != DType::kFloat32 && s.stride_h * s.stride_w > 1 && s.out_h * s.out_w <= 16) return false;
   // Kernels as large as the map.
   const int64_t rows = (s.kh - 1) * s.dilation_h + 1, cols = (s.kw - 1) * s.dilation_w + 1;
   if (s.kh * s.kw > 1 && (rows >= s.h + s.pad_top || cols >= s.w + s.pad_left)) return false;
@@ -154,10 +162,8 @@ bool onednn_is_steady(const ConvShape& s, DType dtype, bool channels_last) {
   if (channels_last && s.kh * s.kw > 1) return true;
   const bool padded = 2 * s.pad_top < rows && 2 * s.pad_left < cols;
   const bool whole = (s.group_in() % 8 == 0 || (s.group_in() == 1 && padded)) && s.group_out() % 8 == 0;
-  return s.kh * s.kw > 1 && !line && whole;
+  return s.kh * s.kw > 1 && s.out_h > 1 && s.out_w > 1 && whole;
 }
-
-Stock fastest_path(const ConvShape& s, DType dtype, bool channels_last, StockBFloat16 ours);
 
 }  // namespace
 
@@ -169,7 +175,8 @@ void set_stock_dtypes(bool float32, StockBFloat16 bfloat16, bool float16) {
 
 Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, StockBFloat16 ours) {
   const Stock path = fastest_path(s, dtype, channels_last, ours);
-  return path == Stock::kOneDnn && !onednn_is_steady(s, dtype, channels_last) ? Stock::kNone : path;
+  const bool usable = onednn_is_right(s, dtype) && onednn_is_steady(s, dtype, channels_last);
+  return path == Stock::kOneDnn && !usable ? Stock::kNone : path;
 }
 
 namespace {

@@ -26,6 +26,9 @@ void set_stock_dtypes(bool float32, StockBFloat16 bfloat16, bool float16);
 // `ours`: how our kernels multiply bfloat16 in this layer (cpu::bfloat16_in_use).
 Stock stock_path(const ConvShape& shape, DType dtype, bool channels_last, StockBFloat16 ours);
 
+// Whether oneDNN, and so torch, computes this layer as it should.
+bool onednn_is_right(const ConvShape& shape, DType dtype);
+
 // The same for a step of training: forward and both gradients, float32, full width. bench/dropin.py --training measures
 // it. kOneDnn: as torch chooses, which is oneDNN but for small samples alone.
 Stock training_path(const ConvShape& shape, bool channels_last);
