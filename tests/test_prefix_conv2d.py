@@ -125,3 +125,18 @@ def test_offsets_beyond_32_bits(layout: str) -> None:
     assert torch.equal(corner.sum((1, 2)), 9 * torch.arange(1.0, 1 + channels))
     assert not corner[:, 0].any() and not corner[:, :, 0].any()
     assert not y[0, :, -4:, -4:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_bias_need_not_be_contiguous(groups: int, dtype: torch.dtype) -> None:
+    """Layers of the stock path too, which takes it for an array; samples of full width in a mixed batch likewise."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 64, 57, 57, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(64, 64 // groups, 3, 3, dtype=dtype)
+    mixed = torch.tensor([64, 32, 64], dtype=torch.int32)
+    for bias in (torch.randn(128, dtype=dtype)[::2], torch.randn(1, dtype=dtype).expand(64)):
+        for out_prefix in (None, mixed):
+            arguments = {"padding": 1, "groups": groups, "out_prefix": out_prefix}
+            expected = rnp_kernels.prefix_conv2d(x, weight, bias.contiguous(), **arguments)
+            assert torch.equal(rnp_kernels.prefix_conv2d(x, weight, bias, **arguments), expected)

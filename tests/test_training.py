@@ -239,3 +239,22 @@ def test_wrong_calls_are_refused_by_name() -> None:
         call(grad, x, torch.empty(40, 24, 3, 3, dtype=torch.half), *geometry)
     with pytest.raises(RuntimeError, match="conv2d_weight_grad: all tensors must have grad_output's dtype"):
         call(grad, x.bfloat16(), torch.empty(40, 24, 3, 3), *geometry)
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
+def test_layers_that_onednn_computes_wrongly_are_ours(autocast: bool) -> None:
+    """Outputs of one column, in steps of two: on AMX oneDNN leaves some unwritten."""
+    dtype = torch.float32 if autocast else torch.bfloat16
+    torch.manual_seed(0)
+    module = rnp_kernels.PrefixConv2d(48, 64, 3, 2, 1, dtype=dtype)
+    x = torch.randn(4, 48, 28, 1, dtype=dtype)
+    weight, bias = (p.detach().double().requires_grad_() for p in (module.weight, module.bias))
+    exact = F.conv2d(x.double(), weight, bias, 2, 1)
+    (gradient,) = torch.autograd.grad(exact.square().sum(), weight)
+    for function in (module, module, lambda x: training.conv2d(x, module.weight, module.bias, 2, 1)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = function(x)
+        assert y.dtype is torch.bfloat16
+        got = torch.autograd.grad(y.float().square().sum(), module.weight)[0]
+        assert (got.double() - gradient).norm() <= 0.02 * gradient.norm()
+        assert (y.double() - exact).norm() <= 0.01 * exact.norm()

@@ -74,6 +74,7 @@ struct Call {
     const ConvShape& s = p.shape;
     const bool narrow = p.in_prefix || p.out_prefix;
     if (p.dtype == DType::kFloat64) return false;
+    if (!onednn_is_right(s, p.dtype)) return true;
     if (s.groups > 1 && (!narrow || std::min(s.group_in(), s.group_out()) < 8)) return false;
     if (p.dtype == DType::kFloat32 || narrow) return true;
     return p.dtype == DType::kBFloat16 && wins(s, p.grad_output_stride.c == 1, bfloat16_in_use(s, p.dtype));
