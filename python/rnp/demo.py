@@ -72,6 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"stopped; `rnp demo --out {shlex.quote(str(out))} --resume` (with the same options) goes on from here")
         raise
     except CheckpointError as error:
+        if not arguments.resume:
+            raise
         raise UsageError(f"--resume: {error}") from error
     finally:
         torch.set_num_threads(threads_before)

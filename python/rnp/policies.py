@@ -119,7 +119,7 @@ class Fixed:
         if self.least < 1 or self.largest > network.groups:
             raise ValueError(f"Fixed: actions must lie in 1…{network.groups}, got {self.least}…{self.largest}")
         state = self._by_layer.on(device).expand(depth, batch_size).contiguous()
-        return state if actions.is_cpu else state.clamp_(1, network.groups)
+        return state if actions.is_cpu else state.clamp(1, network.groups)
 
     def act(self, layer: int, features: Tensor | None, state: Any) -> tuple[Tensor, Any]:
         return state[layer], state
