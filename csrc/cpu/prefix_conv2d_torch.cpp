@@ -139,7 +139,6 @@ void read_table(const char* name, const OptionalTensor& t, DType dtype, int64_t 
   if (t->dim() == 2) {
     STD_TORCH_CHECK(have_row, kOp, ": a table of ", name, " needs `row`, which names each sample's line; got ",
                     text(*t));
-    STD_TORCH_CHECK(rows > 0, kOp, ": a table of ", name, " must have a line at least; got ", text(*t));
     out.rows = rows;
     out.row_stride = channels;
   }
@@ -230,6 +229,9 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
                   ": tables of scale and bias must have the same number of lines; got ", scale_table.rows, " and ",
                   bias_table.rows);
   const int64_t lines = std::max(scale_table.rows, bias_table.rows);
+  for (const OptionalTensor* t : {&scale, &bias})
+    STD_TORCH_CHECK(s.n == 0 || !*t || (*t)->dim() == 1 || (*t)->size(0) > 0, kOp,
+                    ": tables of scale and bias must have a line at least; got ", text(**t));
   const std::vector<int32_t> rows = checked_indices(kOp, "row", row, s.n, lines > 0 ? lines - 1 : INT32_MAX);
 
   const bool last = is_channels_last(input) || is_channels_last(weight);

@@ -112,7 +112,7 @@ def test_actions_out_of_range_raise(nets):
 
     network = make(nets, "vgg")
     network.policy = Wrong()
-    with pytest.raises(ValueError, match="actions of Wrong for decision 0 .* must lie in 1…4, got 5…5"):
+    with pytest.raises(ValueError, match=r"actions of Wrong for decision 0 .* must lie in 1…4, got 5…5"):
         network(images())
 
 
