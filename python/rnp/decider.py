@@ -81,7 +81,7 @@ class Decider:
         check_range(action, groups, who)
         if not action.is_cpu:
             action = action.clamp(1, groups)
-        return action.to(torch.int32)
+        return action.to(torch.int32, copy=True)  # the policy may write its next answer over this one
 
     def trace(self) -> Trace:
         return trace_of(self.network, torch.stack(self.taken, 1), self.features if self.want_features else None)

@@ -73,7 +73,7 @@ def make_functional(graph: fx.Graph, model: nn.Module, example: Tensor) -> dict[
     for node, write in writes.items():
         rewriter.rewrite(node, write)
     for module in model.modules():
-        if getattr(module, "inplace", False):
+        if vars(module).get("inplace", False):
             module.inplace = False
     graph.lint()
     return {node.name: write.kind for node, write in writes.items()}

@@ -120,6 +120,25 @@ class Answers:
         return self.answer, state
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_policy_may_reuse_its_tensor(network, training, dtype):
+    class Reuses:
+        needs_features = False
+        answer = torch.zeros(5, dtype=dtype)
+
+        def start(self, *_):
+            return None
+
+        def act(self, decision, features, state):
+            return self.answer.fill_(1 + decision % 3), state
+
+    network.train(training)
+    network.policy = Reuses()
+    _, trace = network(images(5), return_trace=True)
+    assert trace.actions[0].tolist() == [1 + decision % 3 for decision in range(len(network.layers))]
+
+
 @pytest.mark.parametrize("cap", [None, 0.9], ids=["no cap", "cap"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8], ids=str)
