@@ -174,7 +174,7 @@ def _training_path(
     if dtypes != {torch.float32}:
         return CONV2D if path == CONV2D else OURS
     wanted = float32_training_path(input, weight, stride, padding, dilation, conv.groups)
-    if wanted != ONEDNN or (tuple(weight.shape[2:]) == (1, 1) and conv.groups == 1):
+    if wanted != ONEDNN or tuple(weight.shape[2:]) == (1, 1):  # conv2d chooses for 1x1 by the batch and the threads
         return wanted
     alone, among = (_torchs_backend(conv, n, input, weight, stride, padding, dilation) for n in (1, 2))
     if alone == among:

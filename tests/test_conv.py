@@ -285,3 +285,23 @@ def test_meta_device() -> None:
     conv = PrefixConv2d(4, 6, 3, device="meta")
     y = conv(torch.empty(2, 4, 8, 8, device="meta"))
     assert y.shape == (2, 6, 6, 6) and y.device.type == "meta" and conv.packed_weight() is None
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize(
+    ("c_in", "size", "c_out", "kernel", "stride", "groups"),
+    [(96, 16, 16, 1, 1, 2), (128, 1, 128, 1, 1, 2), (64, 8, 256, 1, 1, 2), (256, 4, 64, 7, 2, 1), (32, 8, 32, 3, 1, 1)],
+)
+def test_with_gradients_neither_batch_nor_threads_show_in_the_bits(
+    c_in: int, size: int, c_out: int, kernel: int, stride: int, groups: int, last: bool, threads: None
+) -> None:
+    """Around 16 samples, one thread and several, torch.conv2d changes its mind."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    torch.manual_seed(0)
+    conv = PrefixConv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups).to(memory_format=layout)
+    x = torch.randn(20, c_in, size, size).contiguous(memory_format=layout)
+    outputs = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        outputs += [conv(x)[:1], conv(x[:4])[:1], conv(x[:1])]
+    assert all(torch.equal(y, outputs[0]) for y in outputs)
