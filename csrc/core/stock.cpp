@@ -157,12 +157,12 @@ bool onednn_is_steady(const ConvShape& s, DType dtype, bool channels_last) {
   const int64_t rows = (s.kh - 1) * s.dilation_h + 1, cols = (s.kw - 1) * s.dilation_w + 1;
   if (s.kh * s.kw > 1 && (rows >= s.h + s.pad_top || cols >= s.w + s.pad_left)) return false;
   if (s.groups == 1 || (s.group_in() == 1 && s.group_out() == 1)) return true;
-  // Grouped products, and groups that are no whole vectors, are products over unfolded inputs, which share out K or the
-  // positions by the batch.
+  // Groups that are no whole vectors are products over unfolded inputs, which share out K or the positions by the
+  // batch.
   if (channels_last) return true;
   const bool padded = 2 * s.pad_top < rows && 2 * s.pad_left < cols;
   const bool whole = (s.group_in() % 8 == 0 || (s.group_in() == 1 && padded)) && s.group_out() % 8 == 0;
-  return s.kh * s.kw > 1 && s.out_h > 1 && s.out_w > 1 && whole;
+  return s.out_h > 1 && s.out_w > 1 && whole;
 }
 
 }  // namespace
