@@ -116,8 +116,6 @@ class PrefixConv2d(nn.Conv2d):
         out_prefix: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """An eager call on the CPU, with what this module keeps for it."""
-        if bias is not None and not bias.is_contiguous():
-            bias = bias.contiguous()  # oneDNN would read it as though it were
         if in_prefix is None and out_prefix is None and needs_autograd(input, weight, bias):
             call = training.module_call(input, weight, bias, self.stride, padding, self.dilation, self.groups)
             if call is not None:

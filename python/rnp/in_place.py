@@ -72,14 +72,18 @@ def make_functional(graph: fx.Graph, model: nn.Module, example: Tensor) -> dict[
     rewriter = Rewriter(graph, model)
     for node, write in writes.items():
         rewriter.rewrite(node, write)
-    for module in model.modules():
-        if vars(module).get("inplace", False):
-            module.inplace = False
+    for name in flagged(model):
+        model.get_submodule(name).inplace = False
     graph.lint()
     return {node.name: write.kind for node, write in writes.items()}
 
 
 # -- finding -------------------------------------------------------------------------------------------------------
+
+
+def flagged(model: nn.Module) -> list[str]:
+    """Names of the modules whose `inplace` flag is on, and can be turned off."""
+    return [name for name, module in model.named_modules() if vars(module).get("inplace", False)]
 
 
 def written_by(node: fx.Node) -> Any:

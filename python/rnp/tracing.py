@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .in_place import OPERATORS, Kind, kind_of, make_functional, refusal, state, tensors_in
+from .in_place import OPERATORS, Kind, flagged, kind_of, make_functional, refusal, state, tensors_in
 from .plan import version_of
 
 Shape = tuple[int, ...]
@@ -105,7 +105,7 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
             raise ValueError(
                 f"rnp.convert: forward() must leave the model as it is, and {type(model).__name__} writes into {name!r}"
             )
-    in_place = [name for name, module in model.named_modules() if getattr(module, "inplace", False)]
+    in_place = flagged(model)
     view_as_reshape(graph)
     with torch.inference_mode(False), torch.no_grad():  # inference tensors do not count what is written into them
         kinds = make_functional(graph, model, example.clone())

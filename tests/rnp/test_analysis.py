@@ -114,16 +114,9 @@ CASES: dict[str, tuple[type[Masked], int]] = {  # the network, and the images in
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_networks_are_themselves_with_masks(case, dtype):
-    torch.manual_seed(0)
-    kind, examples = CASES[case]
-    model, x = kind().eval().to(dtype), torch.randn(6, 3, 10, 10, dtype=dtype)
-    network = rnp.convert(model, x[:examples], K)
-    assert len(network.layers) == model.depth
-    tolerance = TOLERANCE[dtype]
-    path = [2, 3]
+def equals_the_masked_network(network: rnp.PrunedNetwork, model: Masked, x: Tensor) -> None:
+    """At full width, on one path and under mixed actions, with gradients and without, and by forward_path."""
+    tolerance, path = TOLERANCE[x.dtype], [2, 3]
     drawn = torch.randint(1, K + 1, (6, 2), generator=torch.Generator().manual_seed(2))
     for actions in (torch.full((6, 2), K), torch.tensor([path] * 6), drawn):
         network.policy = rnp.policies.Fixed(actions)
@@ -132,9 +125,20 @@ def test_networks_are_themselves_with_masks(case, dtype):
             torch.testing.assert_close(network(x), expected, **tolerance)
         torch.testing.assert_close(network(x), expected, **tolerance)
     torch.testing.assert_close(network.forward_path(x, path), model.masked(x, torch.tensor([path] * 6)), **tolerance)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_networks_are_themselves_with_masks(case, dtype):
+    torch.manual_seed(0)
+    kind, examples = CASES[case]
+    model, x = kind().eval().to(dtype), torch.randn(6, 3, 10, 10, dtype=dtype)
+    network = rnp.convert(model, x[:examples], K)
+    assert len(network.layers) == model.depth
+    equals_the_masked_network(network, model, x)
     network.policy = rnp.policies.FullWidth()
     with torch.no_grad():
-        torch.testing.assert_close(network(x), model(x), **tolerance)
+        torch.testing.assert_close(network(x), model(x), **TOLERANCE[dtype])
 
 
 class SharedNorm(Masked):
@@ -166,19 +170,10 @@ def test_a_shared_batchnorm_takes_full_width_where_nothing_is_pruned(nets, dtype
     torch.manual_seed(0)
     model, x = nets.randomised(SharedNorm()).eval().to(dtype), torch.randn(6, 3, 10, 10, dtype=dtype)
     network = rnp.convert(model, x[:1], K)
-    tolerance = TOLERANCE[dtype]
     with torch.no_grad():
-        torch.testing.assert_close(network(x), model(x), **tolerance)
+        torch.testing.assert_close(network(x), model(x), **TOLERANCE[dtype])
     model.rows = nets.randomised(network.backbone, seed=3).bn  # every row its own values
-    path = [2, 3]
-    drawn = torch.randint(1, K + 1, (6, 2), generator=torch.Generator().manual_seed(2))
-    for actions in (torch.full((6, 2), K), torch.tensor([path] * 6), drawn):
-        network.policy = rnp.policies.Fixed(actions)
-        expected = model.masked(x, actions)
-        with torch.no_grad():
-            torch.testing.assert_close(network(x), expected, **tolerance)
-        torch.testing.assert_close(network(x), expected, **tolerance)
-    torch.testing.assert_close(network.forward_path(x, path), model.masked(x, torch.tensor([path] * 6)), **tolerance)
+    equals_the_masked_network(network, model, x)
 
 
 @pytest.mark.parametrize("path", [None, [K, K]])

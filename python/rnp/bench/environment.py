@@ -32,16 +32,15 @@ def processor() -> str:
 def commit() -> str | None:
     """The commit of the checkout that this package runs from, "-dirty" where files differ; or that it was built from,
     if it is installed. None where there was none (an sdist)."""
-    folder = Path(__file__).resolve().parent
+    built, folder = _C.build_info()["commit"], Path(__file__).resolve().parent
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, cwd=folder
         )
         tracked = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], capture_output=True, cwd=folder)
     except OSError:
-        return _C.build_info()["commit"]
-    here = described.returncode == tracked.returncode == 0
-    return described.stdout.strip() if here else _C.build_info()["commit"]
+        return built
+    return described.stdout.strip() if described.returncode == tracked.returncode == 0 else built
 
 
 def version_of(package: str) -> str | None:
