@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 PART = "layer"
-SIDES = ("prepacked", "eager", "onnxruntime", "openvino", "full", "direct full", "3/4", "1/2", "1/4", "mixed")
+WIDTHS = ("3/4", "1/2", "1/4", "mixed")
+RIVALS = tuple(f"{rival} {width}" for width in ("1/2", "mixed") for rival in ("masked", "slices", "per width"))
+SIDES = ("prepacked", "eager", "onnxruntime", "openvino", "full", "direct full", *WIDTHS, *RIVALS)
 
 
 def test_layer(timed: Callable[[], None]) -> None:

@@ -17,6 +17,7 @@ SIDES = (
     "masked mixed",
     "slices mixed",
     "per width mixed",
+    *(f"{eighths}/8" for eighths in (7, 5, 3, 1)),
 )
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+import rnp
+import rnp_kernels
 from rnp import cli
-from rnp.bench import command, gate, machine, report, rivals, timing
+from rnp.bench import command, gate, machine, models, network_rivals, report, rivals, timing
 from rnp.bench import run as bench_run
 from rnp.bench.layers import BY_NAME, LAYERS, Layer
 from rnp.bench.parts import layer, network, operator, training
@@ -121,7 +123,8 @@ def test_a_run_restores_the_threads_and_only_runs_what_was_asked_for():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_training_step_is_checked_and_timed(dtype: torch.dtype):
     case = training.step_case(Layer("small", 16, 8, 32, 3), 4, dtype)
-    assert {"eager", "full", "3/4", "1/2", "1/4", "mixed", "masked 1/2", "masked mixed"} == set(case.sides)
+    others = {f"{rival} {width}" for rival in ("masked", "slices") for width in ("1/2", "mixed")}
+    assert {"eager", "full", "3/4", "1/2", "1/4", "mixed"} | others == set(case.sides)
     gradients = case.sides["1/2"].run()
     assert gradients[1].shape == (4, 16, 8, 8) and gradients[1][:, 8:].abs().sum() == 0
 
@@ -209,3 +212,17 @@ def test_a_wrong_result_ends_the_run_without_a_report(
     assert cli.main(["bench", "layer", "--quick", "--threads", "1", "--out", str(tmp_path)]) == 1
     assert "wrong result, nothing more is measured: tiny, full" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", list(network_rivals.OPERATORS))
+def test_rivals_compute_a_pruned_network(name: str):
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = images.to(memory_format=torch.channels_last)
+    pruned = rnp.convert(models.initialised(models.ResNet(models.BasicBlock, (1, 1, 1, 1), classes=10)), images[:1])
+    for actions in (torch.tensor([[1, 4, 2, 1], [4, 3, 1, 2], [2, 2, 2, 3]]), torch.full((3, 4), 2)):
+        pruned.policy = rnp.policies.Fixed(actions)
+        with torch.inference_mode(), rnp_kernels.backend("reference"):
+            expected = pruned(images)
+        gate.require_close(name, network_rivals.rival(pruned, images, name)(), expected, network.LIMIT)
+    with pytest.raises(ValueError, match=f"{name}: a convolution without groups"):
+        network_rivals.rival(pruned.double(), images.double(), name)()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rnp_kernels import _C
 
-GROUPS = 4  # the widths that are measured: actions 1…4 of 4 groups
+GROUPS = 4  # of mixed batches: actions 1…4 of 4 groups
 
 
 @dataclass(frozen=True)
@@ -61,22 +61,23 @@ class Layer:
         return x.to(dtype).contiguous(memory_format=torch.channels_last), (w / fan_in**0.5).to(dtype)
 
     def widths(self, batch: int, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
-        """(in_prefix, out_prefix) of 3/4, 1/2 and 1/4; from batch 2 also of mixed batches:
+        """(in_prefix, out_prefix) of every eighth below 1 (a layer of few channels: rounded up); from batch 2 also of
+        mixed batches, in quarters:
 
         ``mixed``: widths drawn at random; ``skewed``: three samples in four at 1/4, the others full; ``outlier``: one
         sample full, the others at 1/4. An input of fewer than 4 channels stays whole.
         """
 
-        def channels(actions: Tensor, count: int) -> Tensor:
-            return -(-actions * count // GROUPS) if count >= GROUPS else torch.full_like(actions, count)
+        def channels(eighths: Tensor, count: int) -> Tensor:
+            return -(-eighths * count // 8) if count >= GROUPS else torch.full_like(eighths, count)
 
-        chosen = {str(Fraction(a, GROUPS)): (torch.full((batch,), a), torch.full((batch,), a)) for a in (3, 2, 1)}
+        chosen = {str(Fraction(a, 8)): (torch.full((batch,), a), torch.full((batch,), a)) for a in range(7, 0, -1)}
         if batch > 1:
             draw = torch.randint(1, GROUPS + 1, (2, batch), generator=torch.Generator().manual_seed(seed))
-            chosen["mixed"] = (draw[0], draw[1])
             skewed, outlier = torch.ones(2, batch, dtype=torch.int64)
             skewed[::4], outlier[batch // 2] = GROUPS, GROUPS
-            chosen |= {"skewed": (skewed, skewed), "outlier": (outlier, outlier)}
+            quarters = {"mixed": (draw[0], draw[1]), "skewed": (skewed, skewed), "outlier": (outlier, outlier)}
+            chosen |= {k: (2 * i, 2 * o) for k, (i, o) in quarters.items()}
         return {k: (channels(i, self.c_in).int(), channels(o, self.c_out).int()) for k, (i, o) in chosen.items()}
 
     def theory(self, in_prefix: Tensor, out_prefix: Tensor) -> float:

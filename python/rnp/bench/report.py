@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import importlib.util
 import json
+import re
 import string
 from importlib import resources
 from pathlib import Path
@@ -70,7 +71,7 @@ def losses(rows: list[Row]) -> list[tuple[str, str]]:
         if full < NOT_SLOWER - noise:
             lost.append((name, f"full width at {full:.2f} of the best stock path (noise {noise:.2f})"))
         for width, share in row["realised"].items():
-            ours = width in ("3/4", "1/2", "1/4") or width.startswith(("mixed", "skewed", "outlier"))
+            ours = re.fullmatch(r"\d/\d", width) or width.startswith(("mixed", "skewed", "outlier"))
             if ours and share < REALISED - noise:
                 lost.append((name, f"width {width} realises {share:.2f} of {row['theory'][width]:.2f}x"))
     return lost

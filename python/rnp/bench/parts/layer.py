@@ -16,7 +16,7 @@ _STOCK = {1: "oneDNN", 2: "gemm"}
 
 
 def jobs(options: Options) -> list[Job]:
-    """Every layer at every batch and number of threads; the runtimes with all threads only."""
+    """Every layer at every batch and number of threads; runtimes and rivals for pruned work with all threads only."""
     chosen = [BY_NAME[name] for name in QUICK] if options.quick else LAYERS
     return [
         job(layer, batch, threads, threads == options.all_threads, options.dtype)
@@ -27,10 +27,11 @@ def jobs(options: Options) -> list[Job]:
 
 
 def job(layer: Layer, batch: int, threads: int, dense: bool = False, dtype: torch.dtype = torch.float32) -> Job:
-    """One layer."""
+    """One layer. ``dense``: with the runtimes, and the rivals at mixed widths (a single sample: at 1/2)."""
 
     def make() -> Case:
-        return convolution(layer, batch, dtype=dtype, dense=dense, threads=threads)
+        rival_widths = ("mixed" if batch > 1 else "1/2",) if dense else ()
+        return convolution(layer, batch, dtype=dtype, dense=dense, threads=threads, rival_widths=rival_widths)
 
     return Job("layer", f"{layer.name} b{batch}", make, threads, facts=facts(layer, batch, dtype))
 

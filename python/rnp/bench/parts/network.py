@@ -1,7 +1,5 @@
-"""Whole networks at 224 x 224: converted, against the model in stock torch, ONNX Runtime and OpenVINO.
-
-The masked and sliced rivals of single layers have no place here: a masked network takes the dense one's time and the
-masks' on top, and nobody slices a whole network sample by sample.
+"""Whole networks at 224 x 224: converted, against the model in stock torch, ONNX Runtime and OpenVINO, and, with mixed
+actions of 3 times, against what others do with them: masks, slices, oneDNN packed for each pair of widths.
 """
 
 from __future__ import annotations
@@ -14,20 +12,21 @@ from torch import Tensor, nn
 import rnp
 import rnp_kernels
 from rnp import stock
-from rnp.bench import models, runtimes
+from rnp.bench import models, network_rivals, runtimes
 from rnp.bench.gate import require_close
 from rnp.bench.rivals import Case, Side
 from rnp.bench.run import Job, Options
 
 GROUPS, PIXELS = 4, 224
 TARGETS = (3.0, 4.0, 5.0, 10.0)  # theoretical speed-ups, mixed actions: the paper's table
+RIVALS_AT = "mixed 3x"
 LIMIT = 1e-4  # relative L2 error of the logits: some fifty layers, each within the gate's limit
 
 
 def jobs(options: Options) -> list[Job]:
-    """Every model at every batch with all threads, and at batch 1 with one."""
+    """Every model at every batch and number of threads."""
     names = ["resnet18"] if options.quick else list(models.MODELS)
-    runs = [(batch, options.all_threads) for batch in options.batches] + [(1, t) for t in options.threads]
+    runs = [(batch, threads) for threads in reversed(options.threads) for batch in options.batches]
     pixels = 64 if options.quick else PIXELS
     return [
         Job("network", f"{name} b{batch}", lambda n=name, b=batch, t=threads: network_case(n, b, t, pixels), threads,
@@ -70,6 +69,11 @@ def network_case(name: str, batch: int, threads: int, pixels: int = PIXELS) -> C
         require_close(f"{case.name}, {side}", run(), expected, LIMIT)
         macs = _bind(lambda images, n=narrow: n(images, return_trace=True)[1].macs, x)().double().mean().item()
         case.sides[side] = Side(run, narrow.dense_macs / macs)
+        if side == RIVALS_AT:
+            for name in network_rivals.OPERATORS:
+                other = network_rivals.rival(narrow, x, name)
+                require_close(f"{case.name}, {name} {side}", other(), expected, LIMIT)
+                case.sides[f"{name} {side}"] = Side(other, case.sides[side].theory)
     return case
 
 

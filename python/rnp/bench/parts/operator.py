@@ -12,6 +12,7 @@ from rnp.bench.rivals import Case, convolution
 from rnp.bench.run import Job, Options
 
 TYPICAL = (Layer("3x3_128", 128, 28, 128, 3), Layer("1x1_256", 256, 14, 256, 1))
+EIGHTHS = Layer("3x3_64", 64, 56, 64, 3)
 CHANNELS = (32, 64, 128, 256, 512)
 BATCHES = (1, 2, 4, 8, 16, 32)
 WIDTHS = ("1/2", "1/4", "mixed", "skewed", "outlier")
@@ -37,6 +38,8 @@ def jobs(options: Options) -> list[Job]:
         threads = most if threads < most < 2 * threads else 2 * threads
     for layer in TYPICAL:
         out.append(_job("bfloat16", layer, 8, most, dtype=torch.bfloat16, widths=("1/2", "mixed")))
+    for threads in options.threads:  # k = 8: groups of 8 channels, half of a vector
+        out.append(_job("eighths", EIGHTHS, 8, threads, widths=("7/8", "3/4", "5/8", "1/2", "3/8", "1/4", "1/8")))
     out.append(_job("overhead", Layer("tiny", 16, 8, 16, 3), 1, 1, widths=("1/2",)))
     return out
 

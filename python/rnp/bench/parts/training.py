@@ -1,4 +1,6 @@
-"""A training step of a layer: forward, and the gradients of input and weight, against torch's dense step."""
+"""A training step of a layer: forward, and the gradients of input and weight, against torch's dense step, with masks
+where it is pruned, and sample by sample on slices. oneDNN packed ahead, ONNX Runtime and OpenVINO have no gradients.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def jobs(options: Options) -> list[Job]:
 
 
 def step_case(layer: Layer, batch: int, dtype: torch.dtype = torch.float32) -> Case:
-    """Torch's dense step, ours at full width, 3/4, 1/2, 1/4 and mixed, and the masked dense step at 1/2 and mixed.
+    """Torch's dense step, ours at full width, 3/4, 1/2, 1/4 and mixed; masks and slices at 1/2 and mixed.
 
     The weights are packed inside the step, since training changes them every time. In bfloat16 full width is what a
     module does: torch's convolution, and either gradient of ours where it is the faster one.
@@ -57,6 +59,13 @@ def step_case(layer: Layer, batch: int, dtype: torch.dtype = torch.float32) -> C
         y = F.conv2d(x if i is None else x * i, w, None, layer.stride, layer.padding, 1, layer.groups)
         return y if o is None else y * o
 
+    def slices(i: Tensor, o: Tensor) -> Tensor:
+        parts = [
+            F.conv2d(x[n : n + 1, :a], w[:b, :a], None, layer.stride, layer.padding)
+            for n, (a, b) in enumerate(zip(i.tolist(), o.tolist(), strict=True))
+        ]
+        return torch.cat([F.pad(part, (0, 0, 0, 0, 0, layer.c_out - part.shape[1])) for part in parts])
+
     def ours(i: Tensor | None = None, o: Tensor | None = None) -> Tensor:
         return rnp_kernels.prefix_conv2d(
             x, w, None, layer.stride, layer.padding, 1, layer.groups, in_prefix=i, out_prefix=o
@@ -78,6 +87,10 @@ def step_case(layer: Layer, batch: int, dtype: torch.dtype = torch.float32) -> C
         case.sides[width] = side
         if width in ("1/2", "mixed"):
             case.sides[f"masked {width}"] = Side(masked, side.theory)
+            if layer.groups == 1:
+                sliced = step(lambda i=i, o=o: slices(i, o))
+                check(f"{case.name}, slices {width}", sliced(), masked())
+                case.sides[f"slices {width}"] = Side(sliced, side.theory)
     return case
 
 
