@@ -27,6 +27,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Python compiles a module when it is first imported: half a minute less for every torch that pip installs, one of which is
 # only there for its headers.
 export PIP_COMPILE := 0
+# And keeps what it compiled, or the dozens of processes that tests start compile torch again, 10 s of each.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(VENV)/bin/python -m pip -qq --no-input
 
 # Whatever ends up in the wheel: when one of these changes, it is built again.
