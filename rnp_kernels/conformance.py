@@ -33,7 +33,7 @@ QUICK = frozenset({
     "empty batch", "empty batch, everything",
 })  # fmt: skip
 QUICK_GRADIENTS = frozenset({
-    "1x1 stride 2", "5x3 strides 2 and 1", "asymmetric padding", "depthwise multiplier", "mixed prefixes",
+    "1x1 stride 2", "5x3 strides 2 and 1", "asymmetric padding", "depthwise multiplier", "mixed, contiguous",
     "prefix, unaligned channels", "everything", "skipped tail, pooled", "empty batch",
 })  # fmt: skip
 QUICK_INVARIANCE = frozenset({"mixed, dilated", "prefix, unaligned channels", "everything", "prefix, depthwise"})
