@@ -5,11 +5,11 @@
 #include <cstring>
 #include <vector>
 
-#include "core/half.h"
 #include "core/packing.h"
 #include "core/processor.h"
 #include "cpu/call.h"
 #include "cpu/epilogue.h"
+#include "cpu/grouped_half.h"
 #include "cpu/grouped_kernels.h"
 #include "cpu/isa.h"
 #include "cpu/plane_geometry.h"
@@ -23,14 +23,6 @@ constexpr int64_t kLargeBytes = int64_t{8} << 20;  // of a call's input and outp
 constexpr int64_t kPlaneBytes = 64 * 1024;         // of planes and sums
 constexpr int64_t kTransposed = 16;                // channels copied at once where they, not columns, are contiguous
 constexpr double kCostOfItem = 2e4;                // about cycles: less is not worth an item of its own
-
-const GroupedKernels& kernels_of(Isa isa) {
-#if defined(__x86_64__)
-  if (isa >= Isa::kAvx512) return avx512_grouped_kernels();
-  if (isa == Isa::kAvx2) return avx2_grouped_kernels();
-#endif
-  return portable_grouped_kernels();
-}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -101,8 +93,8 @@ class GroupedCall {
 
  private:
   LaneRowKernel lane_kernel() const {
-    const bool contiguous = p_.dtype == DType::kFloat32 && p_.input_stride.c == 1 && p_.output_stride.c == 1 &&
-                            (!p_.residual || p_.residual_stride.c == 1);
+    const bool contiguous =
+        p_.input_stride.c == 1 && p_.output_stride.c == 1 && (!p_.residual || p_.residual_stride.c == 1);
     const int64_t width = s_.kw == 3 ? 0 : s_.kw == 5 ? 1 : s_.kw == 7 ? 2 : -1;
     if (!contiguous || width < 0 || s_.stride_w > 2 || s_.dilation_w != 1) return nullptr;
     constexpr int64_t kGroups[kLaneGroups][2] = {{1, 1}, {2, 2}, {4, 4}, {8, 8}, {1, 2}};
@@ -250,10 +242,9 @@ class GroupedCall {
   }
 
   // The live input channels [c0, c1) of the band that begins at output row `row0`, as planes.
-  template <typename T>
-  void copy_planes(const PlaneGeometry& g, int64_t n, int64_t row0, int64_t c0, int64_t c1, float* to) const {
+  void copy(const PlaneGeometry& g, int64_t n, int64_t row0, int64_t c0, int64_t c1, float* to) const {
     const Strides4& st = p_.input_stride;
-    const T* input = static_cast<const T*>(p_.input) + n * st.n;
+    const float* input = static_cast<const float*>(p_.input) + n * st.n;
     std::fill(to, to + (c1 - c0) * g.channel_floats(), 0.0f);
     for (size_t v = 0; v < g.vertical.phases.size(); ++v) {
       for (size_t h = 0; h < g.horizontal.phases.size(); ++h) {
@@ -264,28 +255,16 @@ class GroupedCall {
         for (int64_t r = 0; r < g.rows + g.vertical.reach; ++r) {
           const int64_t y = (row0 + r) * s_.stride_h + g.vertical.phases[v] - s_.pad_top;
           if (y < 0 || y >= s_.h || left == right) continue;
-          const T* from = input + y * st.h + (x0 + left * s_.stride_w) * st.w;
+          const float* from = input + y * st.h + (x0 + left * s_.stride_w) * st.w;
           float* row = to + g.plane_at(v, h) + r * g.pitch;
           for (int64_t x = left; x < right; ++x, from += s_.stride_w * st.w)
-            for (int64_t c = c0; c < c1; ++c) row[(c - c0) * g.channel_floats() + x] = to_float(from[c * st.c]);
+            for (int64_t c = c0; c < c1; ++c) row[(c - c0) * g.channel_floats() + x] = from[c * st.c];
         }
       }
     }
   }
 
-  void copy(const PlaneGeometry& g, int64_t n, int64_t row0, int64_t c0, int64_t c1, float* to) const {
-    switch (p_.dtype) {
-      case DType::kBFloat16:
-        return copy_planes<BFloat16>(g, n, row0, c0, c1, to);
-      case DType::kFloat16:
-        return copy_planes<Float16>(g, n, row0, c0, c1, to);
-      case DType::kFloat32:
-      case DType::kFloat64:  // has its own kernel
-        return copy_planes<float>(g, n, row0, c0, c1, to);
-    }
-  }
-
-  // Rows [row0, row1) of sample n, groups [g0, g1): any dtype, any strides.
+  // Rows [row0, row1) of sample n, groups [g0, g1): any strides.
   void planes(int64_t n, int64_t row0, int64_t row1, int64_t g0, int64_t g1, float* memory) const {
     const int64_t in_live = p_.in_live(n), live = p_.out_live(n);
     const PlaneGeometry geometry(s_, row1 - row0);
@@ -342,13 +321,23 @@ class GroupedCall {
 
 }  // namespace
 
+const GroupedKernels& grouped_kernels_in_use() {
+  const Isa isa = current_isa();
+#if defined(__x86_64__)
+  if (isa >= Isa::kAvx512) return avx512_grouped_kernels();
+  if (isa == Isa::kAvx2) return avx2_grouped_kernels();
+#endif
+  return portable_grouped_kernels();
+}
+
 bool runs_in_planes(const PrefixConv2dParams& p) {
   return few_channels(p.shape) && columns_touch(p) && p.output_stride.c != 1 && !p.sum_kernel_rows;
 }
 
 void grouped_conv2d(const PrefixConv2dParams& p, const Threads& threads, const std::function<float*(size_t)>& scratch,
                     float* row_sums) {
-  GroupedCall(p, kernels_of(current_isa()), row_sums).run(threads, scratch);
+  if (p.dtype != DType::kFloat32) return grouped_half(p, threads, row_sums);
+  GroupedCall(p, grouped_kernels_in_use(), row_sums).run(threads, scratch);
 }
 
 }  // namespace rnp::cpu

@@ -12,7 +12,8 @@ namespace rnp::cpu {
 // Whether a convolution without groups is done here: by layer and layout, never by batch or prefix.
 bool runs_in_planes(const PrefixConv2dParams& params);
 
-// `scratch` gives memory of the calling thread; row_sums (n, out_h, c_out), zeroed, or null.
+// float32, bfloat16 or float16. `scratch` gives memory of the calling thread; row_sums (n, out_h, c_out), zeroed, or
+// null.
 void grouped_conv2d(const PrefixConv2dParams& params, const Threads& threads,
                     const std::function<float*(size_t)>& scratch, float* row_sums);
 

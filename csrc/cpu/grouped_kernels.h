@@ -78,12 +78,19 @@ struct PlaneBandArgs {
   float* weights;
 };
 
+// Between 16 bits and float32, `count` values side by side; rounded to nearest, ties to even.
+struct HalfConversion {
+  void (*widen)(const uint16_t* from, int64_t count, float* to);
+  void (*narrow)(const float* from, int64_t count, uint16_t* to);
+};
+
 struct GroupedKernels {
   int lanes;     // of a vector
   bool streams;  // knows LaneRowArgs::stream
   LaneRowKernel lane_row[kLaneWidths][2][kLaneGroups];
   void (*planes)(const PlaneArgs&);
   void (*plane_band)(const PlaneBandArgs&);
+  HalfConversion bfloat16, float16;
 };
 
 const GroupedKernels& portable_grouped_kernels();
@@ -91,5 +98,6 @@ const GroupedKernels& portable_grouped_kernels();
 const GroupedKernels& avx2_grouped_kernels();
 const GroupedKernels& avx512_grouped_kernels();
 #endif
+const GroupedKernels& grouped_kernels_in_use();  // those of the ISA in use
 
 }  // namespace rnp::cpu

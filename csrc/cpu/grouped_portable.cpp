@@ -1,4 +1,5 @@
 // Portable kernels of convolutions with few channels a group: the compiler's 4-wide vectors.
+#include "core/half.h"
 #include "cpu/grouped_tile.h"
 
 namespace rnp::cpu {
@@ -42,10 +43,22 @@ struct V128 {
   }
 };
 
+template <class Half>
+struct Converted {
+  static RNP_INLINE V128::T widen(const uint16_t* p) {
+    V128::T v;
+    for (int i = 0; i < V128::kWidth; ++i) v[i] = to_float(Half{p[i]});
+    return v;
+  }
+  static RNP_INLINE void narrow(V128::T v, uint16_t* p) {
+    for (int i = 0; i < V128::kWidth; ++i) p[i] = from_float<Half, float>(v[i]).bits;
+  }
+};
+
 }  // namespace
 
 const GroupedKernels& portable_grouped_kernels() {
-  static const GroupedKernels kernels = grouped_kernels<V128>();
+  static const GroupedKernels kernels = grouped_kernels<V128, Converted<BFloat16>, Converted<Float16>>();
   return kernels;
 }
 

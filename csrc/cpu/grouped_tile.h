@@ -366,6 +366,29 @@ void plane_band(const PlaneBandArgs& a) {
   }
 }
 
+// ---- 16 bits --------------------
+
+// H has a vector's worth of V::kWidth conversions.
+template <class V, class H>
+void widen(const uint16_t* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + V::kWidth <= count; i += V::kWidth) V::store(to + i, H::widen(from + i));
+  if (i == count) return;
+  uint16_t rest[V::kWidth] = {};
+  for (int64_t k = i; k < count; ++k) rest[k - i] = from[k];
+  V::masked_store(to + i, V::mask(static_cast<int>(count - i)), H::widen(rest));
+}
+
+template <class V, class H>
+void narrow(const float* from, int64_t count, uint16_t* to) {
+  int64_t i = 0;
+  for (; i + V::kWidth <= count; i += V::kWidth) H::narrow(V::load(from + i), to + i);
+  if (i == count) return;
+  uint16_t rest[V::kWidth];
+  H::narrow(V::masked_load(from + i, V::mask(static_cast<int>(count - i))), rest);
+  for (int64_t k = i; k < count; ++k) to[k] = rest[k - i];
+}
+
 // ---- All of them --------------------
 
 template <class V, int K, int S>
@@ -379,7 +402,7 @@ RNP_INLINE void add_groups(LaneRowKernel (&to)[kLaneGroups]) {
   }
 }
 
-template <class V>
+template <class V, class BFloat16, class Float16>
 GroupedKernels grouped_kernels() {
   GroupedKernels k = {};
   k.lanes = V::kWidth;
@@ -391,6 +414,8 @@ GroupedKernels grouped_kernels() {
   add_groups<V, 7, 1>(k.lane_row[2][0]);
   k.planes = &planes<V>;
   k.plane_band = &plane_band<V>;
+  k.bfloat16 = {&widen<V, BFloat16>, &narrow<V, BFloat16>};
+  k.float16 = {&widen<V, Float16>, &narrow<V, Float16>};
   return k;
 }
 
