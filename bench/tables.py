@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rnp.bench import report
+from rnp.bench.run import spread
 
 RUNTIMES = ("onnxruntime", "openvino")
 CLASSES = (
@@ -95,6 +96,14 @@ def losses(rows: list[dict[str, Any]]) -> list[str]:
     return ["Slower than the best stock path at full width:", "", *(f"- {text}" for text in full), rest]
 
 
+def noise(rows: list[dict[str, Any]]) -> list[str]:
+    """By how much two equal sides of a row differ (rnp.bench.run.spread): of all rows, in per cent."""
+    found = sorted(spread(row["noise"]) for row in rows)
+    if not found:
+        return []
+    return [f"Noise of a row: {found[0]:.0f} to {found[-1]:.0f} %, in the middle {statistics.median(found):.0f} %."]
+
+
 def pruned(results: dict[str, Any], threads: int | None) -> list[str]:
     """The paper's table from networks.py --parts pruned: share of theory that arrives, and the factor over OpenVINO."""
     algorithm = "direct only" if "direct" in results["command"] else "all (Winograd)"
@@ -126,7 +135,7 @@ def main() -> None:
         parser.error(f"{options.results} has neither rows nor runs: it is no file of rnp bench or networks.py")
     rows = results["rows"]
     rows = [row for row in rows if options.threads in (None, row["threads"])]
-    print("\n".join([*networks(rows), "", *layers(rows, options.batch), "", *losses(rows)]))
+    print("\n".join([*networks(rows), "", *layers(rows, options.batch), "", *noise(rows), "", *losses(rows)]))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ STABLE_TORCH_LIBRARY(rnp, m) {
 
   // padding is (top, bottom, left, right). packed is pack_weight(weight, groups) or None: pack for this call only.
   // winograd is pack_winograd(weight, tile): samples for which the rule of csrc/core/algorithm.h names that tile use
-  // it; None: all samples are computed directly. Returns (output, pooled); pooled is (N, C_out) float32, or empty (0,)
-  // where `pooled` is false.
+  // it; None: it is made in the call where that pays (transforms_in_call), elsewhere all is computed directly. Returns
+  // (output, pooled); pooled is (N, C_out) float32, or empty (0,) where `pooled` is false.
   m.def(
       "prefix_conv2d(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int "
       "groups,"

@@ -12,13 +12,17 @@ for the input's gradient. Everything else is computed directly.
 What "auto" costs and changes:
 
 * Accuracy: a relative L2 error of at most 1e-5 against float64 (measured on normal data with 512 input channels: 1.9e-6
-  for F(4x4), 7e-7 for F(2x2); 1.3e-6 for a stem), where direct convolution has about 2e-7.
+  for F(4x4), 7e-7 for F(2x2); 1.3e-6 for a stem), where direct convolution has about 2e-7. Where the sums cancel (an
+  input of mean 100 behind filters whose sum is 0) either one's error is larger, and direct's as large.
 * Memory: the transformed weights are kept beside the parameters, 4 times the size of the 3x3 (and 7x7) weights for
   F(4x4) and 16/9 of it for F(2x2). They are made when a call first needs them and never saved.
   `forget_transformed_weights(model)` drops them; under "direct" none are made. A thread that transforms in calls keeps
   room for one layer's, the largest so far.
 * NaN and infinity: one such value among the live inputs makes all outputs of every tile that reads it NaN (up to 4x4
   pixels) instead of the outputs that depend on it; in grad_output likewise. Values beyond a prefix are never read.
+  Such a weight makes all of its output channel NaN.
+* Range: inputs from about 1e37 on overflow in the transforms (5e37 for F(2x2)), though their sums would not; subnormal
+  ones lose more of their bits (about 1e-40: a relative error of 4e-4, where direct convolution has 1e-4).
 * Bits: "auto" and "direct" round differently. Under either one a sample has the same bits alone and in any batch.
 """
 

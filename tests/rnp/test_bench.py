@@ -73,6 +73,7 @@ def test_the_report_holds_every_row_and_names_what_is_missing(tmp_path: Path):
         "missing: openvino: not installed",
         "3.60 (0.90)",
         "openvino not installed",
+        "full, of the roof",
         "training, speed-up over eager",
     ):
         assert line in text
@@ -80,6 +81,16 @@ def test_the_report_holds_every_row_and_names_what_is_missing(tmp_path: Path):
     assert "A &lt;processor&gt;" in page and "rnp bench &lt;layer&gt;" in page
     assert "src=" not in page and "@import" not in page  # nothing refers to another file
     assert "full width at 0.50" in page
+
+
+def test_the_share_of_the_roof_is_of_the_rows_threads_and_dtype():
+    limits = [{"threads": 1, "gflops": 100.0, "gbytes": 20.0}, {"threads": 2, "gflops": 200.0, "gbytes": 20.0}]
+    assert report.share_of_roof(row(), limits) == pytest.approx(5.0)  # 1 GFLOP: 10 ms, measured 2
+    assert report.share_of_roof(row(threads=2), limits) == pytest.approx(2.5)
+    assert report.share_of_roof(row(bytes=4e8), limits) == pytest.approx(10.0)  # 0.4 GB: 20 ms
+    assert report.table([row()], limits)[1][6] == "5.00"
+    for other in (row(threads=3), row(part="training"), row(part="operator", dtype="bfloat16")):
+        assert report.share_of_roof(other, limits) is None
 
 
 def test_without_matplotlib_the_page_says_so(monkeypatch: pytest.MonkeyPatch):

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from rnp.bench.machine import Limits
 from rnp.bench.run import spread
 
 Row = dict[str, Any]
@@ -77,11 +78,25 @@ def losses(rows: list[Row]) -> list[tuple[str, str]]:
     return lost
 
 
-def table(rows: list[Row]) -> list[list[str]]:
+def share_of_roof(row: Row, limits: list[dict[str, Any]]) -> float | None:
+    """The roofline's time for the direct algorithm at full width ÷ ours; None where unknown.
+
+    Above 1: Winograd, or tensors that a cache holds. The roof is of the run's dtype: a row of another one has none.
+    """
+    roofs = [Limits(**limit) for limit in limits if limit["threads"] == row["threads"]]
+    if not roofs or "flops" not in row or "full" not in row["ms"] or row["part"] == "training":
+        return None
+    if row["part"] == "operator" and row.get("dtype", "float32") != "float32":
+        return None
+    return roofs[0].seconds(row["flops"], row["bytes"]) * 1e3 / row["ms"]["full"]["median"]
+
+
+def table(rows: list[Row], limits: list[dict[str, Any]]) -> list[list[str]]:
     """A part's rows as texts, the head first. Columns are the sides that any of the rows has."""
     sides = list(dict.fromkeys(side for row in rows for side in row["speedup"]))
-    lines = [["row", "threads", "path", "GFLOP/s", "ms", "noise", *sides]]
+    lines = [["row", "threads", "path", "GFLOP/s", "ms", "noise", "full, of the roof", *sides]]
     for row in rows:
+        roofed = share_of_roof(row, limits)
         base = row["ms"][row["baseline"]]["median"]
         name = row["name"] + (", cold" if row["cold"] else "")
         rate = f"{row['flops'] / base / 1e6:.0f}" if "flops" in row and row["part"] != "training" else ""
@@ -98,6 +113,7 @@ def table(rows: list[Row]) -> list[list[str]]:
                 rate,
                 f"{base:.3f}",
                 f"{spread(row['noise']):.0f} %",
+                "" if roofed is None else f"{roofed:.2f}",
                 *cells,
             ]
         )
@@ -117,7 +133,7 @@ def text(results: dict[str, Any]) -> str:
     out = [head(results["environment"]), *(roof(limits) for limits in results["limits"])]
     out += [f"missing: {reason}" for reason in missing(results["rows"]).values()]
     for title, rows in parts(results).items():
-        lines = table(rows)
+        lines = table(rows, results["limits"])
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         out += ["", title]
         for line in lines:
@@ -151,7 +167,7 @@ def page(results: dict[str, Any]) -> str:
         )
     tables = ""
     for title, rows in parts(results).items():
-        first, *others = table(rows)
+        first, *others = table(rows, results["limits"])
         cells = "".join(f"<th>{html.escape(c)}</th>" for c in first)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>\n" for line in others)
         tables += f"<h2>{html.escape(title)}</h2>\n<div><table><tr>{cells}</tr>\n{body}</table></div>\n"
