@@ -1,5 +1,5 @@
-"""RESULTS.md's tables of whole networks, of layers, of what is lost and of mixed actions, in Markdown, from what
-`rnp bench` or networks.py wrote.
+"""RESULTS.md's tables of whole networks, of layers, of rivals, of what is lost and of mixed actions, in Markdown, from
+what `rnp bench` or networks.py wrote.
 
 python bench/tables.py bench/results/bench-zen4-2core.json
 python bench/tables.py bench/results/pruned-zen4-2core.json
@@ -96,6 +96,54 @@ def losses(rows: list[dict[str, Any]]) -> list[str]:
     return ["Slower than the best stock path at full width:", "", *(f"- {text}" for text in full), rest]
 
 
+def rivals(rows: list[dict[str, Any]]) -> list[str]:
+    """Pruned work by ours and by the others, of the dense baseline's speed: operator, layers (middle) and networks."""
+    sides = ("masked", "slices", "per width")
+    out = [line("pruned", "width", "ours", *sides, "theory"), "|---" * 6 + "|"]
+    layers: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        speed = speedups(row)
+        widths = [side.removeprefix("masked ") for side in speed if side.startswith("masked ")]
+        for width in widths:
+            if row["part"] == "layer":
+                layers[width, row["batch"]].append(row)
+                continue
+            head = f"{row['name'].removeprefix('rivals: ')}, {row['threads']} thread(s)"
+            cells = [f"{speed[f'{side} {width}']:.2f}" if f"{side} {width}" in speed else "–" for side in sides]
+            out.append(line(head, width, f"{speed[width]:.2f}", *cells, f"{row['theory'][width]:.2f}"))
+    for (width, batch), some in layers.items():
+        some = [row for row in some if f"slices {width}" in row["speedup"]]  # without groups
+        middle = [statistics.median(speedups(row)[name] for row in some) for name in names(width, sides)]
+        theory = statistics.median(row["theory"][width] for row in some)
+        head = f"{len(some)} layers b{batch}, middle of each, {some[0]['threads']} thread(s)"
+        out.append(line(head, width, *(f"{value:.2f}" for value in middle), f"{theory:.2f}"))
+    return out if len(out) > 2 else []
+
+
+def names(width: str, sides: tuple[str, ...]) -> list[str]:
+    return [width, *(f"{side} {width}" for side in sides)]
+
+
+def eighths(rows: list[dict[str, Any]]) -> list[str]:
+    """Realised fraction at every eighth of the width (k = 8), of the dense baseline and of our own full width."""
+    out = []
+    for row in rows:
+        if row.get("sweep") != "eighths":
+            continue
+        speed, widths = (
+            speedups(row),
+            [f"{i}/8" if i % 2 else f"{i // 2}/4" if i % 4 else "1/2" for i in range(7, 0, -1)],
+        )
+        if not out:
+            out = [line("k = 8", "full", *widths), "|---" * 9 + "|"]
+        full = speed.get("direct full", speed["full"])
+        cells = [speed.get(f"direct {w}", speed[w]) / row["theory"][w] for w in widths]
+        head = f"{row['name'].removeprefix('eighths: ')}, {row['threads']} thread(s)"
+        out.append(line(f"{head}, of oneDNN's full width", f"{full:.2f}", *(f"{c:.2f}" for c in cells)))
+        out.append(line(f"{head}, of our own", "1", *(f"{c / full:.2f}" for c in cells)))
+    return out
+
+
 def noise(rows: list[dict[str, Any]]) -> list[str]:
     """By how much two equal sides of a row differ (rnp.bench.run.spread): of all rows, in per cent."""
     found = sorted(spread(row["noise"]) for row in rows)
@@ -135,7 +183,8 @@ def main() -> None:
         parser.error(f"{options.results} has neither rows nor runs: it is no file of rnp bench or networks.py")
     rows = results["rows"]
     rows = [row for row in rows if options.threads in (None, row["threads"])]
-    print("\n".join([*networks(rows), "", *layers(rows, options.batch), "", *noise(rows), "", *losses(rows)]))
+    tables = [networks(rows), layers(rows, options.batch), rivals(rows), eighths(rows), noise(rows), losses(rows)]
+    print("\n\n".join("\n".join(table) for table in tables if table))
 
 
 if __name__ == "__main__":
