@@ -75,7 +75,7 @@ class Timing:
     realised_fraction: float  # measured ÷ theoretical
     dense_ms: float  # of one batch, mean over the batches of the median
     pruned_ms: float
-    dense_path: str  # "eager", "folded" or "prepacked"
+    dense_path: str  # see rnp.stock.StockPath
     batch_size: int
     batches: int
     rounds: int
