@@ -15,6 +15,7 @@ class Analysis:
     def __init__(self, backbone: nn.Module, traced: Traced) -> None:
         self.backbone, self.shapes, self.batched = backbone, traced.shapes, traced.batched
         self.images, self.in_place = traced.images, traced.in_place
+        self.dependent, self.counter = traced.dependent, traced.counter
         self.nodes = list(traced.graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
 

@@ -21,7 +21,7 @@ class Row:
     """One line of the report."""
 
     name: str
-    action: str  # pruned | dense | followed | per in-prefix | one set | reads the prefix | ends the prefix
+    action: str  # pruned, dense, followed, per in-prefix, one set, reads the prefix, ends the prefix or not counted
     reason: str
 
 
@@ -42,7 +42,8 @@ class Report:
 def convert(model: nn.Module, example_input: Tensor, groups: int = 4) -> PrunedNetwork:
     """Return a `PrunedNetwork` whose convolutions run at a width chosen per sample; `model` is left as it is.
 
-    `example_input` (N, C, H, W) fixes the resolution at which MACs are counted. `groups` is k of RNP.md: an action 1…k
+    `example_input` (N, C, H, W) fixes the resolution at which MACs are counted, matrix products and attention included;
+    what torch has no formula for is "not counted" in the report. `groups` is k of RNP.md: an action 1…k
     makes ceil(action · C / k) output channels live. The parameters are copied; `network.report` says what became of
     each layer.
 
@@ -219,16 +220,24 @@ class Builder(Analysis):
         return source
 
     def count_fixed(self, node: fx.Node) -> None:
-        """MACs of other linear layers and of convolutions that are not followed."""
+        """MACs of other linear layers, of convolutions that are not followed and of products that forward() spells."""
         module = self.module(node)
-        macs = fixed_macs(node, module, self.shapes, self.images)
-        if macs is None:
+        called = str(node.target) if module is not None else node.name
+        unknown = self.counter.without_formula.get(node.name)
+        if unknown is not None:
+            self.report.add(called, "not counted", f"there is no formula for the MACs of {', '.join(unknown)}")
+        macs = fixed_macs(node, module, self.shapes, self.counter.macs)
+        if macs == 0:
             return
-        self.fixed_macs += macs
-        if module is None:
-            self.report.add(node.name, "dense", f"a call of {node.target.__name__}() in forward() is not followed")
-        elif isinstance(module, nn.modules.conv._ConvNd):
-            self.report.add(node.target, "dense", self.unfollowed_reason(node, module))
+        # Of what comes from the images, an image's share. The rest is the same for any number of them.
+        self.fixed_macs += -(-macs // max(1, self.images)) if node.name in self.dependent else macs
+        if isinstance(module, nn.modules.conv._ConvNd):
+            self.report.add(called, "dense", self.unfollowed_reason(node, module))
+        elif module is None:
+            name = getattr(node.target, "__name__", node.target)
+            self.report.add(called, "dense", f"a call of {name}() in forward() is not followed")
+        elif not isinstance(module, nn.Linear):
+            self.report.add(called, "dense", f"{type(module).__name__} is not followed")
 
     def replace_norms(self) -> None:
         """Give every BatchNorm that meets a varying in-prefix its k sets; one set where only the output varies."""

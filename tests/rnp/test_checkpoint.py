@@ -124,7 +124,9 @@ def test_extra_state_is_refused(tmp_path: Path, state: object) -> None:
             pass
 
     pruned = rnp.convert(Extra(*model()), torch.zeros(1, 3, 10, 12))
-    with pytest.raises(ValueError, match=r"must be parameters and buffers, and backbone\._extra_state is (dict|Tensor)"):
+    with pytest.raises(
+        ValueError, match=r"must be parameters and buffers, and backbone\._extra_state is (dict|Tensor)"
+    ):
         rnp.save(pruned, tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
