@@ -113,10 +113,10 @@ class Builder(Analysis):
     def group(self, name: str) -> frozenset[int] | None:
         return self.values[name].group
 
-    def define(self, step: g.Step, group: frozenset[int] | None) -> None:
+    def define(self, step: g.Step, group: frozenset[int] | None, row_group: frozenset[int] | None) -> None:
         self.steps.append(step)
         self.producer[step.output] = step
-        self.values[step.output] = g.Value(step.output, self.shapes.get(step.output), group)
+        self.values[step.output] = g.Value(step.output, self.shapes.get(step.output), group, row_group)
 
     def emit_conv(self, chain: list[fx.Node], step: g.ConvStep) -> None:
         node = chain[0]
@@ -136,10 +136,11 @@ class Builder(Analysis):
             self.report.add(node.target, "dense", self.dense_reason(node) or "")
         if step.norm is not None:
             self.report_norm(step.norm, step.in_group)
-        group = step.out_group
         if step.residual:
-            group = join(group, self.group(step.inputs[1]))
-        self.define(step, group)
+            group = join(step.out_group, self.group(step.inputs[1]))
+            self.define(step, group, group)
+        else:
+            self.define(step, step.out_group, step.in_group)
         shape = self.shapes[node.name]
         assert shape is not None
         per_pair = conv.kernel_size[0] * conv.kernel_size[1] * shape[2] * shape[3]
@@ -180,16 +181,20 @@ class Builder(Analysis):
     def emit_other(self, node: fx.Node) -> None:
         if self.is_sum(node):
             names = [arg.name for arg in node.args]
-            self.define(g.AddStep(node.name, names), join(self.group(names[0]), self.group(names[1])))
+            group = join(self.group(names[0]), self.group(names[1]))
+            self.define(g.AddStep(node.name, names), group, group)
             return
         call, names = g.Call.of(node)
-        if self.is_norm(node) and self.group(names[0]) is not g.FULL:
-            self.report_norm(node.target, self.group(names[0]))
-            self.define(g.NormStep(node.name, names, norm=node.target), self.group(names[0]))
+        first = self.values[names[0]] if names else None
+        if first is not None and self.is_norm(node) and (first.group, first.row_group) != (g.FULL, g.FULL):
+            self.report_norm(node.target, first.row_group)
+            step = g.NormStep(node.name, names, node.target, first.group, first.row_group)
+            self.define(step, first.group, first.row_group)
             return
         looks_through = g.channelwise(node, self.backbone, self.shapes)
-        if looks_through is not None:
-            self.define(g.ChannelwiseStep(node.name, names, call, looks_through), self.group(names[0]))
+        if first is not None and looks_through is not None:
+            step = g.ChannelwiseStep(node.name, names, call, looks_through)
+            self.define(step, first.group, first.row_group)
             return
         ended = [name for name in names if self.group(name) is not g.FULL]
         if ended:
@@ -201,7 +206,7 @@ class Builder(Analysis):
         source = self.linear_source(node, names)
         if source is None:
             self.count_fixed(node)
-        self.define(g.OpaqueStep(node.name, names, call, source), g.FULL)
+        self.define(g.OpaqueStep(node.name, names, call, source), g.FULL, g.FULL)
 
     def linear_source(self, node: fx.Node, names: list[str]) -> str | None:
         """Of a linear layer on flattened channels that have a prefix: those, counted and reported. Otherwise None."""
@@ -248,7 +253,7 @@ class Builder(Analysis):
                 if varying_in or varying_out:
                     rows[step.norm] = max(rows.get(step.norm, 1), self.k if varying_in else 1)
             if isinstance(step, g.NormStep):
-                rows[step.norm] = self.k
+                rows[step.norm] = max(rows.get(step.norm, 1), self.k if step.row_group is not g.FULL else 1)
         for name, count in rows.items():
             norm = self.backbone.get_submodule(name)
             if isinstance(norm, nn.BatchNorm2d):
