@@ -58,8 +58,9 @@ class TrainConfig:
 
     growth: float = 0.0
     """Share of pretrain that runs at action k / 2, a quarter of the work; the network is then widened so that what it
-    computes stays the same, and goes on at full width. 0: full width throughout. For long pre-training on a tight
-    budget; on the demo's scenes it brought nothing that could be told from noise (*ours*)."""
+    computes stays the same (exceptions: :mod:`rnp.widening`), and goes on at full width. 0: full width throughout. For
+    long pre-training on a tight budget; on the demo's scenes it brought nothing that could be told from noise
+    (*ours*)."""
     pretrain_narrow: float = 0.0
     """Share of the pretrain steps that run on the narrowest path and random ones in turn: every width is trained along
     with full width from the start, and a sandwich phase is hardly needed (*ours*)."""
