@@ -136,10 +136,12 @@ class TrainConfig:
     """Batches whose paths are recorded at once; sorted by MACs they are cut into batches of alike images (*ours*)."""
 
     epoch_steps: int | None = None
-    """Batches in an epoch, the unit of checkpoints; None: one pass over the training loader."""
+    """Batches in an epoch, the unit of checkpoints; None: one pass over the training loader. A pass goes on from one
+    epoch to the next, and a new one begins where it ends, so that every batch of a longer loader is read; each phase
+    begins with a pass of its own. A resumed run reads the pass again up to where it stood, without using it."""
     seed: int = 0
-    """Of everything random here. A loader's order follows it too if it draws from torch's, numpy's or Python's global
-    generator, or has ``set_epoch``."""
+    """Of everything random here. A loader's order follows it too if it draws from torch's (CPU), numpy's or Python's
+    global generator, which it has to itself while a batch is made, or has ``set_epoch``."""
     checkpoint_dir: str | Path | None = None
     """Where the training state goes after every epoch, and ``network.safetensors`` at the end; None: nowhere."""
     resume: bool = False

@@ -206,6 +206,82 @@ def test_epoch_steps_may_exceed_the_loader(tmp_path: Path) -> None:
     assert pruned.backbone.get_submodule("4").num_batches_tracked.max() > 0
 
 
+class Numbered:
+    """Twelve batches of 8 in order, or drawn at random from the next three; ``read`` keeps their numbers."""
+
+    def __init__(self, shuffle: bool = False, at: int = -1) -> None:
+        self.images, self.labels = toy.scenes(96, 1)
+        self.shuffle, self.at, self.read = shuffle, at, []
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        waiting = list(range(12))
+        while waiting:
+            draws = (int(torch.randint(3, ())), np.random.randint(3), random.randrange(3))
+            number = waiting.pop(sum(draws) % min(3, len(waiting)) if self.shuffle else 0)
+            if len(self.read) == self.at:
+                os.kill(os.getpid(), signal.SIGINT)
+            self.read.append(number)
+            part = slice(8 * number, 8 * number + 8)
+            yield self.images[part], self.labels[part]
+
+
+def test_a_pass_goes_on_from_one_epoch_to_the_next() -> None:
+    nothing, loader = rnp.Length(steps=0), Numbered()
+    lengths = {"pretrain": rnp.Length(steps=30), "sandwich": nothing, "agent": nothing, "rounds": 0, "epoch_steps": 5}
+    rnp.train(toy.network(), loader, None, toy.config(**lengths))
+    assert loader.read == [*range(12), *range(12), *range(6)]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("at", [13, 21, 37, 46])
+def test_a_resumed_run_reads_on_in_its_pass(shuffle: bool, at: int, tmp_path: Path) -> None:
+    """Also where the loader draws all along, from every generator, and dropout between its draws."""
+    loader, first, second = Numbered(shuffle), Numbered(shuffle, at), Numbered(shuffle)
+    whole = toy.train(loader, epoch_steps=5)
+    with pytest.raises(KeyboardInterrupt):
+        toy.train(first, epoch_steps=5, checkpoint_dir=tmp_path)
+    _, header = rnp.fileformat.read(tmp_path / training.STATE_FILE, "training")
+    resumed = toy.train(second, epoch_steps=5, checkpoint_dir=tmp_path, resume=True)
+    assert_same(whole, resumed)
+    if header["inside"]:  # what it skipped, and then the rest
+        assert second.read[header["read"] :] == loader.read[len(loader.read) - len(second.read) + header["read"] :]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_loader_reads_on_in_its_pass(workers: int, tmp_path: Path) -> None:
+    def loader() -> torch.utils.data.DataLoader:
+        data = torch.utils.data.TensorDataset(*toy.scenes(96, 1))
+        generator = torch.Generator()
+        generator.seed()  # whatever it holds
+        return torch.utils.data.DataLoader(data, 8, shuffle=True, num_workers=workers, generator=generator)
+
+    class Stopped(training.Interruption):
+        def check(self) -> None:
+            stops.append(None)
+            if len(stops) == 11:
+                raise KeyboardInterrupt
+
+    stops: list[None] = []
+    nothing = rnp.Length(steps=0)
+    settings = {"sandwich": rnp.Length(steps=17), "pretrain": nothing, "agent": nothing, "rounds": 0}
+    whole = toy.train(loader(), **settings)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "Interruption", Stopped)
+        toy.train(loader(), checkpoint_dir=tmp_path, **settings)
+    _, header = rnp.fileformat.read(tmp_path / training.STATE_FILE, "training")
+    assert (header["pass"], header["read"]) == (0, 8)
+    assert_same(whole, toy.train(loader(), checkpoint_dir=tmp_path, resume=True, **settings))
+
+
+def test_a_run_without_updates_of_the_agent_can_be_resumed(tmp_path: Path) -> None:
+    whole = toy.train(toy.Loader(), agent_updates=0)
+    with pytest.raises(KeyboardInterrupt):
+        toy.train(toy.Loader(number=signal.SIGINT, at=28), checkpoint_dir=tmp_path, agent_updates=0)
+    _, header = rnp.fileformat.read(tmp_path / training.STATE_FILE, "training")
+    assert (header["phase_index"], header["inside"]) == (2, True)
+    assert_same(whole, toy.train(toy.Loader(), checkpoint_dir=tmp_path, agent_updates=0, resume=True))
+
+
 def test_validation_is_reported() -> None:
     pruned = toy.network()
     result = rnp.train(pruned, toy.Loader(), toy.Loader(32, seed=2), toy.config(validation_batches=2, rounds=0))
