@@ -38,6 +38,7 @@ def save(pruned: PrunedNetwork, path: str | Path) -> None:
     fileformat.write(path, "network", pruned.state_dict(), header)
 
 
+@torch.inference_mode(False)
 def load(path: str | Path, model: nn.Module) -> PrunedNetwork:
     """Read what :func:`save` wrote into ``model``.
 
@@ -150,7 +151,7 @@ def require_plain_state(network: PrunedNetwork) -> None:
     for name, entry in network.state_dict().items():
         if name.rpartition(".")[2] == "_extra_state" or not isinstance(entry, Tensor):
             raise ValueError(
-                f"rnp.save: the state of a network must be parameters and buffers, and {name} is {type(entry).__name__}"
+                f"checkpoint: a network's state must be parameters and buffers, and {name} is {type(entry).__name__}"
             )
 
 

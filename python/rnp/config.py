@@ -143,7 +143,8 @@ class TrainConfig:
     """Of everything random here. A loader's order follows it too if it draws from torch's (CPU), numpy's or Python's
     global generator, which it has to itself while a batch is made, or has ``set_epoch``."""
     checkpoint_dir: str | Path | None = None
-    """Where the training state goes after every epoch, and ``network.safetensors`` at the end; None: nowhere."""
+    """Where the training state goes after every epoch, and ``network.safetensors`` at the end (not for a sub-class of
+    :class:`rnp.Agent`, which no such file can hold); None: nowhere."""
     resume: bool = False
     """Continue from ``checkpoint_dir`` if a training state is there; start anew if not."""
     progress: bool = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, fx, nn
 
 from . import graph as g
@@ -39,13 +40,14 @@ class Report:
         return "\n".join(f"{r.name:<{wide[0]}}  {r.action:<{wide[1]}}  {r.reason}" for r in self.rows)
 
 
+@torch.inference_mode(False)
 def convert(model: nn.Module, example_input: Tensor, groups: int = 4) -> PrunedNetwork:
     """Return a `PrunedNetwork` whose convolutions run at a width chosen per sample; `model` is left as it is.
 
     `example_input` (N, C, H, W) fixes the resolution at which MACs are counted, matrix products and attention included;
     what torch has no formula for is "not counted" in the report. `groups` is k of RNP.md: an action 1…k
     makes ceil(action · C / k) output channels live. The parameters are copied; `network.report` says what became of
-    each layer.
+    each layer. They can be trained, also where this is called under `torch.inference_mode()`.
 
     A module that has forward hooks or forward pre-hooks is called as it is, on complete tensors, and stays dense: the
     report says so. Hooks registered later on modules of `network.backbone` are called only where the module itself

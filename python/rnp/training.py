@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from rnp import checkpoint, fileformat
 from rnp.agent import Agent
 from rnp.batches import Passes, images_and_labels
-from rnp.config import TrainConfig
+from rnp.config import Length, TrainConfig
 from rnp.interruption import Interruption
 from rnp.network import PrunedNetwork
 from rnp.phases import Batch, Context, Phase, schedule
@@ -73,25 +73,30 @@ def train(
         config: see :class:`rnp.TrainConfig`.
 
     Raises:
-        ValueError: an empty loader, images that are not floating point.
+        ValueError: nothing is trained yet: the network does not answer (N, classes), nothing in it requires gradients
+            for a phase that trains it, its parameters were made under ``torch.inference_mode()``, or a checkpoint
+            cannot hold its state; on the way: an empty loader or batch, images that are not floating point, labels
+            that are not (N,).
+        TypeError: the loader yields something else than pairs of tensors, or labels that are not integers.
         FloatingPointError: the loss is no longer finite.
         rnp.CheckpointError: ``resume`` found a training state that is damaged, or of another network or other settings.
     """
     config = TrainConfig() if config is None else config
+    check(pruned, config)
     before = (pruned.penalty_shift, pruned.max_macs)
     states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
     if not isinstance(pruned.policy, Agent):
         device = next(pruned.parameters()).device
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
             torch.manual_seed(config.seed)
             pruned.policy = Agent(pruned.feature_sizes, pruned.groups, **config.agent_options).to(device)
     agent = pruned.policy
     epsilon, generator = agent.epsilon, agent.generator
     pruned.set_budget()
-    pruned.backbone.to(memory_format=torch.channels_last)
     interruption = Interruption()
     try:
-        with interruption:
+        with interruption, torch.inference_mode(False), torch.enable_grad():
+            pruned.backbone.to(memory_format=torch.channels_last)
             return Run(pruned, agent, train_loader, val_loader, config, interruption).run()
     finally:
         pruned.policy = agent
@@ -101,6 +106,36 @@ def train(
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
+
+
+def check(pruned: PrunedNetwork, config: TrainConfig) -> None:
+    """Raise ValueError where the network cannot be trained under the settings."""
+    shape = pruned._values[pruned._steps[-1].output].shape
+    if shape is None or len(shape) != 2:
+        got = "something else than one tensor" if shape is None else f"shape {shape} for the example"
+        raise ValueError(f"train: the network must answer one tensor (N, classes), got {got}")
+    parts: dict[str, tuple[nn.Module, list[tuple[str, Length]]]] = {
+        "backbone": (pruned.backbone, [("pretrain", config.pretrain), ("sandwich", config.sandwich)])
+    }
+    if config.rounds:
+        parts["backbone"][1].append(("finetune", config.finetune))
+    if isinstance(pruned.policy, Agent):
+        parts["agent"] = (pruned.policy, [("agent", config.agent)])
+    for part, (module, phases) in parts.items():
+        for name, parameter in module.named_parameters():
+            if parameter.is_inference():
+                raise ValueError(
+                    f"train: parameters must not be made under torch.inference_mode(), and {part}.{name} was"
+                )
+        frozen = not any(parameter.requires_grad for parameter in module.parameters())
+        for phase, length in phases:
+            if frozen and length.progress(0, 0.0) < 1:
+                raise ValueError(
+                    f"train: phase {phase} trains the {part}, none of whose parameters requires gradients; its length "
+                    f"must be 0, got {length}"
+                )
+    if config.checkpoint_dir is not None:
+        checkpoint.require_plain_state(pruned)
 
 
 class Run:
@@ -150,7 +185,8 @@ class Run:
             phase = None
         if self.folder is not None:
             self.agent.epsilon = 0.0
-            checkpoint.save(self.network, self.folder / NETWORK_FILE)
+            if type(self.agent) is Agent:  # of a sub-class, rnp.save knows no form
+                checkpoint.save(self.network, self.folder / NETWORK_FILE)
         return self.result
 
     def _run_phase(self, phase: Phase) -> None:
