@@ -97,7 +97,8 @@ def _describe_policy(policy: Policy) -> dict[str, Any]:
         return {"kind": "FullWidth"}
     if type(policy) is Uniform:
         return {"kind": "Uniform", "width": policy.width}
-    raise ValueError(f"rnp.save: the policy must be an Agent, FullWidth or Uniform to be stored, got {policy!r}")
+    got = type(policy).__name__ if isinstance(policy, nn.Module) else repr(policy)
+    raise ValueError(f"rnp.save: the policy must be an Agent, FullWidth or Uniform to be stored, got {got}")
 
 
 def _make_policy(path: str | Path, described: dict[str, Any], network: PrunedNetwork) -> Policy:

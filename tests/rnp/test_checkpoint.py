@@ -109,7 +109,7 @@ def test_a_subclass_of_agent_is_refused(tmp_path: Path) -> None:
 
     pruned = network()
     pruned.policy = Narrowest(pruned.feature_sizes, 4)
-    with pytest.raises(ValueError, match=r"must be an Agent, FullWidth or Uniform to be stored, got Narrowest"):
+    with pytest.raises(ValueError, match=r"must be an Agent, FullWidth or Uniform to be stored, got Narrowest$"):
         rnp.save(pruned, tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
