@@ -178,14 +178,20 @@ class Agent(nn.Module):
     def _fused_arguments(self, device: torch.device) -> list[tuple[Tensor, ...]] | None:
         """What `torch.ops.rnp.agent_step` takes for each layer, or None where the plain torch path has to run.
 
-        The list is kept and made again when a parameter or buffer has been replaced by another tensor.
+        The list is kept, and made again when a parameter or buffer is another tensor or has been given other memory
+        (`.data = …`), whose address the segments hold.
         """
         if self.training or self.cell != "gru" or not self.shared_decoder or operator_on(device) is None:
             return None
         if torch.compiler.is_compiling():
             return self._collect_arguments()[1]
-        if self._fused is None or not all(registry.get(name) is t for registry, name, t in self._fused[0]):
-            self._fused = self._collect_arguments()
+        if self._fused is None or not all(
+            registry.get(name) is thing and (pointer is None or thing.data_ptr() == pointer)
+            for registry, name, thing, pointer in self._fused[0]
+        ):
+            sources, arguments = self._collect_arguments()
+            pointers = (thing.data_ptr() if isinstance(thing, Tensor) else None for _, _, thing in sources)
+            self._fused = [(*s, pointer) for s, pointer in zip(sources, pointers, strict=True)], arguments
         return self._fused[1]
 
     def _collect_arguments(self) -> tuple[list[Any], list[tuple[Tensor, ...]] | None]:

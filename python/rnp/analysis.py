@@ -15,6 +15,7 @@ class Analysis:
     def __init__(self, backbone: nn.Module, traced: Traced) -> None:
         self.backbone, self.shapes, self.batched = backbone, traced.shapes, traced.batched
         self.images, self.in_place = traced.images, traced.in_place
+        self.dependent, self.counter = traced.dependent, traced.counter
         self.nodes = list(traced.graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
 
@@ -81,7 +82,8 @@ class Analysis:
         return seen
 
     def reaches_output(self, node: fx.Node) -> bool:
-        """Whether the output is reached with no convolution or linear layer in between."""
+        """Whether the output is reached with nothing in between that mixes channels: a convolution that is not
+        depthwise, or a linear layer."""
         seen, stack = set(), list(node.users)
         while stack:
             n = stack.pop()
@@ -90,7 +92,7 @@ class Analysis:
             seen.add(n)
             if n.op == "output":
                 return True
-            mixes = isinstance(self.module(n), (nn.modules.conv._ConvNd, nn.Linear))
+            mixes = isinstance(self.module(n), (nn.modules.conv._ConvNd, nn.Linear)) and not self.is_depthwise(n)
             if not mixes and not (n.op == "call_function" and n.target in FUNCTIONS):
                 stack.extend(n.users)
         return False

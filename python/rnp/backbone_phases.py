@@ -20,6 +20,7 @@ from rnp.network import PrunedNetwork
 from rnp.paths import Path, sandwich_path
 from rnp.phase import Batch, Context, Phase
 from rnp.recalibrate import recalibrate
+from rnp.widening import widen
 
 
 def one_cycle(progress: float, peak: float, rise: float = 0.3, start: float = 25.0, end: float = 1e4) -> float:
@@ -97,30 +98,6 @@ class BackbonePhase(Phase):
         nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
         self.optimizer.step()
         return total
-
-
-def widen(network: PrunedNetwork, action: int, images: Tensor, labels: Tensor) -> None:
-    """Make full width compute what the uniform ``action`` computes, as the start for training full width.
-
-    Weights from channels beyond the prefix into live outputs become 0, wherever they are; those of the new outputs keep
-    their initial values, so that gradients reach both. Which channels are live is told by the gradient of one batch:
-    what was not computed has none. BatchNorm of every wider in-prefix takes over the set of this one.
-    """
-    network.zero_grad(set_to_none=True)
-    logits = network.forward_path(images, [action] * len(network.layers))
-    F.cross_entropy(logits.float(), labels).backward()
-    with torch.no_grad():
-        for module in network.backbone.modules():
-            if isinstance(module, PrefixBatchNorm2d):
-                for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
-                    if tensor is not None and len(tensor) > action:  # one set where the in-prefix never changes
-                        tensor[action:] = tensor[action - 1]
-            elif isinstance(module, (nn.Conv2d, nn.Linear)) and getattr(module, "groups", 1) == 1:
-                gradient = module.weight.grad
-                if gradient is not None:
-                    used = (gradient != 0).flatten(2).any(2) if gradient.dim() > 2 else gradient != 0  # (out, in)
-                    module.weight[used.any(1)[:, None] & ~used.any(0)[None, :]] = 0
-    network.zero_grad(set_to_none=True)
 
 
 class Pretrain(BackbonePhase):

@@ -3,6 +3,10 @@
 The width of the convolution's *input* changes the distribution of its outputs, so each of the k groups that an input
 prefix may end in has statistics of its own, over the channels and samples that are live: one shared set collapses at
 small widths. Row k − 1, full width, starts as the original layer; the other rows start as copies of it.
+
+That holds where activations, pooling or another BatchNorm lie in between, and where others read the same value. A sum
+of feature maps has no convolution of its own: a BatchNorm behind it (pre-activation networks) takes the set of the
+sum's own prefix. One set is kept where the input's width never changes.
 """
 
 from __future__ import annotations

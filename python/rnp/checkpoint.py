@@ -26,8 +26,10 @@ def save(pruned: PrunedNetwork, path: str | Path) -> None:
     """Write the network, its policy and its budget to ``path`` (safetensors with a JSON header), atomically.
 
     Raises:
-        ValueError: the policy is not one that a file can hold (an Agent, FullWidth or Uniform).
+        ValueError: the policy is not one that a file can hold (an Agent, FullWidth or Uniform, no sub-class of these),
+            or the model has extra state (``get_extra_state``). Nothing is written.
     """
+    require_plain_state(pruned)
     header = {
         "network": describe(pruned),
         "policy": _describe_policy(pruned.policy),
@@ -36,6 +38,7 @@ def save(pruned: PrunedNetwork, path: str | Path) -> None:
     fileformat.write(path, "network", pruned.state_dict(), header)
 
 
+@torch.inference_mode(False)
 def load(path: str | Path, model: nn.Module) -> PrunedNetwork:
     """Read what :func:`save` wrote into ``model``.
 
@@ -46,7 +49,8 @@ def load(path: str | Path, model: nn.Module) -> PrunedNetwork:
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: truncated, damaged, foreign, or of another network; ``model`` is then as it was.
+        CheckpointError: truncated, damaged, foreign, or of another network, another type of its tensors included
+            (a float32 file for a bfloat16 model); ``model`` is then as it was.
     """
     tensors, header = fileformat.read(path, "network")
     described = header["network"]
@@ -65,6 +69,7 @@ def load(path: str | Path, model: nn.Module) -> PrunedNetwork:
     policy = _make_policy(path, header["policy"], network)
     targets = {name: tensor for name, tensor in network.state_dict().items() if name.startswith("backbone.")}
     if isinstance(policy, Agent):
+        policy.to(tensors["agent.mean_0"].dtype if "agent.mean_0" in tensors else None)  # made here: as it was saved
         targets |= {f"agent.{name}": tensor for name, tensor in policy.state_dict().items()}
     _copy(path, targets, tensors)
     network.policy = policy
@@ -86,13 +91,14 @@ def describe(network: PrunedNetwork) -> dict[str, Any]:
 
 
 def _describe_policy(policy: Policy) -> dict[str, Any]:
-    if isinstance(policy, Agent):
+    if type(policy) is Agent:  # no sub-class: it would be read back as a plain Agent
         return {"kind": "Agent", **{name: getattr(policy, name) for name in AGENT_OPTIONS}}
     if type(policy) is FullWidth:
         return {"kind": "FullWidth"}
     if type(policy) is Uniform:
         return {"kind": "Uniform", "width": policy.width}
-    raise ValueError(f"rnp.save: the policy must be an Agent, FullWidth or Uniform to be stored, got {policy!r}")
+    got = type(policy).__name__ if isinstance(policy, nn.Module) else repr(policy)
+    raise ValueError(f"rnp.save: the policy must be an Agent, FullWidth or Uniform to be stored, got {got}")
 
 
 def _make_policy(path: str | Path, described: dict[str, Any], network: PrunedNetwork) -> Policy:
@@ -119,7 +125,7 @@ def require_equal(path: str | Path, what: str, stored: Mapping[str, Any], presen
 
 
 def _copy(path: str | Path, targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Copy all of ``tensors`` into the targets of the same names, after every name and shape has been checked."""
+    """Copy all of ``tensors`` into the targets of the same names, after every name, shape and type has been checked."""
     missing = sorted(set(targets) - set(tensors))
     foreign = sorted(set(tensors) - set(targets))
     for names, problem in ((missing, "lacks"), (foreign, "holds, unknown to the model,")):
@@ -131,9 +137,23 @@ def _copy(path: str | Path, targets: Mapping[str, Tensor], tensors: Mapping[str,
             raise CheckpointError(
                 f"{path}: {name} has shape {tuple(tensors[name].shape)} in the file, {tuple(target.shape)} in the model"
             )
+        if tensors[name].dtype != target.dtype:
+            raise CheckpointError(
+                f"{path}: {name} has type {tensors[name].dtype} in the file, {target.dtype} in the model; convert the "
+                "model first, or after loading"
+            )
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(tensors[name])
+
+
+def require_plain_state(network: PrunedNetwork) -> None:
+    """Raise ValueError where the network's state holds more than parameters and buffers: a file has no place for it."""
+    for name, entry in network.state_dict().items():
+        if name.rpartition(".")[2] == "_extra_state" or not isinstance(entry, Tensor):
+            raise ValueError(
+                f"checkpoint: a network's state must be parameters and buffers, and {name} is {type(entry).__name__}"
+            )
 
 
 def load_state(path: str | Path, network: PrunedNetwork, tensors: Mapping[str, Tensor]) -> None:

@@ -58,8 +58,9 @@ class TrainConfig:
 
     growth: float = 0.0
     """Share of pretrain that runs at action k / 2, a quarter of the work; the network is then widened so that what it
-    computes stays the same, and goes on at full width. 0: full width throughout. For long pre-training on a tight
-    budget; on the demo's scenes it brought nothing that could be told from noise (*ours*)."""
+    computes stays the same (exceptions: :mod:`rnp.widening`), and goes on at full width. 0: full width throughout. For
+    long pre-training on a tight budget; on the demo's scenes it brought nothing that could be told from noise
+    (*ours*)."""
     pretrain_narrow: float = 0.0
     """Share of the pretrain steps that run on the narrowest path and random ones in turn: every width is trained along
     with full width from the start, and a sandwich phase is hardly needed (*ours*)."""
@@ -135,12 +136,15 @@ class TrainConfig:
     """Batches whose paths are recorded at once; sorted by MACs they are cut into batches of alike images (*ours*)."""
 
     epoch_steps: int | None = None
-    """Batches in an epoch, the unit of checkpoints; None: one pass over the training loader."""
+    """Batches in an epoch, the unit of checkpoints; None: one pass over the training loader. A pass goes on from one
+    epoch to the next, and a new one begins where it ends, so that every batch of a longer loader is read; each phase
+    begins with a pass of its own. A resumed run reads the pass again up to where it stood, without using it."""
     seed: int = 0
-    """Of everything random here. A loader's order follows it too if it draws from torch's, numpy's or Python's global
-    generator, or has ``set_epoch``."""
+    """Of everything random here. A loader's order follows it too if it draws from torch's (CPU), numpy's or Python's
+    global generator, which it has to itself while a batch is made, or has ``set_epoch``."""
     checkpoint_dir: str | Path | None = None
-    """Where the training state goes after every epoch, and ``network.safetensors`` at the end; None: nowhere."""
+    """Where the training state goes after every epoch, and ``network.safetensors`` at the end (not for a sub-class of
+    :class:`rnp.Agent`, which no such file can hold); None: nowhere."""
     resume: bool = False
     """Continue from ``checkpoint_dir`` if a training state is there; start anew if not."""
     progress: bool = True

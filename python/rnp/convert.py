@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, fx, nn
 
 from . import graph as g
@@ -21,7 +22,7 @@ class Row:
     """One line of the report."""
 
     name: str
-    action: str  # pruned | dense | followed | per in-prefix | one set | reads the prefix | ends the prefix
+    action: str  # pruned, dense, followed, per in-prefix, one set, reads the prefix, ends the prefix or not counted
     reason: str
 
 
@@ -39,12 +40,14 @@ class Report:
         return "\n".join(f"{r.name:<{wide[0]}}  {r.action:<{wide[1]}}  {r.reason}" for r in self.rows)
 
 
+@torch.inference_mode(False)
 def convert(model: nn.Module, example_input: Tensor, groups: int = 4) -> PrunedNetwork:
     """Return a `PrunedNetwork` whose convolutions run at a width chosen per sample; `model` is left as it is.
 
-    `example_input` (N, C, H, W) fixes the resolution at which MACs are counted. `groups` is k of RNP.md: an action 1…k
+    `example_input` (N, C, H, W) fixes the resolution at which MACs are counted, matrix products and attention included;
+    what torch has no formula for is "not counted" in the report. `groups` is k of RNP.md: an action 1…k
     makes ceil(action · C / k) output channels live. The parameters are copied; `network.report` says what became of
-    each layer.
+    each layer. They can be trained, also where this is called under `torch.inference_mode()`.
 
     A module that has forward hooks or forward pre-hooks is called as it is, on complete tensors, and stays dense: the
     report says so. Hooks registered later on modules of `network.backbone` are called only where the module itself
@@ -112,10 +115,10 @@ class Builder(Analysis):
     def group(self, name: str) -> frozenset[int] | None:
         return self.values[name].group
 
-    def define(self, step: g.Step, group: frozenset[int] | None) -> None:
+    def define(self, step: g.Step, group: frozenset[int] | None, row_group: frozenset[int] | None) -> None:
         self.steps.append(step)
         self.producer[step.output] = step
-        self.values[step.output] = g.Value(step.output, self.shapes.get(step.output), group)
+        self.values[step.output] = g.Value(step.output, self.shapes.get(step.output), group, row_group)
 
     def emit_conv(self, chain: list[fx.Node], step: g.ConvStep) -> None:
         node = chain[0]
@@ -135,10 +138,11 @@ class Builder(Analysis):
             self.report.add(node.target, "dense", self.dense_reason(node) or "")
         if step.norm is not None:
             self.report_norm(step.norm, step.in_group)
-        group = step.out_group
         if step.residual:
-            group = join(group, self.group(step.inputs[1]))
-        self.define(step, group)
+            group = join(step.out_group, self.group(step.inputs[1]))
+            self.define(step, group, group)
+        else:
+            self.define(step, step.out_group, step.in_group)
         shape = self.shapes[node.name]
         assert shape is not None
         per_pair = conv.kernel_size[0] * conv.kernel_size[1] * shape[2] * shape[3]
@@ -179,16 +183,20 @@ class Builder(Analysis):
     def emit_other(self, node: fx.Node) -> None:
         if self.is_sum(node):
             names = [arg.name for arg in node.args]
-            self.define(g.AddStep(node.name, names), join(self.group(names[0]), self.group(names[1])))
+            group = join(self.group(names[0]), self.group(names[1]))
+            self.define(g.AddStep(node.name, names), group, group)
             return
         call, names = g.Call.of(node)
-        if self.is_norm(node) and self.group(names[0]) is not g.FULL:
-            self.report_norm(node.target, self.group(names[0]))
-            self.define(g.NormStep(node.name, names, norm=node.target), self.group(names[0]))
+        first = self.values[names[0]] if names else None
+        if first is not None and self.is_norm(node) and (first.group, first.row_group) != (g.FULL, g.FULL):
+            self.report_norm(node.target, first.row_group)
+            step = g.NormStep(node.name, names, node.target, first.group, first.row_group)
+            self.define(step, first.group, first.row_group)
             return
         looks_through = g.channelwise(node, self.backbone, self.shapes)
-        if looks_through is not None:
-            self.define(g.ChannelwiseStep(node.name, names, call, looks_through), self.group(names[0]))
+        if first is not None and looks_through is not None:
+            step = g.ChannelwiseStep(node.name, names, call, looks_through)
+            self.define(step, first.group, first.row_group)
             return
         ended = [name for name in names if self.group(name) is not g.FULL]
         if ended:
@@ -200,7 +208,7 @@ class Builder(Analysis):
         source = self.linear_source(node, names)
         if source is None:
             self.count_fixed(node)
-        self.define(g.OpaqueStep(node.name, names, call, source), g.FULL)
+        self.define(g.OpaqueStep(node.name, names, call, source), g.FULL, g.FULL)
 
     def linear_source(self, node: fx.Node, names: list[str]) -> str | None:
         """Of a linear layer on flattened channels that have a prefix: those, counted and reported. Otherwise None."""
@@ -219,16 +227,24 @@ class Builder(Analysis):
         return source
 
     def count_fixed(self, node: fx.Node) -> None:
-        """MACs of other linear layers and of convolutions that are not followed."""
+        """MACs of other linear layers, of convolutions that are not followed and of products that forward() spells."""
         module = self.module(node)
-        macs = fixed_macs(node, module, self.shapes, self.images)
-        if macs is None:
+        called = str(node.target) if module is not None else node.name
+        unknown = self.counter.without_formula.get(node.name)
+        if unknown is not None:
+            self.report.add(called, "not counted", f"there is no formula for the MACs of {', '.join(unknown)}")
+        macs = fixed_macs(node, module, self.shapes, self.counter.macs)
+        if macs == 0:
             return
-        self.fixed_macs += macs
-        if module is None:
-            self.report.add(node.name, "dense", f"a call of {node.target.__name__}() in forward() is not followed")
-        elif isinstance(module, nn.modules.conv._ConvNd):
-            self.report.add(node.target, "dense", self.unfollowed_reason(node, module))
+        # Of what comes from the images, an image's share. The rest is the same for any number of them.
+        self.fixed_macs += -(-macs // max(1, self.images)) if node.name in self.dependent else macs
+        if isinstance(module, nn.modules.conv._ConvNd):
+            self.report.add(called, "dense", self.unfollowed_reason(node, module))
+        elif module is None:
+            name = getattr(node.target, "__name__", node.target)
+            self.report.add(called, "dense", f"a call of {name}() in forward() is not followed")
+        elif not isinstance(module, nn.Linear):
+            self.report.add(called, "dense", f"{type(module).__name__} is not followed")
 
     def replace_norms(self) -> None:
         """Give every BatchNorm that meets a varying in-prefix its k sets; one set where only the output varies."""
@@ -239,7 +255,7 @@ class Builder(Analysis):
                 if varying_in or varying_out:
                     rows[step.norm] = max(rows.get(step.norm, 1), self.k if varying_in else 1)
             if isinstance(step, g.NormStep):
-                rows[step.norm] = self.k
+                rows[step.norm] = max(rows.get(step.norm, 1), self.k if step.row_group is not g.FULL else 1)
         for name, count in rows.items():
             norm = self.backbone.get_submodule(name)
             if isinstance(norm, nn.BatchNorm2d):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rnp import stock
 from rnp.agent import Agent
+from rnp.batches import images_and_labels
 from rnp.measure import in_turn, median, quantile
 from rnp.network import PrunedNetwork
 
@@ -75,7 +76,7 @@ class Timing:
     realised_fraction: float  # measured ÷ theoretical
     dense_ms: float  # of one batch, mean over the batches of the median
     pruned_ms: float
-    dense_path: str  # "eager", "folded" or "prepacked"
+    dense_path: str  # see rnp.stock.StockPath
     batch_size: int
     batches: int
     rounds: int
@@ -188,7 +189,7 @@ def evaluate(
         if isinstance(pruned.policy, Agent):
             pruned.policy.epsilon = 0.0
         for batch in loader:
-            images, labels = _images_and_labels(batch)
+            images, labels = images_and_labels(batch, "evaluate")
             if max_images is not None and seen + len(images) > max_images:
                 images, labels = images[: max_images - seen], labels[: max_images - seen]
             if len(images) == 0:
@@ -242,23 +243,6 @@ def evaluate(
         macs=spent,
         actions=taken,
     )
-
-
-def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
-    """A batch of the loader, checked: labels of another shape would be compared with every answer."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
-        got = type(batch).__name__
-        if isinstance(batch, (tuple, list)):
-            got += f" of {', '.join(type(part).__name__ for part in batch)}"
-        raise TypeError(f"evaluate: loader must yield pairs of tensors, images and labels, got {got}")
-    images, labels = batch
-    if labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"evaluate: labels must have shape (N,) = {tuple(images.shape[:1])}, got {tuple(labels.shape)}"
-        )
-    if labels.dtype is torch.bool or labels.is_floating_point() or labels.is_complex():
-        raise TypeError(f"evaluate: labels must be integers, got {labels.dtype}")
-    return images, labels
 
 
 def policy_name(pruned: PrunedNetwork) -> str:

@@ -96,7 +96,7 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
                     f"got {metadata.get('format')!r}"
                 )
             version = metadata.get("format_version", "")
-            if not version.isdigit() or not 1 <= int(version) <= FORMAT_VERSION:
+            if version not in {str(known) for known in range(1, FORMAT_VERSION + 1)}:
                 raise CheckpointError(
                     f"{path}: format_version must be 1…{FORMAT_VERSION} for this package, got {version!r}"
                 )

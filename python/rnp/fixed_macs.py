@@ -1,13 +1,23 @@
-"""MACs of the layers whose cost no decision changes: linear layers, convolutions that are not followed."""
+"""MACs of what no decision changes: linear layers, convolutions that are not followed, matrix products, attention.
+
+They are counted while the graph runs on the example: by the formulas of `torch.utils.flop_counter` and the few below,
+operator by operator, so that it does not matter how `forward()` spells a product. An operator that multiplies and has
+no formula is noted by name.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 LINEAR = {F.linear}
 CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d}
@@ -16,39 +26,76 @@ TRANSPOSED = {
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
 }
 FUNCTIONS = LINEAR | CONVOLUTIONS | TRANSPOSED
+FORMULAS = {  # what torch's own list lacks: shapes of the arguments → floating-point operations, two a MAC
+    torch.ops.aten.mv: lambda matrix, *_, **__: 2 * math.prod(matrix),
+    torch.ops.aten.addmv: lambda _, matrix, *__, **___: 2 * math.prod(matrix),
+    torch.ops.aten.dot: lambda vector, *_, **__: 2 * math.prod(vector),
+    torch.ops.aten.addbmm: lambda _, a, b, *__, **___: 2 * math.prod(a) * b[-1],
+}
+NAMESPACES = ("aten", "prim", "prims", "rnp")  # operators of others may do anything
+WITHOUT_FORMULA = {  # operators of torch that multiply matrices
+    *("_trilinear", "_cdist_forward", "mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "_native_multi_head_attention"),
+    *("_transformer_encoder_layer_fwd", "_int_mm", "_weight_int8pack_mm", "_weight_int4pack_mm", "mkldnn_linear"),
+}
+
+
+class Counter:
+    """Counts the MACs of each node of a graph as it runs, inside of `with counter.on():`."""
+
+    def __init__(self) -> None:
+        self.macs: dict[str, int] = {}  # node → MACs for the whole batch, where there are any
+        self.without_formula: dict[str, list[str]] = {}  # node → operators
+        self.flops = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+        self.seen = Unknown()
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Attention runs as matrix products in here: its fused operators have no formulas."""
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with sdpa_kernel(SDPBackend.MATH), self.flops, self.seen:
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+
+    @contextmanager
+    def node(self, name: str) -> Iterator[None]:
+        """What runs in here belongs to this node."""
+        before, self.seen.names = self.flops.get_total_flops(), []
+        yield
+        macs = (self.flops.get_total_flops() - before) // 2
+        if macs:
+            self.macs[name] = macs
+        if self.seen.names:
+            self.without_formula[name] = list(dict.fromkeys(self.seen.names))
+
+
+class Unknown(TorchDispatchMode):
+    """Notes operators that multiply, or may, and have no formula."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func.name().partition("::")
+        if namespace not in NAMESPACES or name.partition(".")[0] in WITHOUT_FORMULA:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def fixed_macs(
-    node: fx.Node, module: nn.Module | None, shapes: dict[str, tuple[int, ...] | None], images: int
-) -> int | None:
-    """MACs per image of a node, `module` if it calls one; None if it is no linear layer and no convolution.
+    node: fx.Node, module: nn.Module | None, shapes: dict[str, tuple[int, ...] | None], counted: dict[str, int]
+) -> int:
+    """MACs of a node for the whole batch of which `shapes` and `counted` are; `module` if the node calls one.
 
-    `images` is the batch for which the `shapes` are.
+    A convolution's are those of its shapes, whatever operators stand in for it.
     """
-    source, weight = operand(node, 0, "input"), operand(node, 1, "weight")
-    before, after = (None if n is None else shapes.get(n.name) for n in (source, node))
-    if before is None or after is None:
-        return None
-    if isinstance(module, nn.Linear):
-        return entries(after, images) * module.in_features
-    if isinstance(module, nn.modules.conv._ConvNd):
-        shape: tuple[int, ...] | None = tuple(module.weight.shape)
-        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-    elif node.op == "call_function" and node.target in FUNCTIONS:
-        shape = None if weight is None else shapes.get(weight.name)
-        transposed = node.target in TRANSPOSED
-    else:
-        return None
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return counted.get(node.name, 0)
+    source = node.args[0] if node.args else node.kwargs.get("input")
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
     # An output, or an input where the convolution is transposed, meets the weight's axes but the first.
-    return None if shape is None else entries(before if transposed else after, images) * math.prod(shape[1:])
-
-
-def entries(shape: tuple[int, ...], images: int) -> int:
-    """Elements that an image has in a tensor whose first axis holds one entry for each image, or several."""
-    return math.prod(shape[1:]) * max(1, shape[0] // max(1, images))
-
-
-def operand(node: fx.Node, place: int, name: str) -> fx.Node | None:
-    """An argument of a call, given by place or by name, if it is a value of the graph."""
-    value: Any = node.args[place] if len(node.args) > place else node.kwargs.get(name)
-    return value if isinstance(value, fx.Node) else None
+    shape = shapes.get(source.name if transposed and isinstance(source, fx.Node) else node.name)
+    return counted.get(node.name, 0) if shape is None else math.prod(shape) * math.prod(module.weight.shape[1:])

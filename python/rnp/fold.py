@@ -42,12 +42,17 @@ def tables(
     return scale.contiguous(), shift.contiguous()
 
 
-def norm_table(norm: PrefixBatchNorm2d, k: int) -> tuple[Tensor, Tensor]:
-    """Scale and shift (k + 1, C) of a BatchNorm on its own; 0 beyond the prefix that goes with the line."""
-    scale, shift = norm.table()
-    sizes = torch.tensor([g.prefix_size(i + 1, norm.num_features, k) for i in range(k)], device=scale.device)
-    live = torch.arange(norm.num_features, device=scale.device) < sizes[:, None]
-    return tuple(torch.cat([t[:1], t * live]) for t in (scale, shift))  # type: ignore[return-value]
+def norm_table(norm: PrefixBatchNorm2d, k: int, by_row: bool, by_group: bool) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a BatchNorm on its own, 0 beyond the prefix.
+
+    Line row · (k + 1) + group of them, for a row 1…k and a group 1…k of which one may not vary and is then left out.
+    """
+    tables = norm.table()
+    sizes = torch.tensor([0] + [g.prefix_size(i, norm.num_features, k) for i in range(1, k + 1)])
+    live = (torch.arange(norm.num_features) < sizes[:, None]).to(tables[0])  # (k + 1, C)
+    rows = (torch.cat([t[:1], t]) if by_row else t[-1:] for t in tables)
+    scale, shift = ((t[:, None] * (live if by_group else live[-1:])).flatten(0, 1) for t in rows)
+    return scale, shift
 
 
 def zero_tails(steps: list[g.Step], states: list[str], averages: set[str]) -> set[str]:

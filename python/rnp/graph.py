@@ -22,11 +22,16 @@ FULL: frozenset[int] | None = None  # the group of a value that always has its f
 
 @dataclass
 class Value:
-    """A tensor: its shape for the example, and the decisions whose maximum is its group (None: full width)."""
+    """A tensor: its shape for the example, and the decisions whose maximum is its group (None: full width).
+
+    `row_group`: the same of the input of the convolution that made it, which names the set of a BatchNorm behind it. A
+    sum has no such convolution: there it is `group`.
+    """
 
     name: str
     shape: tuple[int, ...] | None
     group: frozenset[int] | None = FULL
+    row_group: frozenset[int] | None = FULL
 
     @property
     def channels(self) -> int:
@@ -60,10 +65,14 @@ class ConvStep(Step):
 
 @dataclass
 class NormStep(Step):
-    """A BatchNorm that follows no convolution (pre-activation networks)."""
+    """A BatchNorm on its own: behind a sum (pre-activation networks), an activation, a value that others read too.
+
+    `group` and `row_group` are those of its input: which channels are live, and which set normalises them.
+    """
 
     norm: str = ""
-    relu: bool = False
+    group: frozenset[int] | None = FULL
+    row_group: frozenset[int] | None = FULL
 
 
 @dataclass

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,10 +42,10 @@ def run_mixed(network: PrunedNetwork, images: Tensor, decider: Decider) -> Any:
                 decider(step.decision, means.get(name))
             result = _mixed_conv(network, step, env, groups, decider.taken)
         elif isinstance(step, g.NormStep):
-            group = groups[step.inputs[0]]
-            assert group is not None
-            x = env[step.inputs[0]]
-            result = backbone.get_submodule(step.norm)(x, group - 1, _live(group, x.shape[1], k))
+            x, group = env[step.inputs[0]], groups[step.inputs[0]]
+            row = None if step.row_group is None else reduce(torch.maximum, (decider.taken[d] for d in step.row_group))
+            live = None if group is None else _live(group, x.shape[1], k)
+            result = backbone.get_submodule(step.norm)(x, None if row is None else row - 1, live)
             groups[step.output] = group
         elif isinstance(step, g.AddStep):
             result = env[step.inputs[0]] + env[step.inputs[1]]
@@ -120,7 +121,8 @@ def run_path(network: PrunedNetwork, images: Tensor, path: list[int]) -> Any:
         elif isinstance(step, g.NormStep):
             group[step.output] = group[step.inputs[0]]
             norm = backbone.get_submodule(step.norm)
-            env[step.output] = norm.forward_slice(env[step.inputs[0]], group[step.inputs[0]] - 1)
+            row = norm.rows if step.row_group is None else max(path[decision] for decision in step.row_group)
+            env[step.output] = norm.forward_slice(env[step.inputs[0]], row - 1)
         elif isinstance(step, g.AddStep):
             env[step.output] = _add_prefix(env[step.inputs[0]], env[step.inputs[1]])
             group[step.output] = max(group[step.inputs[0]], group[step.inputs[1]])

@@ -40,8 +40,13 @@ class PrunedNetwork(nn.Module):
 
     In eval mode without gradients (no_grad, or frozen parameters) a flat plan of fused operator calls runs; it is made
     at the first call and again when a parameter, buffer or module has changed. Otherwise every layer runs by itself,
-    differentiably, in train mode with the batch statistics of live samples. A sample's features and actions are the
-    same bits alone and in any batch.
+    differentiably, in train mode with the batch statistics of live samples.
+
+    In eval mode a sample's features and actions are the same bits alone and in any batch, as far as this package's
+    operators make them. What torch computes in between need not be: element-wise functions through exponentials (SiLU,
+    GELU, sigmoid, softmax …) may round the last elements of a tensor otherwise than those before, matrix products,
+    attention, bilinear resizing and convolutions that are not followed may sum in another order for another batch, and
+    whatever looks at several images at once depends on them, as does a BatchNorm with `track_running_stats=False`.
 
     After one call in eval mode, `torch.compile(network, fullgraph=True)` and `torch.export.export` (dynamic batch size
     included) give one static graph whose actions depend on the images. It keeps the parameters it was made from.

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rnp.agent_phase import TrainAgent
-from rnp.backbone_phases import BackbonePhase, Finetune, Pretrain, Sandwich, backbone_parameters, one_cycle, widen
+from rnp.backbone_phases import BackbonePhase, Finetune, Pretrain, Sandwich, backbone_parameters, one_cycle
 from rnp.config import Length
 from rnp.phase import Batch, Context, Phase
+from rnp.widening import widen
 
 __all__ = [
     "BackbonePhase",

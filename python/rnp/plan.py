@@ -110,13 +110,15 @@ def version_of(tensor: Tensor) -> int:
 
 
 def watch(module: nn.Module) -> list[Source]:
-    """Sources that notice a change of the module's parameters or buffers."""
+    """Sources that notice a change of a parameter or buffer of the module, or below it: those of a parametrization."""
     found = []
-    for registry in (module._parameters, module._buffers):
-        for name, t in registry.items():
-            if name == "num_batches_tracked":
-                continue
-            found.append(
-                Source(registry, name, t) if t is None else Source(registry, name, t, t.data_ptr(), version_of(t))
-            )
+    for each in module.modules():
+        found += [Source(each._modules, name, child) for name, child in each._modules.items()]
+        for registry in (each._parameters, each._buffers):
+            for name, t in registry.items():
+                if name == "num_batches_tracked":
+                    continue
+                found.append(
+                    Source(registry, name, t) if t is None else Source(registry, name, t, t.data_ptr(), version_of(t))
+                )
     return found

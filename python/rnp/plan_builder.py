@@ -253,19 +253,22 @@ class PlanBuilder(PlanSlots):
         assert isinstance(norm, PrefixBatchNorm2d)
         self.sources += watch(norm)
         x, y = self.slot(step.inputs[0]), self.slot(step.output)
-        scale, shift = norm_table(norm, self.k)
-        group = self.group_slot(self.values[step.inputs[0]].group)
+        scale, shift = norm_table(norm, self.k, step.row_group is not None, step.group is not None)
         full_scale, full_shift = (t[-1, :, None, None].clone() for t in (scale, shift))
+        row, group, lines = self.group_slot(step.row_group), self.group_slot(step.group), self.k + 1
+        if step.row_group is not None and step.row_group == step.group:
+            scale, shift, group = scale[:: lines + 1], shift[:: lines + 1], NOTHING
 
         def normalise(run: Run) -> None:
-            row = run.prefixes[group]
-            if row is None:
+            rows, groups = run.prefixes[row], run.prefixes[group]
+            line = rows if groups is None else groups if rows is None else torch.add(groups, rows, alpha=lines)
+            if line is None:
                 run.values[y] = torch.addcmul(full_shift, run.values[x], full_scale)
             else:
-                a, b = (t.index_select(0, row)[:, :, None, None] for t in (scale, shift))
+                a, b = (t.index_select(0, line)[:, :, None, None] for t in (scale, shift))
                 run.values[y] = torch.addcmul(b, run.values[x], a)
 
-        self.emit(normalise, [Slot("map", x), Slot("index", group, self.k)])
+        self.emit(normalise, [Slot("map", x), Slot("index", row, self.k), Slot("index", group, self.k)])
 
     def emit_add(self, step: g.AddStep) -> None:
         a, b, y = (self.map(name) for name in (*step.inputs, step.output))

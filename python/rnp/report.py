@@ -64,6 +64,12 @@ def points(difference: dict[str, Any]) -> str:
     return f"{100 * difference['difference']:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}]"
 
 
+def change(interval: list[float]) -> str:
+    """What an interval of the agent's accuracy minus another's says of the other."""
+    low, high = interval
+    return "falls" if low > 0 else "rises" if high < 0 else "cannot be told from the agent's"
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     """A budget as the texts of COLUMNS."""
     low, high = row["accuracy_interval"]
@@ -91,7 +97,8 @@ def sentences(findings: dict[str, Any]) -> list[str]:
         f"Accuracy there, agent minus full width: {points(main['agent_minus_full'])}; minus uniform width at the same "
         f"mean MACs: {points(main['agent_minus_uniform'])}; minus the thin network trained from scratch for the same "
         f"time: {points(main['agent_minus_thin'])}.",
-        f"Control: with the agent's own actions dealt to the images at random, accuracy falls; agent minus shuffled: "
+        f"Control: with the agent's own actions dealt to the images at random, accuracy "
+        f"{change(main['agent_minus_shuffled']['interval'])}; agent minus shuffled: "
         f"{points(main['agent_minus_shuffled'])}.",
         f"Rank correlation of an image's MACs with its difficulty: {rho['rank_correlation']:.3f} "
         f"[{rho['interval'][0]:.3f}, {rho['interval'][1]:.3f}]. The agent is never told the difficulty.",

@@ -10,6 +10,7 @@ import copy
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from rnp.batchnorm import PrefixBatchNorm2d
 from rnp.measure import interleaved, median
 from rnp.network import PrunedNetwork
+from rnp.tracing import view_as_reshape
 
 _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
@@ -87,9 +89,24 @@ def eager(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
 
 
+class Contiguous(nn.Module):
+    """A copy in eval mode that runs on contiguous (N, C, H, W), for a forward() whose views channels_last has not."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).eval().to(memory_format=torch.contiguous_format)
+
+    def forward(self, images: Tensor) -> Any:
+        return self.model(images.contiguous())
+
+
 def folded(model: nn.Module) -> fx.GraphModule:
-    """:func:`eager` with every BatchNorm behind a convolution folded into it (torch.fx must trace the model)."""
+    """:func:`eager` with every BatchNorm behind a convolution folded into it (torch.fx must trace the model).
+
+    A view becomes a reshape, which is the same where the view exists.
+    """
     graph_module = fx.symbolic_trace(eager(model))
+    view_as_reshape(graph_module.graph)
     modules = dict(graph_module.named_modules())
     for node in list(graph_module.graph.nodes):
         if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
@@ -182,7 +199,7 @@ def rounding(truth: Tensor) -> float:
 class StockPath:
     """The fastest stock path for a model, see :func:`best_stock_path`."""
 
-    name: str  # "eager", "folded" or "prepacked"
+    name: str  # "eager", "folded" or "prepacked"; "contiguous" where the model does not run in channels_last
     module: nn.Module  # call it under torch.inference_mode() on channels_last images
     seconds: dict[str, float] = field(default_factory=dict)  # median seconds of every candidate on the example
     rejected: dict[str, str] = field(default_factory=dict)  # why a candidate does not run or is not correct
@@ -190,6 +207,8 @@ class StockPath:
 
 def best_stock_path(model: nn.Module, example: Tensor, rounds: int = 7) -> StockPath:
     """The fastest way in which stock torch runs ``model``: each candidate is checked against it first, then timed.
+
+    A model that cannot run in channels_last (its forward() takes views) runs contiguous instead of eager.
 
     Args:
         model: the dense network; it is not modified.
@@ -203,8 +222,14 @@ def best_stock_path(model: nn.Module, example: Tensor, rounds: int = 7) -> Stock
         "folded": lambda: folded(model),
         "prepacked": lambda: prepacked(model, example),
     }
-    with torch.inference_mode():
-        truth = candidates["eager"](example)
+    try:
+        with torch.inference_mode():
+            truth = candidates["eager"](example)
+    except RuntimeError as failure:  # forward() takes a view that channels_last has not
+        rejected["eager"] = f"{type(failure).__name__}: {failure}"
+        candidates = {"contiguous": Contiguous(model)}
+        with torch.inference_mode():
+            truth = candidates["contiguous"](example)
     tolerance = rounding(truth)
     for name, make in makers.items():
         try:

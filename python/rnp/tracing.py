@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from .fixed_macs import Counter
 from .in_place import OPERATORS, Kind, flagged, kind_of, make_functional, refusal, state, tensors_in
 from .plan import version_of
 
@@ -50,24 +52,30 @@ class Traced:
     images: int  # in the example
     shapes: dict[str, Shape | None]  # of every value; None: not a tensor
     batched: set[str]  # values that come from the images and have an entry for each
+    dependent: set[str]  # values that come from the images
+    counter: Counter  # MACs of every node for the whole example
     in_place: list[str]  # modules whose `inplace` flag was on
 
 
 class Shapes(fx.Interpreter):
     """Runs a functional graph and notes shapes. Raises ValueError where a node writes into what it reads all the same.
 
-    `kinds`: the shape and type that results must have.
+    `kinds`: the shape and type that results must have. `counter` counts MACs on the way.
     """
 
-    def __init__(self, module: fx.GraphModule, kinds: dict[str, Kind | None] | None = None) -> None:
+    def __init__(
+        self, module: fx.GraphModule, kinds: dict[str, Kind | None] | None = None, counter: Counter | None = None
+    ) -> None:
         super().__init__(module)
         self.kinds = {} if kinds is None else kinds
+        self.counter = counter
         self.shapes: dict[str, Shape | None] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         read = list(tensors_in(self.fetch_args_kwargs_from_env(n)))
         versions = [version_of(t) for t in read]
-        result = super().run_node(n)
+        with nullcontext() if self.counter is None else self.counter.node(n.name):
+            result = super().run_node(n)
         if [version_of(t) for t in read] != versions:
             self.refuse(n, "rnp.convert knows no operation that returns its result instead")
         kind = kind_of(result)
@@ -110,10 +118,13 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
     with torch.inference_mode(False), torch.no_grad():  # inference tensors do not count what is written into them
         kinds = make_functional(graph, model, example.clone())
         module = fx.GraphModule(model, graph)
-        run = Shapes(module, kinds)
-        run.run(example.clone())
-        found = batched(module, placeholders[0], run.shapes, example)
-        return Traced(graph, len(example), run.shapes, found, in_place)
+        counter = Counter()
+        run = Shapes(module, kinds, counter)
+        with counter.on():
+            run.run(example.clone())
+        dependent = dependents(graph, placeholders[0])
+        found = batched(module, dependent, run.shapes, example)
+        return Traced(graph, len(example), run.shapes, found, dependent, counter, in_place)
 
 
 def view_as_reshape(graph: fx.Graph) -> None:
@@ -127,15 +138,21 @@ def view_as_reshape(graph: fx.Graph) -> None:
             node.args, node.kwargs = (node.args[0], *sizes), {}
 
 
-def batched(module: fx.GraphModule, images: fx.Node, shapes: dict[str, Shape | None], example: Tensor) -> set[str]:
-    """Names of the values that come from the images and have an entry for each along their first axis.
+def dependents(graph: fx.Graph, images: fx.Node) -> set[str]:
+    """Names of the values that come from the images."""
+    dependent = {images}
+    for node in graph.nodes:
+        if dependent.intersection(node.all_input_nodes):
+            dependent.add(node)
+    return {node.name for node in dependent}
+
+
+def batched(module: fx.GraphModule, dependent: set[str], shapes: dict[str, Shape | None], example: Tensor) -> set[str]:
+    """Of the `dependent` values, the names of those that have an entry for each image along their first axis.
 
     With an example of one image, what has one entry for all of them looks the same: a second run tells.
     """
-    count, dependent = example.shape[0], {images}
-    for node in module.graph.nodes:
-        if dependent.intersection(node.all_input_nodes):
-            dependent.add(node)
+    count = example.shape[0]
     if count == 1:
         run = Shapes(module)
         try:
@@ -143,5 +160,5 @@ def batched(module: fx.GraphModule, images: fx.Node, shapes: dict[str, Shape | N
             shapes, count = run.shapes, 2
         except Exception:  # the model takes one image at a time, so there is no difference to tell
             shapes, count = shapes, 1
-    found = ((node.name, shapes.get(node.name)) for node in dependent)
+    found = ((name, shapes.get(name)) for name in dependent)
     return {name for name, shape in found if shape and shape[0] == count}

@@ -1,8 +1,9 @@
 """``rnp.train``: Algorithm 1 of Runtime Neural Pruning (Lin et al., NIPS 2017), in epochs that survive a kill.
 
 An *epoch* is one pass over the training loader, or ``TrainConfig.epoch_steps`` batches, in every phase. All randomness
-is seeded anew at its start from (seed, phase, epoch), and the whole training state is written at its end. So an
-interrupted run loses at most the current epoch, and one resumed from the last file goes on as if nothing had happened.
+is seeded anew at its start from (seed, phase, epoch), that of the loader at the start of a pass from (seed, phase,
+pass), and the whole training state is written at the end of an epoch. So an interrupted run loses at most the current
+epoch, and one resumed from the last file reads its pass again up to there and goes on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from rnp import checkpoint, fileformat
 from rnp.agent import Agent
-from rnp.config import TrainConfig
+from rnp.batches import Passes, images_and_labels
+from rnp.config import Length, TrainConfig
 from rnp.interruption import Interruption
 from rnp.network import PrunedNetwork
 from rnp.phases import Batch, Context, Phase, schedule
@@ -70,25 +73,30 @@ def train(
         config: see :class:`rnp.TrainConfig`.
 
     Raises:
-        ValueError: an empty loader, images that are not floating point.
+        ValueError: nothing is trained yet: the network does not answer (N, classes), nothing in it requires gradients
+            for a phase that trains it, its parameters were made under ``torch.inference_mode()``, or a checkpoint
+            cannot hold its state; on the way: an empty loader or batch, images that are not floating point, labels
+            that are not (N,).
+        TypeError: the loader yields something else than pairs of tensors, or labels that are not integers.
         FloatingPointError: the loss is no longer finite.
         rnp.CheckpointError: ``resume`` found a training state that is damaged, or of another network or other settings.
     """
     config = TrainConfig() if config is None else config
+    check(pruned, config)
     before = (pruned.penalty_shift, pruned.max_macs)
     states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
     if not isinstance(pruned.policy, Agent):
         device = next(pruned.parameters()).device
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
             torch.manual_seed(config.seed)
             pruned.policy = Agent(pruned.feature_sizes, pruned.groups, **config.agent_options).to(device)
     agent = pruned.policy
     epsilon, generator = agent.epsilon, agent.generator
     pruned.set_budget()
-    pruned.backbone.to(memory_format=torch.channels_last)
     interruption = Interruption()
     try:
-        with interruption:
+        with interruption, torch.inference_mode(False), torch.enable_grad():
+            pruned.backbone.to(memory_format=torch.channels_last)
             return Run(pruned, agent, train_loader, val_loader, config, interruption).run()
     finally:
         pruned.policy = agent
@@ -98,6 +106,36 @@ def train(
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
+
+
+def check(pruned: PrunedNetwork, config: TrainConfig) -> None:
+    """Raise ValueError where the network cannot be trained under the settings."""
+    shape = pruned._values[pruned._steps[-1].output].shape
+    if shape is None or len(shape) != 2:
+        got = "something else than one tensor" if shape is None else f"shape {shape} for the example"
+        raise ValueError(f"train: the network must answer one tensor (N, classes), got {got}")
+    parts: dict[str, tuple[nn.Module, list[tuple[str, Length]]]] = {
+        "backbone": (pruned.backbone, [("pretrain", config.pretrain), ("sandwich", config.sandwich)])
+    }
+    if config.rounds:
+        parts["backbone"][1].append(("finetune", config.finetune))
+    if isinstance(pruned.policy, Agent):
+        parts["agent"] = (pruned.policy, [("agent", config.agent)])
+    for part, (module, phases) in parts.items():
+        for name, parameter in module.named_parameters():
+            if parameter.is_inference():
+                raise ValueError(
+                    f"train: parameters must not be made under torch.inference_mode(), and {part}.{name} was"
+                )
+        frozen = not any(parameter.requires_grad for parameter in module.parameters())
+        for phase, length in phases:
+            if frozen and length.progress(0, 0.0) < 1:
+                raise ValueError(
+                    f"train: phase {phase} trains the {part}, none of whose parameters requires gradients; its length "
+                    f"must be 0, got {length}"
+                )
+    if config.checkpoint_dir is not None:
+        checkpoint.require_plain_state(pruned)
 
 
 class Run:
@@ -126,7 +164,7 @@ class Run:
         self.seconds = 0.0
         self.loss = 0.0  # mean of the last epoch
         self.result = TrainResult()
-        self.passes = 0
+        self.passes = self._passes(1)
         self.folder = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
         self.bars = config.progress and sys.stderr.isatty()
 
@@ -141,13 +179,14 @@ class Run:
                 phase = self.phases[self.phase_index]()
                 started = time.monotonic()
                 self._seed(0)
-                phase.begin(self._endless())
+                phase.begin(self._endless(0))
                 self.seconds = time.monotonic() - started
             self._run_phase(phase)
             phase = None
         if self.folder is not None:
             self.agent.epsilon = 0.0
-            checkpoint.save(self.network, self.folder / NETWORK_FILE)
+            if type(self.agent) is Agent:  # of a sub-class, rnp.save knows no form
+                checkpoint.save(self.network, self.folder / NETWORK_FILE)
         return self.result
 
     def _run_phase(self, phase: Phase) -> None:
@@ -161,7 +200,7 @@ class Run:
                 self.epoch += 1
                 self._save(phase)
         self._seed(-1)
-        phase.finish(self._endless())
+        phase.finish(self._endless(2))
         self._close_phase(phase)
 
     def _run_epoch(self, phase: Phase, bar: tqdm) -> bool:
@@ -206,6 +245,7 @@ class Run:
             tqdm.write(describe(row), file=sys.stderr)
         self.phase_index += 1
         self.epoch, self.steps, self.seconds, self.loss = 0, 0, 0.0, 0.0
+        self.passes = self._passes(1)
         self._save(None)
 
     @torch.no_grad()
@@ -231,51 +271,40 @@ class Run:
 
     # -- batches -------------------------------------------------------------------------------------------------
 
-    def _prepare(self, batch: Batch) -> Batch:
-        images, labels = batch
+    def _prepare(self, batch: Any) -> Batch:
+        images, labels = images_and_labels(batch, "train")
         if not images.is_floating_point():
             raise ValueError(f"train: images must be floating point, got {images.dtype}")
+        if len(images) == 0:
+            raise ValueError("train: a batch must hold at least one image, got 0")
         images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        return images, labels.to(self.device, non_blocking=True)
+        return images, labels.to(self.device, torch.int64, non_blocking=True)
 
-    def _pass(self) -> Iterator[Batch]:
-        """One pass over the training loader, in the order that the global generators and ``set_epoch`` give."""
-        for part in (self.train_loader, getattr(self.train_loader, "sampler", None)):
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(self.passes)
-        own = getattr(self.train_loader, "generator", None)  # a DataLoader's; without it torch's global one counts
-        if isinstance(own, torch.Generator):
-            own.manual_seed(int(torch.randint(2**62, ())))
-        self.passes += 1
-        empty = True
-        for batch in self.train_loader:
-            empty = False
-            yield self._prepare(batch)
-        if empty:
-            raise ValueError("train: train_loader yielded no batch")
+    def _passes(self, part: int, number: int = 0, read: int = 0) -> Passes:
+        """Passes over the training loader for a part of the phase: 0 its beginning, 1 its epochs, 2 its end."""
+        return Passes(self.train_loader, lambda number: self._words(part, number, 1)[1:], number, read)
 
-    def _endless(self) -> Iterator[Batch]:
-        while True:
-            yield from self._pass()
+    def _endless(self, part: int) -> Iterator[Batch]:
+        return map(self._prepare, self._passes(part).endless())
 
     def _epoch(self) -> Iterator[Batch]:
+        """`epoch_steps` batches, from where the epoch before left its pass; or what is left of the pass."""
         limit = self.config.epoch_steps
-        if limit is None:
-            yield from self._pass()
-            return
-        for number, batch in enumerate(self._endless(), start=1):
-            yield batch
-            if number == limit:
-                return
+        batches = self.passes.rest() if limit is None else islice(self.passes.endless(), limit)
+        return map(self._prepare, batches)
+
+    def _words(self, *numbers: int) -> tuple[int, int, int, int]:
+        """Four seeds of something of this phase that the numbers tell; the last of them is not 0."""
+        sequence = np.random.SeedSequence([self.config.seed, self.phase_index, *numbers])
+        return tuple(int(word) for word in sequence.generate_state(4))
 
     def _seed(self, epoch: int) -> None:
         """Seed everything for an epoch of the phase; 0 stands for its beginning, −1 for its end."""
-        words = np.random.SeedSequence([self.config.seed, self.phase_index, epoch + 1]).generate_state(4)
-        self.generator.manual_seed(int(words[0]))
-        torch.manual_seed(int(words[1]))
-        np.random.seed(int(words[2]))
-        random.seed(int(words[3]))
-        self.passes = int(words[0]) >> 1  # what set_epoch is told: a function of the epoch alone
+        words = self._words(epoch + 1)
+        self.generator.manual_seed(words[0])
+        torch.manual_seed(words[1])
+        np.random.seed(words[2])
+        random.seed(words[3])
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -296,6 +325,8 @@ class Run:
             "inside": phase is not None,
             "epoch": self.epoch,
             "steps": self.steps,
+            "pass": self.passes.number,
+            "read": self.passes.read,
             "seconds": self.seconds,
             "loss": self.loss,
             "penalty": self.context.penalty,
@@ -319,11 +350,12 @@ class Run:
         self.phase_index = header["phase_index"]
         self.epoch, self.steps = header["epoch"], header["steps"]
         self.seconds, self.loss = header["seconds"], header["loss"]
+        self.passes = self._passes(1, header.get("pass", 0), header.get("read", 0))
         self.context.penalty = header["penalty"]
         self.result.history = header["history"]
         if not header["inside"]:
             return None
         phase = self.phases[self.phase_index]()
-        checkpoint.load_optimizer(path, phase.optimizer, part["optimizer"])
+        checkpoint.load_optimizer(path, phase.optimizer, part.get("optimizer", {}))  # without an update it has no state
         phase.load(part.get("phase", {}), header["values"])
         return phase

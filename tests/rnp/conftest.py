@@ -64,6 +64,10 @@ class Masked:
             samples.append(F.batch_norm(one[None], mean[row], var[row], weight[row], bias[row]))
         return torch.cat(samples)
 
+    def live_norm(self, name: str, y: Tensor, in_: Tensor | None, out: Tensor) -> Tensor:
+        """A BatchNorm on its own: the in-prefix's row, then the mask again."""
+        return self.norm(name, y, in_) * self.mask(y.shape[1], out, len(y))[:, :, None, None].to(y.dtype)
+
     def linear(self, name: str, x: Tensor, in_: Tensor | None = None, positions: int = 1) -> Tensor:
         """`in_`: groups (N,) of the channels, each with its `positions`, that x is made of."""
         weight = self.state[name + ".weight"]
@@ -221,20 +225,47 @@ class PreActivation(nn.Module):
     @staticmethod
     def masked(m: Masked, x: Tensor, actions: Tensor) -> Tensor:
         a, b = actions.t()
-
-        def norm_relu(name: str, x: Tensor, group: Tensor) -> Tensor:
-            live = m.mask(x.shape[1], group, len(x))[:, :, None, None].to(x.dtype)
-            return F.relu(m.norm(name, x, group)) * live
-
         x = m.conv("stem", x, 1, 1, None, None)
         m.see(x)
         x = m.conv("down", x, 2, 1, None, a)
-        y = norm_relu("bn1", x, a)
+        y = F.relu(m.live_norm("bn1", x, None, a))  # `down` reads all channels
         m.see(y)
         y = F.relu(m.conv("conv1", y, 1, 1, a, b, "bn2"))
         x = x + m.conv("conv2", y, 1, 1, b, b)
         both = torch.maximum(a, b)
-        return m.linear("fc", norm_relu("bn3", x, both).mean((2, 3)), both)
+        return m.linear("fc", F.relu(m.live_norm("bn3", x, both, both)).mean((2, 3)), both)
+
+
+class LateNorm(nn.Module):
+    """BatchNorm behind an activation, behind pooling, and on a value that is read twice."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, 2, 1)
+        self.first, self.bn1 = nn.Conv2d(6, 9, 3, 1, 1), nn.BatchNorm2d(9)
+        self.second, self.bn2 = nn.Conv2d(9, 8, 3, 1, 1), nn.BatchNorm2d(8)
+        self.grouped, self.bn3 = nn.Conv2d(8, 6, 3, 1, 1, groups=2), nn.BatchNorm2d(6)
+        self.last, self.fc = nn.Conv2d(6, 7, 1), nn.Linear(7, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(F.relu(self.first(self.stem(x))))
+        x = self.second(x)
+        x = F.relu(self.bn2(x)) + x
+        x = self.bn3(F.max_pool2d(F.relu(self.grouped(x)), 2))
+        return self.fc(F.relu(self.last(x)).mean((2, 3)))
+
+    @staticmethod
+    def masked(m: Masked, x: Tensor, actions: Tensor) -> Tensor:
+        a, b, c = actions.t()
+        x = m.conv("stem", x, 2, 1, None, None)
+        m.see(x)
+        x = m.live_norm("bn1", F.relu(m.conv("first", x, 1, 1, None, a)), None, a)
+        m.see(x)
+        x = m.conv("second", x, 1, 1, a, b)
+        x = F.relu(m.live_norm("bn2", x, a, b)) + x
+        x = m.norm("bn3", F.max_pool2d(F.relu(m.conv("grouped", x, 1, 1, b, None, groups=2)), 2), b)
+        m.see(x)
+        return m.linear("fc", F.relu(m.conv("last", x, 1, 0, None, c)).mean((2, 3)), c)
 
 
 class Inverted(nn.Module):
@@ -283,6 +314,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # constructor, num
     "resnet-basic": (ResNet, 4),
     "resnet-bottleneck": (lambda: ResNet("bottleneck"), 4),
     "pre-activation": (PreActivation, 2),
+    "late-norm": (LateNorm, 3),
     "inverted-residual": (Inverted, 4),
 }
 

@@ -220,6 +220,69 @@ def test_macs_of_transposed_and_of_folded_batches(images):
     assert network.dense_macs == 100 * 9 * (3 * 8 + 8 * 8) + fixed
 
 
+def attention(q: Tensor) -> Tensor:
+    """(N, T, C) → the same: 2 · T · T · C MACs an image."""
+    return F.scaled_dot_product_attention(q, q, q)
+
+
+PRODUCTS = {  # of q (N, 25, 6), weight (6, 6): what forward() does with them, and its MACs an image
+    "matmul": (lambda q, w: torch.matmul(q, w), 25 * 6 * 6),
+    "@": (lambda q, w: (q @ q.transpose(1, 2)) @ q, 2 * 25 * 25 * 6),
+    "method": (lambda q, w: q.matmul(w), 25 * 6 * 6),
+    "bmm": (lambda q, w: torch.bmm(q, q.mT).bmm(q), 2 * 25 * 25 * 6),
+    "baddbmm": (lambda q, w: torch.baddbmm(q, q @ w, w.expand(q.size(0), 6, 6)), 2 * 25 * 6 * 6),
+    "einsum": (lambda q, w: torch.einsum("ntc,ndc->ntd", q, q).matmul(q), 2 * 25 * 25 * 6),
+    "matrix by vector": (lambda q, w: q + (q @ w[0])[:, :, None], 25 * 6),
+    "attention": (lambda q, w: attention(q), 2 * 25 * 25 * 6),
+    "sequence first": (lambda q, w: F.linear(q.transpose(0, 1), w).transpose(0, 1), 25 * 6 * 6),
+    "of the model alone": (lambda q, w: q * (w @ w)[0], 6 * 6 * 6),
+}
+
+
+class Products(Masked):
+    def __init__(self, spelled) -> None:
+        super().__init__()
+        self.spelled, self.weight = spelled, nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.second(self.first(self.stem(x))), 2)
+        return self.fc(self.spelled(x.flatten(2).transpose(1, 2), self.weight).mean(1))
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+@pytest.mark.parametrize("spelled", PRODUCTS)
+def test_products_that_forward_spells_count(spelled, images):
+    function, macs = PRODUCTS[spelled]
+    network = rnp.convert(Products(function).eval(), torch.randn(images, 3, 10, 10), K)
+    assert network.dense_macs == 100 * 9 * (3 * 8 + 8 * 8 + 8 * 6) + macs + 6 * 5
+    assert any("() in forward() is not followed" in row.reason for row in network.report.rows)
+
+
+class Modules(Masked):
+    """Products inside of modules; a linear layer over sequences that have the images second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.recurrent = nn.MultiheadAttention(6, 2, batch_first=True), nn.GRU(6, 6, batch_first=True)
+        self.bilinear, self.sequence = nn.Bilinear(6, 6, 6), nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = F.max_pool2d(self.second(self.first(self.stem(x))), 2).flatten(2).transpose(1, 2)
+        q = self.bilinear(q, q) + self.attention(q, q, q)[0] + self.recurrent(q)[0]
+        return self.fc(q.mean(1)) + self.sequence(x.mean(3).transpose(0, 1)).mean(0)
+
+
+def test_modules_of_products_count_and_what_has_no_formula_is_said():
+    network = rnp.convert(Modules().eval(), torch.randn(2, 3, 10, 10), K)
+    of_attention, of_recurrent = 25 * 6 * 4 * 6 + 2 * 25 * 25 * 6, 25 * 2 * 3 * 6 * 6
+    of_convolutions = 100 * 9 * (3 * 8 + 8 * 8 + 8 * 6)
+    assert network.dense_macs == of_convolutions + of_attention + of_recurrent + 3 * 10 * 5 + 6 * 5
+    rows = {row.name: row for row in network.report.rows}
+    assert rows["attention"].reason == "MultiheadAttention is not followed"
+    assert rows["bilinear"].action == "not counted" and "aten::_trilinear" in rows["bilinear"].reason
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_a_convolution_over_another_batch_stays_dense():
     class Frames(Masked):
         def forward(self, x: Tensor) -> Tensor:

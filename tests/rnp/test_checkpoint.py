@@ -66,6 +66,15 @@ def test_round_trip(tmp_path: Path, agent: dict[str, object]) -> None:
     assert trace.macs.equal(retrace.macs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_types_are_kept(tmp_path: Path, dtype: torch.dtype) -> None:
+    pruned = network().to(dtype)
+    rnp.save(pruned, tmp_path / "x")
+    loaded = rnp.load(tmp_path / "x", model().to(dtype))
+    assert_same(pruned.state_dict(), loaded.state_dict())
+    assert loaded.policy.decoders[0].weight.dtype is dtype
+
+
 def test_load_in_place(tmp_path: Path) -> None:
     path = tmp_path / "x"
     pruned = network()
@@ -87,6 +96,37 @@ def test_a_policy_without_a_stored_form_is_refused(tmp_path: Path) -> None:
     pruned = network()
     pruned.policy = rnp.policies.Random()
     with pytest.raises(ValueError, match=r"must be an Agent, FullWidth or Uniform to be stored, got Random\(\)"):
+        rnp.save(pruned, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_subclass_of_agent_is_refused(tmp_path: Path) -> None:
+    """It would be read back as a plain Agent, which decides otherwise."""
+
+    class Narrowest(rnp.Agent):
+        def act(self, layer, features, state):
+            return torch.ones(len(features), dtype=torch.int32), state
+
+    pruned = network()
+    pruned.policy = Narrowest(pruned.feature_sizes, 4)
+    with pytest.raises(ValueError, match=r"must be an Agent, FullWidth or Uniform to be stored, got Narrowest$"):
+        rnp.save(pruned, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("state", [{"value": 1}, torch.ones(1)])
+def test_extra_state_is_refused(tmp_path: Path, state: object) -> None:
+    class Extra(nn.Sequential):
+        def get_extra_state(self) -> object:
+            return state
+
+        def set_extra_state(self, state: object) -> None:
+            pass
+
+    pruned = rnp.convert(Extra(*model()), torch.zeros(1, 3, 10, 12))
+    with pytest.raises(
+        ValueError, match=r"must be parameters and buffers, and backbone\._extra_state is (dict|Tensor)"
+    ):
         rnp.save(pruned, tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
@@ -116,6 +156,11 @@ def rewritten(change: Callable[[dict[str, torch.Tensor], dict], object]) -> Call
             rewritten(lambda t, h: t.update({"backbone.10.bias": torch.zeros(6)})),
             model,
             r"backbone.10.bias has shape \(6,\) in the file, \(5,\) in the model",
+        ),
+        (
+            lambda path: None,
+            lambda: model().bfloat16(),
+            r"backbone.0.weight has type torch.float32 in the file, torch.bfloat16 in the model",
         ),
         (rewritten(lambda t, h: t.pop("agent.mean_0")), network, r"the file lacks agent.mean_0"),
         (rewritten(lambda t, h: h["policy"].update(kind="Oracle")), model, "got 'Oracle'"),

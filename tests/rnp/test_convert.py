@@ -189,6 +189,20 @@ def test_a_convolution_that_is_the_output_stays_dense():
     assert row.action == "dense" and "output" in row.reason
 
 
+def test_a_convolution_before_a_depthwise_one_that_is_the_output_stays_dense():
+    """The depthwise one would follow it, and channels of the network's output be zeros."""
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1)]
+    model = nn.Sequential(*layers, nn.Conv2d(8, 8, 3, groups=8)).eval()
+    network = rnp.convert(model, images(1), K)
+    assert network.layers == ["2"]
+    actions = {row.name: (row.action, row.reason) for row in network.report.rows}
+    assert actions["4"] == ("dense", "its channels are the network's output")
+    assert actions["5"][0] == "dense"
+    network.policy = rnp.policies.Uniform(0.25)
+    with torch.no_grad():
+        assert bool((network(images(2)).abs().amax((2, 3)) > 0).all())
+
+
 class InPlace(nn.Module):
     """relu_ changes what the later readers of its argument see; the shortcut here is the rectified map."""
 

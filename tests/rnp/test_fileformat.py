@@ -80,11 +80,12 @@ def test_another_kind_and_a_newer_format_are_refused(tmp_path: Path, monkeypatch
     fileformat.write(path, "network", tensors(), {})
     with pytest.raises(CheckpointError, match="kind must be 'training', got 'network'"):
         fileformat.read(path, "training")
-    monkeypatch.setattr(fileformat, "FORMAT_VERSION", 2)
-    fileformat.write(path, "network", tensors(), {})
-    monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="format_version must be 1…1"):
-        fileformat.read(path, "network")
+    for version in (2, 0, "²", "1.0", ""):
+        with monkeypatch.context() as patch:
+            patch.setattr(fileformat, "FORMAT_VERSION", version)
+            fileformat.write(path, "network", tensors(), {})
+        with pytest.raises(CheckpointError, match=f"format_version must be 1…1 for this package, got '{version}'"):
+            fileformat.read(path, "network")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

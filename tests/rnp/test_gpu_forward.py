@@ -69,7 +69,8 @@ def policies(network: rnp.PrunedNetwork) -> dict[str, object]:
 def test_a_handful_of_operators_makes_all_prefixes(nets, name, which, monkeypatch):
     """However deep the network: stack, select, amax, cast, gather, and one for the policy's actions.
 
-    A BatchNorm that no convolution takes in adds two look-ups of its own, the rows of scale and shift.
+    A BatchNorm that no convolution takes in adds two look-ups of its own, the rows of scale and shift, and a sum where
+    one group names the row and another the prefix.
     """
     network, x = make(nets, name), images()
     network.policy = policies(network)[which]
@@ -84,8 +85,9 @@ def test_a_handful_of_operators_makes_all_prefixes(nets, name, which, monkeypatc
     network(x)
     with Counted() as counted:
         network(x)
-    norms = sum(isinstance(step, graph.NormStep) for step in network._steps)
-    assert len(with_prefixes) - len(counted.names) <= 6 + 2 * norms, with_prefixes
+    norms = [step for step in network._steps if isinstance(step, graph.NormStep)]
+    sums = sum(None not in (step.row_group, step.group) and step.row_group != step.group for step in norms)
+    assert len(with_prefixes) - len(counted.names) <= 6 + 2 * len(norms) + sums, with_prefixes
     for arguments in launch.calls:
         for index in (arguments[7], arguments[8], arguments[10]):  # in_prefix, out_prefix, row
             assert index is None or (index.dtype is torch.int32 and index.is_contiguous())

@@ -8,6 +8,8 @@ import threading
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 
 import rnp
 import rnp_kernels
@@ -176,6 +178,39 @@ def test_the_plan_follows_the_parameters(nets, name, change):
         after = network(x)
         assert not torch.allclose(before, after)
         assert torch.equal(after, copy.deepcopy(network)(x))  # a copy starts without a plan
+
+
+def test_the_plan_follows_parametrizations():
+    """Of a convolution: the parameters that its weight is computed from, and one that is registered or removed."""
+    x = images()
+
+    def make(seed: int) -> rnp.PrunedNetwork:
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), weight_norm(nn.Conv2d(16, 24, 3)), nn.ReLU(), nn.Conv2d(24, 8, 3)]
+        model = nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+        network = rnp.convert(model.eval(), x[:1], K).requires_grad_(False)
+        network.policy = rnp.policies.Uniform(0.5)
+        return network
+
+    network, other = make(0), make(1)
+    conv = network.backbone[2]
+    changes = [
+        lambda: network.load_state_dict(other.state_dict()),
+        lambda: conv.parametrizations.weight.original0.mul_(2),
+        lambda: setattr(conv.parametrizations.weight.original1, "data", torch.randn(24, 16, 3, 3)),
+        lambda: setattr(conv.parametrizations.weight, "original0", nn.Parameter(torch.ones(24, 1, 1, 1))),
+        lambda: parametrize.register_parametrization(conv, "bias", nn.Tanh()),
+        lambda: parametrize.register_parametrization(network.backbone[4], "weight", nn.Tanh()),
+        lambda: parametrize.remove_parametrizations(conv, "weight").weight.mul_(2),
+    ]
+    for change in changes:
+        before = network(x)
+        with torch.no_grad():
+            change()
+        network.requires_grad_(False)
+        after = network(x)
+        assert not torch.equal(before, after)
+        assert torch.equal(after, copy.deepcopy(network)(x))
 
 
 def test_a_change_behind_torchs_back_needs_refresh(nets):

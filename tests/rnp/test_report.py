@@ -114,6 +114,20 @@ def test_the_table_lines_up_and_shows_every_budget(tmp_path: Path) -> None:
     assert "92.50" in table[3] and "91.50–93.50" in table[3] and "2.40×" in table[3] and "0.80" in table[3]
 
 
+@pytest.mark.parametrize(
+    ("difference", "interval", "said"),
+    [
+        (0.03, [0.02, 0.04], "accuracy falls; agent minus shuffled: +3.00 points"),
+        (-0.02, [-0.03, -0.01], "accuracy rises; agent minus shuffled: -2.00 points"),
+        (0.01, [-0.01, 0.03], "accuracy cannot be told from the agent's; agent minus shuffled: +1.00 points"),
+    ],
+)
+def test_the_control_says_what_its_interval_says(difference: float, interval: list[float], said: str) -> None:
+    values = findings()
+    values["main"]["agent_minus_shuffled"] = {"difference": difference, "interval": interval}
+    assert said in report.sentences(values)[2]
+
+
 def test_beneath_the_table_stands_how_the_thin_network_was_timed(tmp_path: Path) -> None:
     values = findings()
     report.write(values, scenes(), tmp_path)

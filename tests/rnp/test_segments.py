@@ -152,7 +152,7 @@ def test_packed_weights_are_shared_by_all_plans(nets):
 
 
 def test_a_changed_agent_is_noticed(nets, monkeypatch):
-    """In place, and by assignment."""
+    """In place, by assignment, and by assignment of data."""
     network, x = make(nets, "vgg", "agent"), images()
     before = network(x)
     agent = network.policy
@@ -162,6 +162,8 @@ def test_a_changed_agent_is_noticed(nets, monkeypatch):
     assert network(x, return_trace=True)[1].actions.eq(1).all()
     agent.decoders[0].bias = nn.Parameter(torch.tensor([0.0, 0, 0, 50]), requires_grad=False)
     assert network(x, return_trace=True)[1].actions.eq(4).all()
+    agent.decoders[0].bias.data = torch.tensor([0.0, 50, 0, 0])
+    assert network(x, return_trace=True)[1].actions.eq(2).all()
 
 
 PROGRAM = """slots 3 2 2

@@ -121,6 +121,49 @@ def test_what_cannot_run_is_named() -> None:
     assert "TraceError" in best.rejected["folded"]
 
 
+class Viewed(nn.Module):
+    """Flattens by a view that a map in channels_last has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.conv = nn.Conv2d(3, 8, 3, padding=1), batchnorm(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8 * 36, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(self.conv(F.relu(self.norm(self.stem(x))))), 2)
+        return self.head(x.view(x.size(0), -1))
+
+
+class BranchyViewed(Viewed):
+    """Neither can it be traced."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * 2 if x.sum() > 0 else x)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("network", "candidates"),
+    [(Viewed, {"contiguous", "folded", "prepacked"}), (BranchyViewed, {"contiguous"})],
+)
+def test_views_have_a_rival(network: type[Viewed], candidates: set[str], layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    model = network().eval()
+    best = stock.best_stock_path(model.to(memory_format=layout), images(), rounds=1)
+    assert set(best.seconds) == candidates
+    assert "view" in best.rejected["eager"]
+    truth = model.to(memory_format=torch.contiguous_format)(images())
+    torch.testing.assert_close(best.module(images().to(memory_format=torch.channels_last)), truth)
+
+
+def test_evaluate_times_a_network_that_flattens_by_a_view() -> None:
+    torch.manual_seed(0)
+    pruned = rnp.convert(Viewed().eval(), images())
+    report = rnp.evaluate(pruned, [(images(4), torch.zeros(4, dtype=torch.int64))], rounds=1)
+    assert report.timing is not None
+    assert report.timing.dense_path in ("contiguous", "folded", "prepacked")
+
+
 def test_a_wrong_path_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(7)
     other = nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())

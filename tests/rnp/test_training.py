@@ -206,6 +206,82 @@ def test_epoch_steps_may_exceed_the_loader(tmp_path: Path) -> None:
     assert pruned.backbone.get_submodule("4").num_batches_tracked.max() > 0
 
 
+class Numbered:
+    """Twelve batches of 8 in order, or drawn at random from the next three; ``read`` keeps their numbers."""
+
+    def __init__(self, shuffle: bool = False, at: int = -1) -> None:
+        self.images, self.labels = toy.scenes(96, 1)
+        self.shuffle, self.at, self.read = shuffle, at, []
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        waiting = list(range(12))
+        while waiting:
+            draws = (int(torch.randint(3, ())), np.random.randint(3), random.randrange(3))
+            number = waiting.pop(sum(draws) % min(3, len(waiting)) if self.shuffle else 0)
+            if len(self.read) == self.at:
+                os.kill(os.getpid(), signal.SIGINT)
+            self.read.append(number)
+            part = slice(8 * number, 8 * number + 8)
+            yield self.images[part], self.labels[part]
+
+
+def test_a_pass_goes_on_from_one_epoch_to_the_next() -> None:
+    nothing, loader = rnp.Length(steps=0), Numbered()
+    lengths = {"pretrain": rnp.Length(steps=30), "sandwich": nothing, "agent": nothing, "rounds": 0, "epoch_steps": 5}
+    rnp.train(toy.network(), loader, None, toy.config(**lengths))
+    assert loader.read == [*range(12), *range(12), *range(6)]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("at", [13, 21, 37, 46])
+def test_a_resumed_run_reads_on_in_its_pass(shuffle: bool, at: int, tmp_path: Path) -> None:
+    """Also where the loader draws all along, from every generator, and dropout between its draws."""
+    loader, first, second = Numbered(shuffle), Numbered(shuffle, at), Numbered(shuffle)
+    whole = toy.train(loader, epoch_steps=5)
+    with pytest.raises(KeyboardInterrupt):
+        toy.train(first, epoch_steps=5, checkpoint_dir=tmp_path)
+    _, header = rnp.fileformat.read(tmp_path / training.STATE_FILE, "training")
+    resumed = toy.train(second, epoch_steps=5, checkpoint_dir=tmp_path, resume=True)
+    assert_same(whole, resumed)
+    if header["inside"]:  # what it skipped, and then the rest
+        assert second.read[header["read"] :] == loader.read[len(loader.read) - len(second.read) + header["read"] :]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_loader_reads_on_in_its_pass(workers: int, tmp_path: Path) -> None:
+    def loader() -> torch.utils.data.DataLoader:
+        data = torch.utils.data.TensorDataset(*toy.scenes(96, 1))
+        generator = torch.Generator()
+        generator.seed()  # whatever it holds
+        return torch.utils.data.DataLoader(data, 8, shuffle=True, num_workers=workers, generator=generator)
+
+    class Stopped(training.Interruption):
+        def check(self) -> None:
+            stops.append(None)
+            if len(stops) == 11:
+                raise KeyboardInterrupt
+
+    stops: list[None] = []
+    nothing = rnp.Length(steps=0)
+    settings = {"sandwich": rnp.Length(steps=17), "pretrain": nothing, "agent": nothing, "rounds": 0}
+    whole = toy.train(loader(), **settings)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "Interruption", Stopped)
+        toy.train(loader(), checkpoint_dir=tmp_path, **settings)
+    _, header = rnp.fileformat.read(tmp_path / training.STATE_FILE, "training")
+    assert (header["pass"], header["read"]) == (0, 8)
+    assert_same(whole, toy.train(loader(), checkpoint_dir=tmp_path, resume=True, **settings))
+
+
+def test_a_run_without_updates_of_the_agent_can_be_resumed(tmp_path: Path) -> None:
+    whole = toy.train(toy.Loader(), agent_updates=0)
+    with pytest.raises(KeyboardInterrupt):
+        toy.train(toy.Loader(number=signal.SIGINT, at=28), checkpoint_dir=tmp_path, agent_updates=0)
+    _, header = rnp.fileformat.read(tmp_path / training.STATE_FILE, "training")
+    assert (header["phase_index"], header["inside"]) == (2, True)
+    assert_same(whole, toy.train(toy.Loader(), checkpoint_dir=tmp_path, agent_updates=0, resume=True))
+
+
 def test_validation_is_reported() -> None:
     pruned = toy.network()
     result = rnp.train(pruned, toy.Loader(), toy.Loader(32, seed=2), toy.config(validation_batches=2, rounds=0))
@@ -249,12 +325,131 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert loader.served == 0
 
 
-def test_what_cannot_be_trained_on_is_named() -> None:
-    with pytest.raises(ValueError, match="train_loader yielded no batch"):
-        rnp.train(toy.network(), [], None, toy.config())
-    images, labels = toy.scenes(4, 0)
-    with pytest.raises(ValueError, match=r"floating point, got torch.uint8"):
-        rnp.train(toy.network(), [(images.byte(), labels)], None, toy.config())
+IMAGES, LABELS = toy.scenes(4, 0)
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        ([], ValueError, "train_loader yielded no batch"),
+        ([(IMAGES.byte(), LABELS)], ValueError, r"images must be floating point, got torch.uint8"),
+        ([{"x": IMAGES, "y": LABELS}], TypeError, r"train: loader must yield pairs of tensors, .* got dict"),
+        ([(IMAGES, LABELS, LABELS)], TypeError, r"pairs of tensors, .* got tuple of Tensor, Tensor, Tensor"),
+        ([IMAGES], TypeError, r"pairs of tensors, .* got Tensor"),
+        ([(IMAGES, LABELS[:3])], ValueError, r"labels must have shape \(N,\) = \(4,\), got \(3,\)"),
+        ([(IMAGES, LABELS.float())], TypeError, "labels must be integers, got torch.float32"),
+        ([(IMAGES[:0], LABELS[:0])], ValueError, "a batch must hold at least one image, got 0"),
+    ],
+)
+@pytest.mark.parametrize("first", ["pretrain", "agent"])
+def test_what_cannot_be_trained_on_is_named(
+    loader: list[Any], error: type[Exception], message: str, first: str, tmp_path: Path
+) -> None:
+    pruned = toy.network()
+    before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+    lengths = {"pretrain": rnp.Length(steps=0), "sandwich": rnp.Length(steps=0)} if first == "agent" else {}
+    with pytest.raises(error, match=message):
+        rnp.train(pruned, loader, None, toy.config(checkpoint_dir=tmp_path, **lengths))
+    assert_same(before, {name: pruned.state_dict()[name] for name in before})
+    assert not list(tmp_path.iterdir())
+
+
+def answers_a_dict() -> rnp.PrunedNetwork:
+    class Named(torch.nn.Sequential):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"out": super().forward(x)}
+
+    return rnp.convert(Named(*toy.model()), torch.zeros(2, 1, 8, 8))
+
+
+def frozen(part: str) -> rnp.PrunedNetwork:
+    pruned = toy.network()
+    pruned.policy = rnp.Agent(pruned.feature_sizes, pruned.groups)
+    getattr(pruned, part).requires_grad_(False)
+    return pruned
+
+
+def with_an_agent_for_inference() -> rnp.PrunedNetwork:
+    pruned = toy.network()
+    with torch.inference_mode():
+        pruned.policy = rnp.Agent(pruned.feature_sizes, pruned.groups)
+    return pruned
+
+
+def with_extra_state() -> rnp.PrunedNetwork:
+    class Extra(torch.nn.Sequential):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"value": 1}
+
+    return rnp.convert(Extra(*toy.model()), torch.zeros(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (answers_a_dict, r"must answer one tensor \(N, classes\), got something else than one tensor"),
+        (
+            lambda: rnp.convert(toy.model()[:8], torch.zeros(2, 1, 8, 8)),
+            r"must answer one tensor \(N, classes\), got shape \(2, 16, 4, 4\)",
+        ),
+        (lambda: frozen("backbone"), r"phase pretrain trains the backbone, none .* must be 0, got 4 steps"),
+        (lambda: frozen("agent"), r"phase agent trains the agent, none .* must be 0, got 7 steps"),
+        (with_an_agent_for_inference, r"made under torch.inference_mode\(\), and agent.encoders.0.weight was"),
+        (with_extra_state, r"parameters and buffers, and backbone._extra_state is dict"),
+    ],
+)
+def test_networks_that_cannot_be_trained_are_named_before_anything_is_done(
+    make: Any, message: str, tmp_path: Path
+) -> None:
+    pruned, loader = make(), toy.Loader()
+    policy = pruned.policy
+    with pytest.raises(ValueError, match=message):
+        rnp.train(pruned, loader, None, toy.config(checkpoint_dir=tmp_path))
+    assert loader.served == 0
+    assert pruned.policy is policy
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_frozen_backbone_has_its_agent_trained() -> None:
+    pruned, nothing = frozen("backbone"), rnp.Length(steps=0)
+    before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+    rnp.train(pruned, toy.Loader(), None, toy.config(pretrain=nothing, sandwich=nothing, rounds=0))
+    after = pruned.state_dict()
+    assert all(after[name].equal(tensor) for name, tensor in before.items() if name.startswith("backbone."))
+    assert not after["agent.decoders.0.weight"].equal(before["agent.decoders.0.weight"])
+
+
+def test_inference_mode_around_conversion_loading_and_training(
+    tmp_path: Path, uninterrupted: dict[str, Tensor]
+) -> None:
+    with torch.inference_mode():
+        pruned = toy.network()
+        rnp.train(pruned, toy.Loader(), None, toy.config())
+        rnp.save(pruned, tmp_path / "x")
+        loaded = rnp.load(tmp_path / "x", toy.model())
+    assert_same(uninterrupted, pruned.state_dict())
+    rnp.train(loaded, toy.Loader(), None, toy.config())
+
+
+def test_a_subclass_of_agent_can_be_trained_and_resumed(tmp_path: Path) -> None:
+    """There is a training state, and no network file, which would be read back as a plain Agent."""
+
+    class Other(rnp.Agent):
+        pass
+
+    def run(loader: Any, **settings: Any) -> dict[str, Tensor]:
+        pruned = toy.network()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            pruned.policy = Other(pruned.feature_sizes, pruned.groups)
+        rnp.train(pruned, loader, None, toy.config(**settings))
+        return pruned.state_dict()
+
+    whole = run(toy.Loader())
+    with pytest.raises(KeyboardInterrupt):
+        run(toy.Loader(number=signal.SIGINT, at=36), checkpoint_dir=tmp_path)
+    assert_same(whole, run(toy.Loader(), checkpoint_dir=tmp_path, resume=True))
+    assert [file.name for file in tmp_path.iterdir()] == [training.STATE_FILE]
 
 
 @pytest.mark.parametrize(
