@@ -25,6 +25,16 @@ _is_compiling = torch.compiler.is_compiling
 _HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
 
 
+class _Cache(dict):
+    """What a module keeps for its next calls. A copy, pickled or deep, is empty: it would belong to the copied module.
+
+    `__getstate__` leaves the caches out already, but a parametrized module copies its whole __dict__.
+    """
+
+    def __reduce__(self) -> tuple[type[_Cache], tuple[()]]:
+        return (_Cache, ())
+
+
 class PrefixConv2d(nn.Conv2d):
     """An `nn.Conv2d` whose `forward` also takes the live input and output channels of each sample.
 
@@ -140,7 +150,7 @@ class PrefixConv2d(nn.Conv2d):
 
     def _keep_call(self, input: Tensor, call: Any) -> None:
         """For inputs of this shape; None: nothing can be kept."""
-        calls = self.__dict__.setdefault("_calls", {})
+        calls = self.__dict__.setdefault("_calls", _Cache())
         cache = self.__dict__.get("_packs")
         if cache is not None and cache.dropped:
             cache.dropped = False
@@ -224,7 +234,8 @@ class PrefixConv2d(nn.Conv2d):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in _CACHES}
+        state = super().__getstate__()  # without what compile() made
+        return {name: value for name, value in state.items() if name not in _CACHES}
 
 
 def _why_not(conv: nn.Module) -> Exception | None:

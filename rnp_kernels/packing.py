@@ -90,6 +90,9 @@ class PackCache:
         self._seen: tuple[Any, ...] | None = None
         self._transformed: PackedWeight | None = None
 
+    def __reduce__(self) -> tuple[type[PackCache], tuple[()]]:
+        return (PackCache, ())  # a copy is empty: it is another module's, with other weights
+
     def get(self, weight: Tensor, groups: int, now: bool = False) -> Tensor | None:
         """The pack of `weight`, or None where it is not worth one yet; with `now`, wherever it can be packed."""
         packed = self._packed

@@ -143,6 +143,37 @@ def test_copies_do_not_share_packs(copier: Callable[[nn.Module], nn.Module]) -> 
         assert not torch.allclose(twin(x), conv(x))
 
 
+def test_copies_of_a_compiled_module_run_their_own_weights() -> None:
+    conv = PrefixConv2d(3, 4, 3)
+    conv.compile(backend="eager")
+    x = torch.randn(1, 3, 8, 8)
+    expected, file = conv(x), io.BytesIO()
+    torch.save(conv, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for twin in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv)), loaded):
+        close(twin(x), expected)
+        twin.weight, twin.bias = nn.Parameter(torch.zeros(4, 3, 3, 3)), None
+        assert (twin(x) == 0).all()
+    close(conv(x), expected)
+
+
+@pytest.mark.parametrize("c_in", [64, 8])
+def test_a_called_module_can_be_parametrized_and_copied(c_in: int) -> None:
+    conv, x = PrefixConv2d(c_in, 64, 3, padding=1).eval(), torch.randn(2, c_in, 14, 14)
+    x = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for _ in range(3):
+            conv(x)
+        nn.utils.parametrizations.weight_norm(conv)
+        expected = conv(x)
+        twin = copy.deepcopy(conv)
+        twin.parametrizations.weight.original0.mul_(2)
+        for _ in range(3):
+            close(conv(x), expected)
+            close(twin(x) - twin.bias.view(1, -1, 1, 1), 2 * (expected - conv.bias.view(1, -1, 1, 1)))
+
+
 def test_saved_files_hold_no_packs() -> None:
     conv = PrefixConv2d(64, 64, 3)
     sizes = []
