@@ -131,7 +131,7 @@ class PrefixConv2d(nn.Conv2d):
             if call is not None:
                 self._keep_call(input, call if may_keep(self, input, weight, bias) else None)
                 return call.run(input, weight, bias)
-        route, winograd = self._route(input, weight, padding), None
+        route, winograd = self._route(input, weight, bias, padding), None
         if route is not None and torch.is_autocast_enabled("cpu"):
             route = None
         if route is not None and route.tile and not needs_autograd(input, weight, bias):
@@ -162,18 +162,19 @@ class PrefixConv2d(nn.Conv2d):
             calls.clear()
         calls[input.shape] = call.__call__  # bound: Python calls a method without a detour through C
 
-    def _route(self, input: Tensor, weight: Tensor, padding: Any) -> stock.Route | None:
+    def _route(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> stock.Route | None:
         state = self.__dict__
         routes = state.get("_routes")
         if routes is None:
-            routes = state["_routes"] = {}
-        key = (input.shape, input.stride(), input.dtype, weight.shape, weight.stride(), weight.dtype, padding,
-               state["stride"], state["dilation"], state["groups"], get_algorithm())  # fmt: skip
+            routes = state["_routes"] = _Cache()
+        key = (input.shape, input.stride(), input.dtype, weight.shape, weight.stride(), weight.dtype,
+               None if bias is None else (bias.shape, bias.dtype), padding, state["stride"], state["dilation"],
+               state["groups"], get_algorithm())  # fmt: skip
         route = routes.get(key)
         if route is None:
             if len(routes) >= _MOST_ROUTES:
                 routes.clear()
-            route = routes[key] = stock.route(self, input, weight, padding)
+            route = routes[key] = stock.route(self, input, weight, bias, padding)
         return route
 
     def _run_full_width(

@@ -58,8 +58,8 @@ class StockCall:
     """One module's call at one input shape that torch's own convolution answers, or one around it; immutable."""
 
     __slots__ = (
-        "_algorithm", "_arguments", "_autocast", "_bias", "_dtype", "_function", "_input_strides", "_mode", "_weight",
-        "_weight_dtype", "_weight_strides", "_with_gradients",
+        "_algorithm", "_arguments", "_autocast", "_bias", "_bias_dtype", "_bias_shape", "_dtype", "_function",
+        "_input_strides", "_mode", "_weight", "_weight_dtype", "_weight_strides", "_with_gradients",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +74,7 @@ class StockCall:
         self._weight, self._bias, self._weight_strides = weight, bias, weight.stride()
         self._input_strides, self._algorithm = input.stride(), algorithm
         self._dtype, self._weight_dtype = input.dtype, weight.dtype
+        self._bias_dtype, self._bias_shape = (None, None) if bias is None else (bias.dtype, bias.shape)
         self._autocast = _is_autocast_enabled("cpu")
         self._mode, self._with_gradients = mode, with_gradients
         self._function, self._arguments = function, arguments
@@ -93,6 +94,7 @@ class StockCall:
             or weight.stride() != self._weight_strides
             or input.dtype is not self._dtype
             or weight.dtype is not self._weight_dtype
+            or (bias is not None and (bias.dtype is not self._bias_dtype or bias.shape != self._bias_shape))
             or not input.is_cpu
             or (backends._current != "auto" and backends._current != "cpu")
             or _is_autocast_enabled("cpu") is not self._autocast

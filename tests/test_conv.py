@@ -99,7 +99,7 @@ def test_full_width_has_the_same_bits_on_every_way(
         assert trained.requires_grad
         alone = torch.cat([conv(x[n : n + 1]) for n in range(3)])
         assert torch.equal(alone, trained), "with gradients, a sample has other bits alone"
-        if stock.route(conv, x, conv.weight, conv.padding).training == stock.OURS:
+        if stock.route(conv, x, conv.weight, conv.bias, conv.padding).training == stock.OURS:
             results.append(trained)
         else:
             close(trained, rnp_kernels.prefix_conv2d(x, conv.weight, conv.bias, 1, kernel // 2, 1, groups))
@@ -310,6 +310,31 @@ def test_what_is_no_dense_tensor_is_refused(kept: bool, settings: dict) -> None:
             fake = torch.empty(2, 4, 8, 8)
         with pytest.raises(AssertionError, match="FakeTensor"):
             conv(fake)
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(64).double(), torch.zeros(64).bfloat16(), torch.zeros(63)], ids=str)
+@pytest.mark.parametrize("assign", [True, False], ids=["assigned", "data"])
+@pytest.mark.parametrize(
+    ("c_in", "kernel", "size", "dtype"),
+    [(64, 1, 28, torch.float32), (64, 3, 20, torch.float32), (64, 3, 56, torch.float32), (64, 3, 9, torch.float32)],
+)
+def test_a_bias_that_does_not_fit_is_refused_after_calls_too(
+    c_in: int, kernel: int, size: int, dtype: torch.dtype, assign: bool, bias: torch.Tensor
+) -> None:
+    x = torch.randn(2, c_in, size, size, dtype=dtype)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for needs in (False, True):
+            conv = PrefixConv2d(c_in, 64, kernel, padding=kernel // 2, dtype=dtype).requires_grad_(needs)
+            given = x.contiguous(memory_format=layout)
+            for _ in range(3):
+                conv(given)
+            if assign:
+                conv.bias = nn.Parameter(bias, requires_grad=needs)
+            else:
+                conv.bias.data = bias
+            for _ in range(2):
+                with pytest.raises((TypeError, ValueError), match="prefix_conv2d: bias must"):
+                    conv(given)
 
 
 def test_meta_device() -> None:
