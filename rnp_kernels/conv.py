@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import has_torch_function_unary
+from torch.overrides import has_torch_function, has_torch_function_unary
 
 from . import backends, stock, training, transforms
 from .algorithms import get_algorithm
@@ -19,6 +19,8 @@ from .ops import needs_autograd, prefix_conv2d, run_below_autograd
 from .packing import PackCache
 
 _CACHES = ("_packs", "_routes", "_calls")
+_LEFT_OUT = (*_CACHES, "_compiled_call_impl")  # the last belongs to the module that was compiled
+_FORWARDS = ("forward", "_conv_forward")  # what an instance may have of its own, to convolve in another way
 _COMPUTED = object()
 _MOST_ROUTES = 64  # kept by a module that sees many input shapes
 _is_compiling = torch.compiler.is_compiling
@@ -59,7 +61,9 @@ class PrefixConv2d(nn.Conv2d):
         """A PrefixConv2d with the parameters, settings, hooks and mode of `conv`; parameters are shared, not copied.
 
         Raises TypeError for anything but a plain `nn.Conv2d` (or a PrefixConv2d), since the forward of a subclass may
-        mean something else, and ValueError for a dtype that prefix_conv2d does not have.
+        mean something else; likewise where the module has a forward of its own, or parameters of a tensor class with a
+        `__torch_function__` of its own. Raises ValueError for a dtype that prefix_conv2d does not have. What
+        `conv.compile()` made stays with `conv`: compile the new module, or the model around it, afterwards.
         """
         reason = _why_not(conv)
         if reason is not None:
@@ -243,7 +247,15 @@ def _why_not(conv: nn.Module) -> Exception | None:
     """Why `conv` cannot become a PrefixConv2d, or None where it can."""
     if type(conv) is not nn.Conv2d and not isinstance(conv, PrefixConv2d):
         return TypeError(f"PrefixConv2d.from_conv2d: the module must be a plain nn.Conv2d, got {type(conv).__name__}")
-    dtype = conv.weight.dtype
+    for name in _FORWARDS:
+        if name in conv.__dict__:
+            return TypeError(f"PrefixConv2d.from_conv2d: the module must have no {name} of its own, got one")
+    weight, bias = conv.weight, conv.bias
+    if has_torch_function((weight, bias)):
+        rule = "the parameters' class must have no __torch_function__ of its own"
+        names = [type(t).__name__ for t in (weight, bias) if t is not None]
+        return TypeError(f"PrefixConv2d.from_conv2d: {rule}, got {' and '.join(names)}")
+    dtype = weight.dtype
     if dtype not in DTYPES:
         return ValueError(f"PrefixConv2d.from_conv2d: the dtype must be one of {DTYPES}, got {dtype}")
     return None
@@ -252,7 +264,7 @@ def _why_not(conv: nn.Module) -> Exception | None:
 def _adopt(cls: type[PrefixConv2d], conv: nn.Conv2d) -> PrefixConv2d:
     """A new module with everything that `conv` holds: the same parameters and the same hooks' registries."""
     new = cls.__new__(cls)
-    state = {name: value for name, value in conv.__dict__.items() if name not in _CACHES}
+    state = {name: value for name, value in conv.__dict__.items() if name not in _LEFT_OUT}
     for registry in ("_parameters", "_buffers", "_modules"):
         state[registry] = state[registry].copy()
     new.__dict__.update(state)
@@ -265,7 +277,9 @@ def replace_conv2d(model: nn.Module) -> nn.Module:
     A convolution that stands at several places is swapped once and stays shared. Its parameters stay the same objects
     (an optimizer need not know), and so do its hooks, whose handles still remove them. Only modules whose class is
     exactly `nn.Conv2d`, with a dtype that prefix_conv2d has, are swapped: the forward of a subclass (lazy, quantised,
-    parametrized) may mean something else, so it stays as it is. A model that is itself an `nn.Conv2d` cannot be swapped
+    parametrized) may mean something else, so it stays as it is. So does one with a `forward` of its own (a wrapper that
+    was put around it) or with parameters whose class has a `__torch_function__` of its own. What `compile()` made of a
+    single convolution is left behind: compile after the swap. A model that is itself an `nn.Conv2d` cannot be swapped
     in place; its PrefixConv2d is returned.
     """
     if not isinstance(model, nn.Module):

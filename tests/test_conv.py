@@ -242,6 +242,63 @@ def test_replace_conv2d() -> None:
     assert len(calls) == 2
 
 
+def wrapped(conv: nn.Conv2d) -> None:
+    conv.forward = lambda x, old=conv.forward: old(x) + 1  # as libraries do that put hooks around a module
+
+
+def circular(conv: nn.Conv2d) -> None:
+    conv._conv_forward = lambda x, weight, bias: nn.functional.conv2d(x, -weight, bias)
+
+
+class Scaled(torch.Tensor):
+    """Stands for ten times what it holds, as quantised weights stand for other values."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (nn.functional.conv2d, torch.conv2d, rnp_kernels.prefix_conv2d):
+            args = [a.as_subclass(torch.Tensor) * 10 if isinstance(a, Scaled) else a for a in args]
+            return function(*args, **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def scaled(name: str) -> Callable[[nn.Conv2d], None]:
+    def change(conv: nn.Conv2d) -> None:
+        setattr(conv, name, nn.Parameter(getattr(conv, name).detach().as_subclass(Scaled)))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (wrapped, "no forward of its own"),
+        (circular, "no _conv_forward of its own"),
+        (scaled("weight"), "Scaled and Parameter"),
+        (scaled("bias"), "Parameter and Scaled"),
+    ],
+    ids=["forward", "_conv_forward", "class of the weight", "class of the bias"],
+)
+def test_what_convolves_in_a_way_of_its_own_is_left_alone(change: Callable[[nn.Conv2d], None], rule: str) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(2, 3, 8, 8)
+    change(model[0])
+    expected = model(x)
+    replace_conv2d(model)
+    assert type(model[0]) is nn.Conv2d and torch.equal(model(x), expected)
+    with pytest.raises(TypeError, match=rf"PrefixConv2d.from_conv2d: .*{rule}"):
+        PrefixConv2d.from_conv2d(model[0])
+
+
+def test_what_compile_made_stays_behind() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 8, 8)
+    model[0].compile(backend="eager")
+    expected = model(x)
+    for conv in (PrefixConv2d.from_conv2d(model[0]), replace_conv2d(model)[0]):
+        close(conv(x), expected)
+        assert (conv(x, out_prefix=int32(2))[:, 2:] == 0).all()
+        conv.weight, conv.bias = nn.Parameter(torch.zeros(4, 3, 3, 3)), None
+        assert (conv(x) == 0).all()
+
+
 def test_replace_a_model_that_is_a_conv2d() -> None:
     conv = nn.Conv2d(3, 4, 3)
     new = replace_conv2d(conv)
