@@ -15,7 +15,7 @@ from .checks import DTYPES
 from .errors import message
 from .layer_call import SETTINGS, may_keep
 from .layer_call import prepare as prepare_call
-from .ops import needs_autograd, prefix_conv2d, run_below_autograd
+from .ops import all_plain, needs_autograd, prefix_conv2d, run_below_autograd
 from .packing import PackCache
 
 _CACHES = ("_packs", "_routes", "_calls")
@@ -102,13 +102,14 @@ class PrefixConv2d(nn.Conv2d):
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         # A traced or compiled graph would keep the route or the pack as a constant while shapes and weights move on;
-        # torch.fx brings a Proxy. What transforms of torch.func wrap must reach the function that knows of them.
+        # torch.fx brings a Proxy. What transforms of torch.func wrap must reach the function that knows of them, and
+        # tensors of other classes (fake ones, outside of their mode) the operator that they know.
         if (
             torch.compiler.is_compiling()
             or transforms.in_force()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._is_tracing()
-            or has_torch_function_unary(input)
+            or not all_plain(input, weight, bias)
             or input.layout is not torch.strided  # the operator says so
         ):
             packed = None

@@ -16,11 +16,17 @@ from .triton import operators as triton_operators
 
 _OPERATOR = torch.ops.rnp.prefix_conv2d.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
     """Whether autograd must see the call. What a transform wraps does not say so (`transforms`)."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def all_plain(*tensors: Any) -> bool:
+    """Whether each is absent or of torch's own classes: no fake tensor, no Proxy, no subclass that looks at calls."""
+    return all(type(t) in _PLAIN for t in tensors)
 
 
 def _reference(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
@@ -185,11 +191,11 @@ def prefix_conv2d(
 
     Source: the channel groups of J. Lin, Y. Rao, J. Lu, J. Zhou, Runtime Neural Pruning, NIPS 2017.
     """
-    if has_torch_function((input, weight)):
+    if has_torch_function((input, weight, bias)):
         return handle_torch_function(
-            prefix_conv2d, (input, weight), input, weight, bias, stride, padding, dilation, groups, in_prefix=in_prefix,
-            out_prefix=out_prefix, scale=scale, row=row, residual=residual, activation=activation, tail=tail,
-            pooled=pooled, packed=packed, winograd=winograd,
+            prefix_conv2d, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups,
+            in_prefix=in_prefix, out_prefix=out_prefix, scale=scale, row=row, residual=residual, activation=activation,
+            tail=tail, pooled=pooled, packed=packed, winograd=winograd,
         )  # fmt: skip
     arguments = (input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual,
                  activation, tail, pooled, packed, winograd)  # fmt: skip

@@ -299,6 +299,23 @@ def test_what_compile_made_stays_behind() -> None:
         assert (conv(x) == 0).all()
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["first call", "later call"])
+@pytest.mark.parametrize(("c_in", "kernel", "size"), [(64, 3, 14), (64, 1, 28), (3, 7, 64)])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_class_with_a_convolution_of_its_own_is_asked(
+    name: str, c_in: int, kernel: int, size: int, kept: bool
+) -> None:
+    conv, x = PrefixConv2d(c_in, 64, kernel).requires_grad_(False), torch.randn(2, c_in, size, size)
+    for _ in range(3 * kept):
+        conv(x)
+    scaled(name)(conv)
+    values = {key: getattr(conv, key).detach().as_subclass(torch.Tensor) for key in ("weight", "bias")}
+    values[name] = values[name] * 10
+    with torch.no_grad():
+        for _ in range(3):
+            close(conv(x), nn.functional.conv2d(x, **values))
+
+
 def test_replace_a_model_that_is_a_conv2d() -> None:
     conv = nn.Conv2d(3, 4, 3)
     new = replace_conv2d(conv)
@@ -367,6 +384,23 @@ def test_what_is_no_dense_tensor_is_refused(kept: bool, settings: dict) -> None:
             fake = torch.empty(2, 4, 8, 8)
         with pytest.raises(AssertionError, match="FakeTensor"):
             conv(fake)
+
+
+@pytest.mark.filterwarnings("ignore:.*FakeTensor.*")
+@pytest.mark.parametrize("needs", [True, False], ids=["gradients", "no gradients"])
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize(("c_in", "kernel", "size"), [(8, 3, 9), (64, 3, 14), (64, 1, 28), (3, 7, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fake_tensors_outside_of_their_mode(
+    dtype: torch.dtype, c_in: int, kernel: int, size: int, last: bool, needs: bool
+) -> None:
+    with FakeTensorMode():
+        conv = PrefixConv2d(c_in, 64, kernel, dtype=dtype).requires_grad_(needs)
+        x = torch.empty(2, c_in, size, size, dtype=dtype)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+    for y in (conv(x), rnp_kernels.training.conv2d(x, conv.weight, conv.bias)):
+        assert y.shape == (2, 64, size - kernel + 1, size - kernel + 1) and type(y) is type(x)
+        assert y.requires_grad == needs
 
 
 @pytest.mark.parametrize("bias", [torch.zeros(64).double(), torch.zeros(64).bfloat16(), torch.zeros(63)], ids=str)
