@@ -44,7 +44,9 @@ _algorithm = _C.algorithm
 
 
 def _metadata(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+    if tensor is None:
+        return None
+    return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_neg())
 
 
 def _requires_grad(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -227,7 +229,7 @@ def prepare(
     """For a call with these arguments, which gave `output`; None where the long way has to be gone each time."""
     if not may_keep(module, input, weight, bias) or type(output) is not Tensor or input.dtype is not _float32:
         return None
-    if weight.is_neg() or not (bias is None or (bias.dtype is _float32 and bias.is_contiguous())):
+    if weight.is_neg() or not (bias is None or (bias.dtype is _float32 and bias.is_contiguous() and not bias.is_neg())):
         return None
     if not weight.data_ptr() or not (bias is None or bias.data_ptr()):
         return None  # zeros without memory

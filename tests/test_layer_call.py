@@ -102,11 +102,14 @@ def settle(conv: PrefixConv2d, x: torch.Tensor) -> None:
 CHANGES: dict[str, Callable[[PrefixConv2d], object]] = {
     "bias written": lambda c: c.bias.data.add_(1),
     "bias swapped": lambda c: setattr(c.bias, "data", torch.randn_like(c.bias)),
+    "bias negated": lambda c: setattr(c.bias, "data", torch._neg_view(c.bias.data)),
     "another bias": lambda c: setattr(c, "bias", nn.Parameter(torch.randn_like(c.bias))),
+    "another bias, negated": lambda c: setattr(c, "bias", nn.Parameter(torch._neg_view(torch.randn_like(c.bias)))),
     "no bias": lambda c: setattr(c, "bias", None),
     "padding": lambda c: setattr(c, "padding", (0, 0)),
     "stride": lambda c: setattr(c, "stride", (2, 2)),
     "weight written": lambda c: c.weight.data.mul_(2),
+    "weight negated": lambda c: setattr(c.weight, "data", torch._neg_view(c.weight.data)),
     "weight transposed": lambda c: setattr(c.weight, "data", c.weight.data.transpose(2, 3)),
     "float64": lambda c: c.double(),
 }
