@@ -20,6 +20,7 @@ _CHECK = os.environ.get("RNP_CHECK") == "1"
 ACTIVATIONS = ("none", "relu")
 TAILS = ("zero", "skip")
 _END_OF_INT64 = 2**63
+_END_OF_PADDING = 2**61  # as in csrc/core/prefix_conv2d.h
 
 
 def integer(value: Any, what: str, rule: str = "an int") -> int:
@@ -136,6 +137,8 @@ def check_convolution(
             raise ValueError(message(_NAME, f"{name} must be less than 2^63", value))
     if min(padding) < 0:
         raise ValueError(message(_NAME, "padding must not be negative", padding))
+    if max(padding) >= _END_OF_PADDING:
+        raise ValueError(message(_NAME, "padding must be less than 2^61", padding))
     size = output_size(input, weight, stride, padding, dilation)
     if size[0] < 1 or size[1] < 1:
         raise ValueError(message(_NAME, "the kernel must fit into the padded input (output at least 1 x 1)", size))

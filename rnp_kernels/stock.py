@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C, backends
-from .checks import four_paddings, pair
+from .checks import check_convolution, four_paddings, pair
 from .registrations import output_memory_format
 
 OURS, ONEDNN, GEMM, CONV2D = range(4)  # the first three as in csrc/core/stock.h; CONV2D is ONEDNN through F.conv2d
@@ -62,6 +62,12 @@ def route(
     stride, dilation = pair(conv.stride, "stride"), pair(conv.dilation, "dilation")
     kernel = tuple(weight.shape[2:])
     paddings = four_paddings(padding, kernel, stride, dilation)
+    try:
+        check_convolution(input, weight, stride, paddings, dilation, conv.groups)
+    except ValueError:
+        return None
+    if _C.far_apart(tuple(input.shape[1:]), tuple(weight.shape), stride, paddings, dilation, conv.groups):
+        return None
     path = _path(conv, input, weight, bias, stride, paddings, dilation)
     tile, transforms = 0, False
     if input.dtype is torch.float32 is weight.dtype and _C.winograd_can(

@@ -174,6 +174,7 @@ void set_stock_dtypes(bool float32, StockBFloat16 bfloat16, bool float16) {
 }
 
 Stock stock_path(const ConvShape& s, DType dtype, bool channels_last, StockBFloat16 ours) {
+  if (far_apart(s)) return Stock::kNone;
   const Stock path = fastest_path(s, dtype, channels_last, ours);
   const bool usable = onednn_is_right(s, dtype) && onednn_is_steady(s, dtype, channels_last);
   return path == Stock::kOneDnn && !usable ? Stock::kNone : path;
@@ -253,6 +254,7 @@ Stock fastest_path(const ConvShape& s, DType dtype, bool channels_last, StockBFl
 }  // namespace
 
 Stock training_path(const ConvShape& s, bool channels_last) {
+  if (far_apart(s)) return Stock::kNone;
   if (s.pad_top != s.pad_bottom || s.pad_left != s.pad_right || trains_faster(s, channels_last)) return Stock::kNone;
   if (s.groups > 1 || s.kh * s.kw > 1)
     return onednn_is_steady(s, DType::kFloat32, channels_last) ? Stock::kOneDnn : Stock::kNone;
