@@ -43,11 +43,17 @@ def _reference(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     if autocast:
         input, weight, bias, residual = registrations.autocast_operands(device, input, weight, bias, scale, residual)
         checks.check_types(input, weight, autocast=False)
+    dtype = input.dtype
+    if not torch.compiler.is_compiling() and not gradients.torch_is_right(
+        input, weight, stride, padding, dilation, groups
+    ):
+        input, weight, residual = input.float(), weight.float(), None if residual is None else residual.float()
     with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        return reference.prefix_conv2d(
+        output, mean = reference.prefix_conv2d(
             input, weight, bias, stride, padding, dilation, groups, in_prefix=in_prefix, out_prefix=out_prefix,
             scale=scale, row=row, residual=residual, activation=activation, tail=tail, pooled=pooled,
         )  # fmt: skip
+    return output.to(dtype), mean
 
 
 def _describe(name: str, arguments: tuple[Any, ...]) -> str:

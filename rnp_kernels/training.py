@@ -112,7 +112,7 @@ def _rule(_isa: str, *layer: Any) -> tuple[bool, bool]:
 
 @functools.lru_cache(1024)
 def _right(*layer: Any) -> bool:
-    return _C.onednn_is_right(*layer, "bfloat16")
+    return _C.onednn_grads_are_right(*layer, "bfloat16")
 
 
 def _bfloat16(
@@ -121,7 +121,7 @@ def _bfloat16(
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:  # fmt: skip
     """torch.conv2d of tensors like these, with the gradients that are faster by our kernels; None where none is.
 
-    Where oneDNN would leave parts of the output unwritten, `prefix_conv2d`.
+    Where oneDNN would leave parts of the output unwritten or compute a wrong gradient, `prefix_conv2d`.
     """
     strides, dilations = pair(stride, "stride"), pair(dilation, "dilation")
     paddings = four_paddings(padding, tuple(weight.shape[2:]), strides, dilations)
