@@ -160,7 +160,8 @@ def _backward(ctx: Any, grad: Tensor | None, grad_pooled: Tensor | None) -> tupl
     grads: list[Tensor | None] = [None] * 17
     if grad_pooled is not None:
         positions = ctx.output_size[2] * ctx.output_size[3]
-        spread = (grad_pooled / positions)[:, :, None, None]
+        precise = grad_pooled.to(torch.promote_types(ctx.dtype, grad_pooled.dtype))
+        spread = (precise / positions)[:, :, None, None]
         grad = (spread.expand(ctx.output_size) if grad is None else grad + spread).to(ctx.dtype)
     if grad is None:
         return tuple(grads)

@@ -143,6 +143,17 @@ def test_grad_mode_and_inference_mode() -> None:
         assert rnp_kernels.prefix_conv2d(x, w).is_inference()
 
 
+@pytest.mark.parametrize("pooled_alone", [True, False])
+def test_the_means_of_float64_have_gradients_in_float64(pooled_alone: bool) -> None:
+    x, w = torch.randn(2, 3, 3, 3).double(), torch.randn(4, 3, 1, 1).double().requires_grad_()
+    output, means = rnp_kernels.prefix_conv2d(x, w, pooled=True)
+    upstream = torch.randn(2, 4)
+    ours = torch.autograd.grad(means if pooled_alone else (means, output), w, upstream if pooled_alone else
+                               (upstream, torch.zeros_like(output)))[0]  # fmt: skip
+    theirs = torch.einsum("no,ni->oi", upstream.double(), x.mean((2, 3)))
+    torch.testing.assert_close(ours[:, :, 0, 0], theirs, rtol=1e-12, atol=1e-12)
+
+
 DILATED = {  # channels, kernel, dilation, padding: of depthwise layers
     "3x3": (32, (3, 3), 2, 2),
     "few channels": (8, (3, 3), (3, 1), (3, 1)),
