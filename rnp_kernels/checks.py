@@ -122,9 +122,11 @@ def check_types(input: Tensor, weight: Tensor, autocast: bool) -> None:
 def check_convolution(
     input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> None:
-    """The geometry: groups, channels, strides, paddings, dilations, and an output that is not empty."""
+    """The geometry: groups, channels, strides, paddings, dilations, a weight and an output that are not empty."""
     if groups < 1:
         raise ValueError(message(_NAME, "groups must be positive", groups))
+    if 0 in weight.shape:
+        raise ValueError(message(_NAME, "weight must not be empty", tuple(weight.shape)))
     if weight.shape[1] * groups != input.shape[1]:
         rule = f"input must have weight.shape[1] x groups = {weight.shape[1]} x {groups} channels"
         raise ValueError(message(_NAME, rule, input.shape[1]))

@@ -222,7 +222,10 @@ def pack_weight(weight: Tensor, groups: int = 1) -> Tensor | None:
     """`weight` (C_out, C_in / groups, KH, KW) in the kernels' own layout, for `prefix_conv2d(..., packed=...)`.
 
     The result is opaque: 1-D, float32, valid for this weight as it is now and for no other. None where no kernel packs.
+    ValueError for a weight on the meta device, which holds nothing to pack.
     """
+    if weight.is_meta:
+        raise ValueError(message("pack_weight", "weight must hold values, on a CPU or a GPU", "device meta"))
     return torch.ops.rnp.pack_weight(weight.detach(), groups)
 
 

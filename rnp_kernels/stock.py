@@ -55,7 +55,7 @@ def route(
     conv: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None, padding: int | Sequence[int] | str
 ) -> Route | None:
     """The route of a batched input; None where only the operator can say what is wrong or run it."""
-    if input.dim() != 4 or weight.dim() != 4 or 0 in input.shape:
+    if input.dim() != 4 or weight.dim() != 4 or 0 in input.shape or 0 in weight.shape:
         return None
     if bias is not None and bias.shape != weight.shape[:1]:
         return None
