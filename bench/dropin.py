@@ -183,7 +183,7 @@ def main() -> None:
                     for _ in range(3):
                         result, _ = ours(x), theirs(x)
                     gate(name, result, theirs, x)
-                    route = stock.route(ours, x, ours.weight, ours.padding)
+                    route = stock.route(ours, x, ours.weight, ours.bias, ours.padding)
                     path = PATHS[route.training if options.training else route.path]
                     if options.training and dtype is torch.bfloat16:
                         which = training.our_gradients(x, ours.weight, *route[2:5], groups)

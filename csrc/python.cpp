@@ -148,10 +148,15 @@ int training_path(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, s
       rnp::training_path(shape_of(input, weight, stride, padding, dilation, groups), channels_last));
 }
 
-bool onednn_is_right(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
-                     std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups,
-                     const std::string& dtype) {
-  return rnp::onednn_is_right(shape_of(input, weight, stride, padding, dilation, groups), dtype_of(dtype));
+bool far_apart(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
+               std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups) {
+  return rnp::far_apart(shape_of(input, weight, stride, padding, dilation, groups));
+}
+
+bool onednn_grads_are_right(std::array<int64_t, 3> input, std::array<int64_t, 4> weight, std::array<int64_t, 2> stride,
+                            std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, int64_t groups,
+                            const std::string& dtype) {
+  return rnp::onednn_grads_are_right(shape_of(input, weight, stride, padding, dilation, groups), dtype_of(dtype));
 }
 
 // In bfloat16: whether our input's and our weight's gradient are the faster ones.
@@ -336,9 +341,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("training_path", &training_path, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
         py::arg("dilation"), py::arg("groups"), py::arg("channels_last"),
         "What stock_path is for a float32 step of training at full width. Arguments as there.");
-  m.def("onednn_is_right", &onednn_is_right, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
-        py::arg("dilation"), py::arg("groups"), py::arg("dtype"),
-        "Whether oneDNN, and so torch, computes this layer as it should. Arguments as in stock_path.");
+  m.def("far_apart", &far_apart, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
+        py::arg("dilation"), py::arg("groups"),
+        "Whether the plain kernel alone computes this layer, whose outputs span far more than its image. Arguments as\n"
+        "in stock_path.");
+  m.def(
+      "onednn_grads_are_right", &onednn_grads_are_right, py::arg("input"), py::arg("weight"), py::arg("stride"),
+      py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("dtype"),
+      "Whether oneDNN, and so torch, computes this layer and its gradients as it should. Arguments as in stock_path.");
   m.def("our_gradients", &our_gradients, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
         py::arg("dilation"), py::arg("groups"), py::arg("channels_last"));
   m.def("winograd_can", &winograd_can, py::arg("weight"), py::arg("stride"), py::arg("dilation"), py::arg("groups"),

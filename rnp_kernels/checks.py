@@ -20,6 +20,7 @@ _CHECK = os.environ.get("RNP_CHECK") == "1"
 ACTIVATIONS = ("none", "relu")
 TAILS = ("zero", "skip")
 _END_OF_INT64 = 2**63
+_END_OF_PADDING = 2**61  # as in csrc/core/prefix_conv2d.h
 
 
 def integer(value: Any, what: str, rule: str = "an int") -> int:
@@ -121,9 +122,11 @@ def check_types(input: Tensor, weight: Tensor, autocast: bool) -> None:
 def check_convolution(
     input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> None:
-    """The geometry: groups, channels, strides, paddings, dilations, and an output that is not empty."""
+    """The geometry: groups, channels, strides, paddings, dilations, a weight and an output that are not empty."""
     if groups < 1:
         raise ValueError(message(_NAME, "groups must be positive", groups))
+    if 0 in weight.shape:
+        raise ValueError(message(_NAME, "weight must not be empty", tuple(weight.shape)))
     if weight.shape[1] * groups != input.shape[1]:
         rule = f"input must have weight.shape[1] x groups = {weight.shape[1]} x {groups} channels"
         raise ValueError(message(_NAME, rule, input.shape[1]))
@@ -136,6 +139,8 @@ def check_convolution(
             raise ValueError(message(_NAME, f"{name} must be less than 2^63", value))
     if min(padding) < 0:
         raise ValueError(message(_NAME, "padding must not be negative", padding))
+    if max(padding) >= _END_OF_PADDING:
+        raise ValueError(message(_NAME, "padding must be less than 2^61", padding))
     size = output_size(input, weight, stride, padding, dilation)
     if size[0] < 1 or size[1] < 1:
         raise ValueError(message(_NAME, "the kernel must fit into the padded input (output at least 1 x 1)", size))

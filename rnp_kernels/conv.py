@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import has_torch_function_unary
+from torch.overrides import has_torch_function, has_torch_function_unary
 
 from . import backends, stock, training, transforms
 from .algorithms import get_algorithm
@@ -15,14 +15,26 @@ from .checks import DTYPES
 from .errors import message
 from .layer_call import SETTINGS, may_keep
 from .layer_call import prepare as prepare_call
-from .ops import needs_autograd, prefix_conv2d, run_below_autograd
+from .ops import all_plain, needs_autograd, prefix_conv2d, run_below_autograd
 from .packing import PackCache
 
 _CACHES = ("_packs", "_routes", "_calls")
+_LEFT_OUT = (*_CACHES, "_compiled_call_impl")  # the last belongs to the module that was compiled
+_FORWARDS = ("forward", "_conv_forward")  # what an instance may have of its own, to convolve in another way
 _COMPUTED = object()
 _MOST_ROUTES = 64  # kept by a module that sees many input shapes
 _is_compiling = torch.compiler.is_compiling
 _HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
+
+
+class _Cache(dict):
+    """What a module keeps for its next calls. A copy, pickled or deep, is empty: it would belong to the copied module.
+
+    `__getstate__` leaves the caches out already, but a parametrized module copies its whole __dict__.
+    """
+
+    def __reduce__(self) -> tuple[type[_Cache], tuple[()]]:
+        return (_Cache, ())
 
 
 class PrefixConv2d(nn.Conv2d):
@@ -49,7 +61,9 @@ class PrefixConv2d(nn.Conv2d):
         """A PrefixConv2d with the parameters, settings, hooks and mode of `conv`; parameters are shared, not copied.
 
         Raises TypeError for anything but a plain `nn.Conv2d` (or a PrefixConv2d), since the forward of a subclass may
-        mean something else, and ValueError for a dtype that prefix_conv2d does not have.
+        mean something else; likewise where the module has a forward of its own, or parameters of a tensor class with a
+        `__torch_function__` of its own. Raises ValueError for a dtype that prefix_conv2d does not have. What
+        `conv.compile()` made stays with `conv`: compile the new module, or the model around it, afterwards.
         """
         reason = _why_not(conv)
         if reason is not None:
@@ -88,13 +102,14 @@ class PrefixConv2d(nn.Conv2d):
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         # A traced or compiled graph would keep the route or the pack as a constant while shapes and weights move on;
-        # torch.fx brings a Proxy. What transforms of torch.func wrap must reach the function that knows of them.
+        # torch.fx brings a Proxy. What transforms of torch.func wrap must reach the function that knows of them, and
+        # tensors of other classes (fake ones, outside of their mode) the operator that they know.
         if (
             torch.compiler.is_compiling()
             or transforms.in_force()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._is_tracing()
-            or has_torch_function_unary(input)
+            or not all_plain(input, weight, bias)
             or input.layout is not torch.strided  # the operator says so
         ):
             packed = None
@@ -121,7 +136,7 @@ class PrefixConv2d(nn.Conv2d):
             if call is not None:
                 self._keep_call(input, call if may_keep(self, input, weight, bias) else None)
                 return call.run(input, weight, bias)
-        route, winograd = self._route(input, weight, padding), None
+        route, winograd = self._route(input, weight, bias, padding), None
         if route is not None and torch.is_autocast_enabled("cpu"):
             route = None
         if route is not None and route.tile and not needs_autograd(input, weight, bias):
@@ -140,7 +155,7 @@ class PrefixConv2d(nn.Conv2d):
 
     def _keep_call(self, input: Tensor, call: Any) -> None:
         """For inputs of this shape; None: nothing can be kept."""
-        calls = self.__dict__.setdefault("_calls", {})
+        calls = self.__dict__.setdefault("_calls", _Cache())
         cache = self.__dict__.get("_packs")
         if cache is not None and cache.dropped:
             cache.dropped = False
@@ -152,18 +167,19 @@ class PrefixConv2d(nn.Conv2d):
             calls.clear()
         calls[input.shape] = call.__call__  # bound: Python calls a method without a detour through C
 
-    def _route(self, input: Tensor, weight: Tensor, padding: Any) -> stock.Route | None:
+    def _route(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> stock.Route | None:
         state = self.__dict__
         routes = state.get("_routes")
         if routes is None:
-            routes = state["_routes"] = {}
-        key = (input.shape, input.stride(), input.dtype, weight.shape, weight.stride(), weight.dtype, padding,
-               state["stride"], state["dilation"], state["groups"], get_algorithm())  # fmt: skip
+            routes = state["_routes"] = _Cache()
+        key = (input.shape, input.stride(), input.dtype, weight.shape, weight.stride(), weight.dtype,
+               None if bias is None else (bias.shape, bias.dtype), padding, state["stride"], state["dilation"],
+               state["groups"], get_algorithm())  # fmt: skip
         route = routes.get(key)
         if route is None:
             if len(routes) >= _MOST_ROUTES:
                 routes.clear()
-            route = routes[key] = stock.route(self, input, weight, padding)
+            route = routes[key] = stock.route(self, input, weight, bias, padding)
         return route
 
     def _run_full_width(
@@ -224,14 +240,23 @@ class PrefixConv2d(nn.Conv2d):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in _CACHES}
+        state = super().__getstate__()  # without what compile() made
+        return {name: value for name, value in state.items() if name not in _CACHES}
 
 
 def _why_not(conv: nn.Module) -> Exception | None:
     """Why `conv` cannot become a PrefixConv2d, or None where it can."""
     if type(conv) is not nn.Conv2d and not isinstance(conv, PrefixConv2d):
         return TypeError(f"PrefixConv2d.from_conv2d: the module must be a plain nn.Conv2d, got {type(conv).__name__}")
-    dtype = conv.weight.dtype
+    for name in _FORWARDS:
+        if name in conv.__dict__:
+            return TypeError(f"PrefixConv2d.from_conv2d: the module must have no {name} of its own, got one")
+    weight, bias = conv.weight, conv.bias
+    if has_torch_function((weight, bias)):
+        rule = "the parameters' class must have no __torch_function__ of its own"
+        names = [type(t).__name__ for t in (weight, bias) if t is not None]
+        return TypeError(f"PrefixConv2d.from_conv2d: {rule}, got {' and '.join(names)}")
+    dtype = weight.dtype
     if dtype not in DTYPES:
         return ValueError(f"PrefixConv2d.from_conv2d: the dtype must be one of {DTYPES}, got {dtype}")
     return None
@@ -240,7 +265,7 @@ def _why_not(conv: nn.Module) -> Exception | None:
 def _adopt(cls: type[PrefixConv2d], conv: nn.Conv2d) -> PrefixConv2d:
     """A new module with everything that `conv` holds: the same parameters and the same hooks' registries."""
     new = cls.__new__(cls)
-    state = {name: value for name, value in conv.__dict__.items() if name not in _CACHES}
+    state = {name: value for name, value in conv.__dict__.items() if name not in _LEFT_OUT}
     for registry in ("_parameters", "_buffers", "_modules"):
         state[registry] = state[registry].copy()
     new.__dict__.update(state)
@@ -253,7 +278,9 @@ def replace_conv2d(model: nn.Module) -> nn.Module:
     A convolution that stands at several places is swapped once and stays shared. Its parameters stay the same objects
     (an optimizer need not know), and so do its hooks, whose handles still remove them. Only modules whose class is
     exactly `nn.Conv2d`, with a dtype that prefix_conv2d has, are swapped: the forward of a subclass (lazy, quantised,
-    parametrized) may mean something else, so it stays as it is. A model that is itself an `nn.Conv2d` cannot be swapped
+    parametrized) may mean something else, so it stays as it is. So does one with a `forward` of its own (a wrapper that
+    was put around it) or with parameters whose class has a `__torch_function__` of its own. What `compile()` made of a
+    single convolution is left behind: compile after the swap. A model that is itself an `nn.Conv2d` cannot be swapped
     in place; its PrefixConv2d is returned.
     """
     if not isinstance(model, nn.Module):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _C
 from .reference import live, per_channel
 
 _LIBRARY = torch.library.Library("rnp", "FRAGMENT")
@@ -25,12 +26,23 @@ def _mask(tensor: Tensor, prefix: Tensor | None) -> Tensor:
     return tensor if prefix is None else torch.where(live(tensor.shape[1], prefix, tensor), tensor, 0)
 
 
+def torch_is_right(input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
+    """Whether torch computes this layer and its gradients right in its dtype; in float32 it always does."""
+    if not input.is_cpu or input.dtype not in (torch.bfloat16, torch.float16) or 0 in input.shape:
+        return True
+    name = str(input.dtype).removeprefix("torch.")
+    return _C.onednn_grads_are_right(input.shape[1:], weight.shape, stride, padding, dilation, groups, name)
+
+
 def _convolution_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of the plain convolution. aten has one padding per axis, so an uneven one is padded beforehand."""
     top, bottom, left, right = padding
+    dtype = grad_output.dtype
+    if not torch_is_right(input, weight, stride, padding, dilation, groups):
+        grad_output, input, weight = grad_output.float(), input.float(), weight.float()
     even = top == bottom and left == right
     if not even:
         input = F.pad(input, (left, right, top, bottom))
@@ -41,7 +53,7 @@ def _convolution_backward(
     if grad_input is not None and not even:
         height, width = input.shape[2], input.shape[3]
         grad_input = grad_input[:, :, top : height - bottom, left : width - right]
-    return grad_input, grad_weight
+    return tuple(None if grad is None else grad.to(dtype) for grad in (grad_input, grad_weight))
 
 
 def _input_grad(
@@ -148,7 +160,8 @@ def _backward(ctx: Any, grad: Tensor | None, grad_pooled: Tensor | None) -> tupl
     grads: list[Tensor | None] = [None] * 17
     if grad_pooled is not None:
         positions = ctx.output_size[2] * ctx.output_size[3]
-        spread = (grad_pooled / positions)[:, :, None, None]
+        precise = grad_pooled.to(torch.promote_types(ctx.dtype, grad_pooled.dtype))
+        spread = (precise / positions)[:, :, None, None]
         grad = (spread.expand(ctx.output_size) if grad is None else grad + spread).to(ctx.dtype)
     if grad is None:
         return tuple(grads)

@@ -44,7 +44,9 @@ _algorithm = _C.algorithm
 
 
 def _metadata(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+    if tensor is None:
+        return None
+    return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_neg())
 
 
 def _requires_grad(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -58,8 +60,8 @@ class StockCall:
     """One module's call at one input shape that torch's own convolution answers, or one around it; immutable."""
 
     __slots__ = (
-        "_algorithm", "_arguments", "_autocast", "_bias", "_dtype", "_function", "_input_strides", "_mode", "_weight",
-        "_weight_dtype", "_weight_strides", "_with_gradients",
+        "_algorithm", "_arguments", "_autocast", "_bias", "_bias_dtype", "_bias_shape", "_dtype", "_function",
+        "_input_strides", "_mode", "_weight", "_weight_dtype", "_weight_strides", "_with_gradients",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +76,7 @@ class StockCall:
         self._weight, self._bias, self._weight_strides = weight, bias, weight.stride()
         self._input_strides, self._algorithm = input.stride(), algorithm
         self._dtype, self._weight_dtype = input.dtype, weight.dtype
+        self._bias_dtype, self._bias_shape = (None, None) if bias is None else (bias.dtype, bias.shape)
         self._autocast = _is_autocast_enabled("cpu")
         self._mode, self._with_gradients = mode, with_gradients
         self._function, self._arguments = function, arguments
@@ -93,6 +96,7 @@ class StockCall:
             or weight.stride() != self._weight_strides
             or input.dtype is not self._dtype
             or weight.dtype is not self._weight_dtype
+            or (bias is not None and (bias.dtype is not self._bias_dtype or bias.shape != self._bias_shape))
             or not input.is_cpu
             or (backends._current != "auto" and backends._current != "cpu")
             or _is_autocast_enabled("cpu") is not self._autocast
@@ -225,7 +229,7 @@ def prepare(
     """For a call with these arguments, which gave `output`; None where the long way has to be gone each time."""
     if not may_keep(module, input, weight, bias) or type(output) is not Tensor or input.dtype is not _float32:
         return None
-    if weight.is_neg() or not (bias is None or (bias.dtype is _float32 and bias.is_contiguous())):
+    if weight.is_neg() or not (bias is None or (bias.dtype is _float32 and bias.is_contiguous() and not bias.is_neg())):
         return None
     if not weight.data_ptr() or not (bias is None or bias.data_ptr()):
         return None  # zeros without memory

@@ -16,11 +16,17 @@ from .triton import operators as triton_operators
 
 _OPERATOR = torch.ops.rnp.prefix_conv2d.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
     """Whether autograd must see the call. What a transform wraps does not say so (`transforms`)."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def all_plain(*tensors: Any) -> bool:
+    """Whether each is absent or of torch's own classes: no fake tensor, no Proxy, no subclass that looks at calls."""
+    return all(type(t) in _PLAIN for t in tensors)
 
 
 def _reference(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
@@ -37,11 +43,17 @@ def _reference(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     if autocast:
         input, weight, bias, residual = registrations.autocast_operands(device, input, weight, bias, scale, residual)
         checks.check_types(input, weight, autocast=False)
+    dtype = input.dtype
+    if not torch.compiler.is_compiling() and not gradients.torch_is_right(
+        input, weight, stride, padding, dilation, groups
+    ):
+        input, weight, residual = input.float(), weight.float(), None if residual is None else residual.float()
     with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        return reference.prefix_conv2d(
+        output, mean = reference.prefix_conv2d(
             input, weight, bias, stride, padding, dilation, groups, in_prefix=in_prefix, out_prefix=out_prefix,
             scale=scale, row=row, residual=residual, activation=activation, tail=tail, pooled=pooled,
         )  # fmt: skip
+    return output.to(dtype), mean
 
 
 def _describe(name: str, arguments: tuple[Any, ...]) -> str:
@@ -185,11 +197,11 @@ def prefix_conv2d(
 
     Source: the channel groups of J. Lin, Y. Rao, J. Lu, J. Zhou, Runtime Neural Pruning, NIPS 2017.
     """
-    if has_torch_function((input, weight)):
+    if has_torch_function((input, weight, bias)):
         return handle_torch_function(
-            prefix_conv2d, (input, weight), input, weight, bias, stride, padding, dilation, groups, in_prefix=in_prefix,
-            out_prefix=out_prefix, scale=scale, row=row, residual=residual, activation=activation, tail=tail,
-            pooled=pooled, packed=packed, winograd=winograd,
+            prefix_conv2d, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups,
+            in_prefix=in_prefix, out_prefix=out_prefix, scale=scale, row=row, residual=residual, activation=activation,
+            tail=tail, pooled=pooled, packed=packed, winograd=winograd,
         )  # fmt: skip
     arguments = (input, weight, bias, stride, padding, dilation, groups, in_prefix, out_prefix, scale, row, residual,
                  activation, tail, pooled, packed, winograd)  # fmt: skip
@@ -210,7 +222,10 @@ def pack_weight(weight: Tensor, groups: int = 1) -> Tensor | None:
     """`weight` (C_out, C_in / groups, KH, KW) in the kernels' own layout, for `prefix_conv2d(..., packed=...)`.
 
     The result is opaque: 1-D, float32, valid for this weight as it is now and for no other. None where no kernel packs.
+    ValueError for a weight on the meta device, which holds nothing to pack.
     """
+    if weight.is_meta:
+        raise ValueError(message("pack_weight", "weight must hold values, on a CPU or a GPU", "device meta"))
     return torch.ops.rnp.pack_weight(weight.detach(), groups)
 
 

@@ -19,12 +19,12 @@ _PACKED = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def identity_of(weight: Tensor) -> tuple[Any, ...]:
-    """Changes when the tensor is written in place, resized, converted or given other data.
+    """Changes when the tensor is written in place, resized, converted, negated or given other data.
 
     Writing through `weight.data` changes nothing here: on a CPU the operator compares samples of the weights for that.
     """
     version = 0 if weight.is_inference() else weight._version
-    return (weight.data_ptr(), version, weight.dtype, weight.shape, weight.stride())
+    return (weight.data_ptr(), version, weight.dtype, weight.shape, weight.stride(), weight.is_neg())
 
 
 _NEVER_STALE = ctypes.c_int32(0)
@@ -89,6 +89,9 @@ class PackCache:
         self._packed: PackedWeight | None = None
         self._seen: tuple[Any, ...] | None = None
         self._transformed: PackedWeight | None = None
+
+    def __reduce__(self) -> tuple[type[PackCache], tuple[()]]:
+        return (PackCache, ())  # a copy is empty: it is another module's, with other weights
 
     def get(self, weight: Tensor, groups: int, now: bool = False) -> Tensor | None:
         """The pack of `weight`, or None where it is not worth one yet; with `now`, wherever it can be packed."""

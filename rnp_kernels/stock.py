@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C, backends
-from .checks import four_paddings, pair
+from .checks import check_convolution, four_paddings, pair
 from .registrations import output_memory_format
 
 OURS, ONEDNN, GEMM, CONV2D = range(4)  # the first three as in csrc/core/stock.h; CONV2D is ONEDNN through F.conv2d
@@ -51,21 +51,31 @@ def tell_the_operator() -> None:
     _C.set_stock_dtypes(True, bfloat16, ops._is_mkldnn_fp16_supported())
 
 
-def route(conv: nn.Conv2d, input: Tensor, weight: Tensor, padding: int | Sequence[int] | str) -> Route | None:
-    """The route of a batched input; None where only the operator can say what is wrong, or has to unsqueeze."""
-    if input.dim() != 4 or weight.dim() != 4 or 0 in input.shape:
+def route(
+    conv: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None, padding: int | Sequence[int] | str
+) -> Route | None:
+    """The route of a batched input; None where only the operator can say what is wrong or run it."""
+    if input.dim() != 4 or weight.dim() != 4 or 0 in input.shape or 0 in weight.shape:
+        return None
+    if bias is not None and bias.shape != weight.shape[:1]:
         return None
     stride, dilation = pair(conv.stride, "stride"), pair(conv.dilation, "dilation")
     kernel = tuple(weight.shape[2:])
     paddings = four_paddings(padding, kernel, stride, dilation)
-    path = _path(conv, input, weight, stride, paddings, dilation)
+    try:
+        check_convolution(input, weight, stride, paddings, dilation, conv.groups)
+    except ValueError:
+        return None
+    if _C.far_apart(tuple(input.shape[1:]), tuple(weight.shape), stride, paddings, dilation, conv.groups):
+        return None
+    path = _path(conv, input, weight, bias, stride, paddings, dilation)
     tile, transforms = 0, False
     if input.dtype is torch.float32 is weight.dtype and _C.winograd_can(
         tuple(weight.shape), stride, dilation, conv.groups
     ):
         layer = (tuple(input.shape[1:]), tuple(weight.shape), stride, paddings, dilation, conv.groups, "float32")
         tile, transforms = _C.winograd_tile(*layer), _C.transforms_in_call(*layer)
-    training = _training_path(conv, input, weight, stride, paddings, dilation, path)
+    training = _training_path(conv, input, weight, bias, stride, paddings, dilation, path)
     if backends.LOG:
         chosen = NAMES[path] or describe_kernel(input, weight, stride, paddings, dilation, conv.groups)
         if tile:
@@ -144,11 +154,13 @@ def describe_operator(arguments: tuple[Any, ...]) -> str:
     return f"full width: {NAMES[path]}" + (f"; narrower: {own}" if pruned else "")
 
 
-def _path(conv: nn.Conv2d, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> int:
+def _path(
+    conv: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any
+) -> int:
     dtype = input.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.dtype is not dtype:
         return OURS
-    if conv.bias is not None and conv.bias.dtype is not dtype:
+    if bias is not None and bias.dtype is not dtype:
         return OURS
     last = output_memory_format(input, weight) is torch.channels_last
     name = str(dtype).removeprefix("torch.")
@@ -159,24 +171,25 @@ def _path(conv: nn.Conv2d, input: Tensor, weight: Tensor, stride: Any, padding: 
         return path
     # F.conv2d chooses by the batch too. Where it takes oneDNN for a single sample and a kernel larger than 1x1, it
     # always does, with any number of threads; it has the shortest way and its own gradients.
-    backend = _torchs_backend(conv, 1, input, weight, stride, padding, dilation)
+    backend = _torchs_backend(conv, 1, input, weight, bias, stride, padding, dilation)
     return CONV2D if backend == torch._C._ConvBackend.Mkldnn else ONEDNN
 
 
 def _training_path(
-    conv: nn.Conv2d, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, path: int
-) -> int:
+    conv: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any,
+    path: int,
+) -> int:  # fmt: skip
     """The path of a call at full width that needs gradients: torch's own, with its own gradients, or ours.
 
     Through conv2d wherever it chooses the same way for a sample alone and in a batch; else as it chooses in a batch.
     """
-    dtypes = {t.dtype for t in (input, weight, conv.bias) if t is not None}
+    dtypes = {t.dtype for t in (input, weight, bias) if t is not None}
     if dtypes != {torch.float32}:
         return CONV2D if path == CONV2D else OURS
     wanted = float32_training_path(input, weight, stride, padding, dilation, conv.groups)
     if wanted != ONEDNN or tuple(weight.shape[2:]) == (1, 1):  # conv2d chooses for 1x1 by the batch and the threads
         return wanted
-    alone, among = (_torchs_backend(conv, n, input, weight, stride, padding, dilation) for n in (1, 2))
+    alone, among = (_torchs_backend(conv, n, input, weight, bias, stride, padding, dilation) for n in (1, 2))
     if alone == among:
         return CONV2D
     return ONEDNN if among == torch._C._ConvBackend.Mkldnn else OURS
@@ -189,13 +202,12 @@ def float32_training_path(input: Tensor, weight: Tensor, stride: Any, padding: A
 
 
 def _torchs_backend(
-    conv: nn.Conv2d, batch: int, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
-) -> Any:
+    conv: nn.Conv2d, batch: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any,
+    dilation: Any,
+) -> Any:  # fmt: skip
     """What F.conv2d would choose for so many samples like these."""
     some = input[:1].expand(batch, *input.shape[1:])
-    return torch._C._select_conv_backend(
-        some, weight, conv.bias, stride, padding[::2], dilation, False, (0, 0), conv.groups
-    )
+    return torch._C._select_conv_backend(some, weight, bias, stride, padding[::2], dilation, False, (0, 0), conv.groups)
 
 
 tell_the_operator()

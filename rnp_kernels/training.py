@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _C, backends, stock
 from .checks import four_paddings, pair
 from .layer_call import WITH_GRADIENTS, StockCall
-from .ops import needs_autograd, prefix_conv2d
+from .ops import all_plain, needs_autograd, prefix_conv2d
 from .registrations import output_memory_format
 from .stock import OURS, float32_training_path
 
@@ -112,7 +112,7 @@ def _rule(_isa: str, *layer: Any) -> tuple[bool, bool]:
 
 @functools.lru_cache(1024)
 def _right(*layer: Any) -> bool:
-    return _C.onednn_is_right(*layer, "bfloat16")
+    return _C.onednn_grads_are_right(*layer, "bfloat16")
 
 
 def _bfloat16(
@@ -121,7 +121,7 @@ def _bfloat16(
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:  # fmt: skip
     """torch.conv2d of tensors like these, with the gradients that are faster by our kernels; None where none is.
 
-    Where oneDNN would leave parts of the output unwritten, `prefix_conv2d`.
+    Where oneDNN would leave parts of the output unwritten or compute a wrong gradient, `prefix_conv2d`.
     """
     strides, dilations = pair(stride, "stride"), pair(dilation, "dilation")
     paddings = four_paddings(padding, tuple(weight.shape[2:]), strides, dilations)
@@ -139,10 +139,12 @@ def _bfloat16(
     return conv2d
 
 
-def _out_of_sight(input: Tensor) -> bool:
-    """Whether a call on the CPU may go around the operator: nobody traces, compiles or transforms it."""
+def _out_of_sight(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a call on the CPU may go around the operator: nobody traces, compiles or transforms it, and no tensor is
+    of a class that looks at operators."""
     return not (
         torch.compiler.is_compiling()
+        or not all_plain(input, weight, bias)
         or not input.is_cpu
         or input.dim() != 4
         or 0 in input.shape
@@ -157,7 +159,7 @@ def module_call(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> StockCall | None:
     """For a call of a module with these arguments, to be differentiated; None where the operator should see it."""
-    if _dtype(input, weight, bias) is not torch.bfloat16 or not _out_of_sight(input):
+    if _dtype(input, weight, bias) is not torch.bfloat16 or not _out_of_sight(input, weight, bias):
         return None
     function = _bfloat16(input, weight, stride, padding, dilation, groups)
     if function is None:
@@ -180,7 +182,7 @@ def conv2d(
     """
     arguments = (input, weight, bias, stride, padding, dilation, groups)
     output = None
-    if _out_of_sight(input) and needs_autograd(input, weight, bias):
+    if _out_of_sight(input, weight, bias) and needs_autograd(input, weight, bias):
         dtype = _dtype(input, weight, bias)
         if dtype is torch.bfloat16:
             function = _bfloat16(input, weight, stride, padding, dilation, groups)

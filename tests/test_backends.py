@@ -145,6 +145,13 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "scale without a line": (ValueError, r"scale .* \(0, 8\)", {"scale": TABLE[:0], "row": int32(0, 7)}),
     "bias without a line": (ValueError, r"bias .* \(0, 8\)", {"bias": TABLE[:0], "row": int32(0, 0)}),
     "row negative, no table": (RuntimeError, "row must lie in .*-5", {"row": int32(0, -5)}),
+    "no input channels": (ValueError, r"weight .* \(8, 0, 3, 3\)", {"input": X[:, :0], "weight": W[:, :0]}),
+    "no output channels": (ValueError, r"weight .* \(0, 6, 3, 3\)", {"weight": W[:0]}),
+    "no taps": (ValueError, r"weight .* \(8, 6, 0, 3\)", {"weight": W[:, :, :0]}),
+    "padding and dilation too large": (ValueError, "padding .*2\\^61", {"padding": 2**62, "dilation": 2**62}),
+    "padding of 63 bits": (ValueError, "padding .*2\\^61", {"padding": 2**63 - 1, "stride": 2**62}),
+    "dilation of 63 bits": (ValueError, "kernel must fit", {"dilation": 2**62, "padding": 2**61 - 1}),
+    "dilation that comes round": (ValueError, "kernel must fit", {"dilation": 2**63 - 1}),
     "another weight's pack": (RuntimeError, "packed", {"packed": rnp_kernels.pack_weight(torch.randn(4, 6, 3, 3))}),
 }
 

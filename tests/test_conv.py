@@ -99,7 +99,7 @@ def test_full_width_has_the_same_bits_on_every_way(
         assert trained.requires_grad
         alone = torch.cat([conv(x[n : n + 1]) for n in range(3)])
         assert torch.equal(alone, trained), "with gradients, a sample has other bits alone"
-        if stock.route(conv, x, conv.weight, conv.padding).training == stock.OURS:
+        if stock.route(conv, x, conv.weight, conv.bias, conv.padding).training == stock.OURS:
             results.append(trained)
         else:
             close(trained, rnp_kernels.prefix_conv2d(x, conv.weight, conv.bias, 1, kernel // 2, 1, groups))
@@ -141,6 +141,37 @@ def test_copies_do_not_share_packs(copier: Callable[[nn.Module], nn.Module]) -> 
         close(twin(x), conv(x))
         twin.weight = nn.Parameter(twin.weight + 1)
         assert not torch.allclose(twin(x), conv(x))
+
+
+def test_copies_of_a_compiled_module_run_their_own_weights() -> None:
+    conv = PrefixConv2d(3, 4, 3)
+    conv.compile(backend="eager")
+    x = torch.randn(1, 3, 8, 8)
+    expected, file = conv(x), io.BytesIO()
+    torch.save(conv, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for twin in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv)), loaded):
+        close(twin(x), expected)
+        twin.weight, twin.bias = nn.Parameter(torch.zeros(4, 3, 3, 3)), None
+        assert (twin(x) == 0).all()
+    close(conv(x), expected)
+
+
+@pytest.mark.parametrize("c_in", [64, 8])
+def test_a_called_module_can_be_parametrized_and_copied(c_in: int) -> None:
+    conv, x = PrefixConv2d(c_in, 64, 3, padding=1).eval(), torch.randn(2, c_in, 14, 14)
+    x = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for _ in range(3):
+            conv(x)
+        nn.utils.parametrizations.weight_norm(conv)
+        expected = conv(x)
+        twin = copy.deepcopy(conv)
+        twin.parametrizations.weight.original0.mul_(2)
+        for _ in range(3):
+            close(conv(x), expected)
+            close(twin(x) - twin.bias.view(1, -1, 1, 1), 2 * (expected - conv.bias.view(1, -1, 1, 1)))
 
 
 def test_saved_files_hold_no_packs() -> None:
@@ -211,6 +242,80 @@ def test_replace_conv2d() -> None:
     assert len(calls) == 2
 
 
+def wrapped(conv: nn.Conv2d) -> None:
+    conv.forward = lambda x, old=conv.forward: old(x) + 1  # as libraries do that put hooks around a module
+
+
+def circular(conv: nn.Conv2d) -> None:
+    conv._conv_forward = lambda x, weight, bias: nn.functional.conv2d(x, -weight, bias)
+
+
+class Scaled(torch.Tensor):
+    """Stands for ten times what it holds, as quantised weights stand for other values."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (nn.functional.conv2d, torch.conv2d, rnp_kernels.prefix_conv2d):
+            args = [a.as_subclass(torch.Tensor) * 10 if isinstance(a, Scaled) else a for a in args]
+            return function(*args, **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def scaled(name: str) -> Callable[[nn.Conv2d], None]:
+    def change(conv: nn.Conv2d) -> None:
+        setattr(conv, name, nn.Parameter(getattr(conv, name).detach().as_subclass(Scaled)))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (wrapped, "no forward of its own"),
+        (circular, "no _conv_forward of its own"),
+        (scaled("weight"), "Scaled and Parameter"),
+        (scaled("bias"), "Parameter and Scaled"),
+    ],
+    ids=["forward", "_conv_forward", "class of the weight", "class of the bias"],
+)
+def test_what_convolves_in_a_way_of_its_own_is_left_alone(change: Callable[[nn.Conv2d], None], rule: str) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(2, 3, 8, 8)
+    change(model[0])
+    expected = model(x)
+    replace_conv2d(model)
+    assert type(model[0]) is nn.Conv2d and torch.equal(model(x), expected)
+    with pytest.raises(TypeError, match=rf"PrefixConv2d.from_conv2d: .*{rule}"):
+        PrefixConv2d.from_conv2d(model[0])
+
+
+def test_what_compile_made_stays_behind() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 8, 8)
+    model[0].compile(backend="eager")
+    expected = model(x)
+    for conv in (PrefixConv2d.from_conv2d(model[0]), replace_conv2d(model)[0]):
+        close(conv(x), expected)
+        assert (conv(x, out_prefix=int32(2))[:, 2:] == 0).all()
+        conv.weight, conv.bias = nn.Parameter(torch.zeros(4, 3, 3, 3)), None
+        assert (conv(x) == 0).all()
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["first call", "later call"])
+@pytest.mark.parametrize(("c_in", "kernel", "size"), [(64, 3, 14), (64, 1, 28), (3, 7, 64)])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_class_with_a_convolution_of_its_own_is_asked(
+    name: str, c_in: int, kernel: int, size: int, kept: bool
+) -> None:
+    conv, x = PrefixConv2d(c_in, 64, kernel).requires_grad_(False), torch.randn(2, c_in, size, size)
+    for _ in range(3 * kept):
+        conv(x)
+    scaled(name)(conv)
+    values = {key: getattr(conv, key).detach().as_subclass(torch.Tensor) for key in ("weight", "bias")}
+    values[name] = values[name] * 10
+    with torch.no_grad():
+        for _ in range(3):
+            close(conv(x), nn.functional.conv2d(x, **values))
+
+
 def test_replace_a_model_that_is_a_conv2d() -> None:
     conv = nn.Conv2d(3, 4, 3)
     new = replace_conv2d(conv)
@@ -279,6 +384,48 @@ def test_what_is_no_dense_tensor_is_refused(kept: bool, settings: dict) -> None:
             fake = torch.empty(2, 4, 8, 8)
         with pytest.raises(AssertionError, match="FakeTensor"):
             conv(fake)
+
+
+@pytest.mark.filterwarnings("ignore:.*FakeTensor.*")
+@pytest.mark.parametrize("needs", [True, False], ids=["gradients", "no gradients"])
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize(("c_in", "kernel", "size"), [(8, 3, 9), (64, 3, 14), (64, 1, 28), (3, 7, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fake_tensors_outside_of_their_mode(
+    dtype: torch.dtype, c_in: int, kernel: int, size: int, last: bool, needs: bool
+) -> None:
+    with FakeTensorMode():
+        conv = PrefixConv2d(c_in, 64, kernel, dtype=dtype).requires_grad_(needs)
+        x = torch.empty(2, c_in, size, size, dtype=dtype)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+    for y in (conv(x), rnp_kernels.training.conv2d(x, conv.weight, conv.bias)):
+        assert y.shape == (2, 64, size - kernel + 1, size - kernel + 1) and type(y) is type(x)
+        assert y.requires_grad == needs
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(64).double(), torch.zeros(64).bfloat16(), torch.zeros(63)], ids=str)
+@pytest.mark.parametrize("assign", [True, False], ids=["assigned", "data"])
+@pytest.mark.parametrize(
+    ("c_in", "kernel", "size", "dtype"),
+    [(64, 1, 28, torch.float32), (64, 3, 20, torch.float32), (64, 3, 56, torch.float32), (64, 3, 9, torch.float32)],
+)
+def test_a_bias_that_does_not_fit_is_refused_after_calls_too(
+    c_in: int, kernel: int, size: int, dtype: torch.dtype, assign: bool, bias: torch.Tensor
+) -> None:
+    x = torch.randn(2, c_in, size, size, dtype=dtype)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for needs in (False, True):
+            conv = PrefixConv2d(c_in, 64, kernel, padding=kernel // 2, dtype=dtype).requires_grad_(needs)
+            given = x.contiguous(memory_format=layout)
+            for _ in range(3):
+                conv(given)
+            if assign:
+                conv.bias = nn.Parameter(bias, requires_grad=needs)
+            else:
+                conv.bias.data = bias
+            for _ in range(2):
+                with pytest.raises((TypeError, ValueError), match="prefix_conv2d: bias must"):
+                    conv(given)
 
 
 def test_meta_device() -> None:

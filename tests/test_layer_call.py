@@ -102,11 +102,14 @@ def settle(conv: PrefixConv2d, x: torch.Tensor) -> None:
 CHANGES: dict[str, Callable[[PrefixConv2d], object]] = {
     "bias written": lambda c: c.bias.data.add_(1),
     "bias swapped": lambda c: setattr(c.bias, "data", torch.randn_like(c.bias)),
+    "bias negated": lambda c: setattr(c.bias, "data", torch._neg_view(c.bias.data)),
     "another bias": lambda c: setattr(c, "bias", nn.Parameter(torch.randn_like(c.bias))),
+    "another bias, negated": lambda c: setattr(c, "bias", nn.Parameter(torch._neg_view(torch.randn_like(c.bias)))),
     "no bias": lambda c: setattr(c, "bias", None),
     "padding": lambda c: setattr(c, "padding", (0, 0)),
     "stride": lambda c: setattr(c, "stride", (2, 2)),
     "weight written": lambda c: c.weight.data.mul_(2),
+    "weight negated": lambda c: setattr(c.weight, "data", torch._neg_view(c.weight.data)),
     "weight transposed": lambda c: setattr(c.weight, "data", c.weight.data.transpose(2, 3)),
     "float64": lambda c: c.double(),
 }
@@ -171,7 +174,7 @@ STOCK = {  # path of csrc/core/stock.h, and layers that take it
 def test_torchs_own_convolution_in_every_mode(path: int, layer: tuple, taken: list[bool]) -> None:
     """torch.conv2d may be called at once in all of them; what lies below it only in none."""
     conv, x = made(layer)
-    if stock.route(conv, x, conv.weight, conv.padding).path != path:
+    if stock.route(conv, x, conv.weight, conv.bias, conv.padding).path != path:
         pytest.skip("this torch has another path here")
     settle(conv, x)
     taken.clear()
@@ -280,7 +283,7 @@ def test_kept_calls_go_with_the_weights_they_hold() -> None:
 def test_calls_of_two_tiles_are_kept_side_by_side(taken: list[bool]) -> None:
     conv, x = made(LAYERS["winograd"])
     other = x[:, :, :5, :5].contiguous(memory_format=torch.channels_last)
-    tiles = [stock.route(conv, x, conv.weight, conv.padding).tile for x in (x, other)]
+    tiles = [stock.route(conv, x, conv.weight, conv.bias, conv.padding).tile for x in (x, other)]
     assert tiles == [4, 2]
     for _ in range(3):
         settle(conv, x)

@@ -102,7 +102,7 @@ def check(conv: PrefixConv2d, inputs: Iterator[tuple[str, Tensor]], allowed: flo
 def test_float32(name: str, layout: torch.memory_format) -> None:
     conv = made(name, layout)
     if name == "one product" and torch.backends.mkldnn.is_available():
-        route = stock.route(conv, torch.randn(1, 64, 12, 12), conv.weight, conv.padding)
+        route = stock.route(conv, torch.randn(1, 64, 12, 12), conv.weight, conv.bias, conv.padding)
         assert route is not None and route.training == stock.GEMM, "the layer that conv2d's own backend answers"
     check(conv, inputs(name), 1e-5)
 

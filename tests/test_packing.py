@@ -193,3 +193,8 @@ def test_on_a_gpu_a_pack_is_for_the_stream_that_made_it_and_never_for_a_graph(mo
     with torch.no_grad():
         weight.mul_(2)
     assert cache.get(weight, 1) is None and cache.get(weight, 1) is not None and made == [3, 4, 4]
+
+
+def test_a_weight_without_values_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"pack_weight: weight must hold values.*meta"):
+        rnp_kernels.pack_weight(torch.empty(4, 3, 3, 3, device="meta"))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 import rnp_kernels
-from rnp_kernels import reference, testing
+from rnp_kernels import _C, checks, reference, testing
 from rnp_kernels.conformance import DTYPES, call, check_output, defined
 from rnp_kernels.testing import CASES, Case
 
@@ -140,3 +142,72 @@ def test_a_bias_need_not_be_contiguous(groups: int, dtype: torch.dtype) -> None:
             arguments = {"padding": 1, "groups": groups, "out_prefix": out_prefix}
             expected = rnp_kernels.prefix_conv2d(x, weight, bias.contiguous(), **arguments)
             assert torch.equal(rnp_kernels.prefix_conv2d(x, weight, bias, **arguments), expected)
+
+
+FAR = {  # height, width, kernel, stride, padding, dilation, groups: of outputs that span far more than the image
+    "stride and padding": (8, 8, (3, 3), 10**8, 10**8, 1, 1),
+    "of eleven digits": (8, 8, (3, 3), 10**10, 10**10, 1, 1),
+    "pointwise": (8, 9, (1, 1), 10**8, 10**8, 1, 1),
+    "four paddings": (8, 8, (3, 2), (1000, 10**5), (1000, 3000, 0, 10**6), 1, 1),
+    "dilation": (9, 8, (3, 3), 1, 10**8, 10**8, 1),
+    "dilation of one axis": (9, 20, (3, 3), 1, (10**8, 1), (10**8, 1), 1),
+    "depthwise": (9, 8, (3, 3), 1, 10**8, 10**8, 12),
+    "groups": (8, 8, (3, 3), 10**8, 10**8, 1, 4),
+    "2^60": (8, 8, (3, 3), 1, 2**60, 2**60, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FAR)
+def test_only_positions_that_taps_meet_cost_anything(name: str, dtype: torch.dtype, isa: str) -> None:
+    height, width, kernel, stride, padding, dilation, groups = FAR[name]
+    torch.manual_seed(0)
+    stride = stride if isinstance(stride, tuple) else (stride, stride)
+    dilation = dilation if isinstance(dilation, tuple) else (dilation, dilation)
+    sides = checks.four_paddings(padding, kernel, stride, dilation)
+    x, w = torch.randn(2, 12, height, width).to(dtype), torch.randn(24, 12 // groups, *kernel).to(dtype)
+    bias, prefix = torch.randn(24).to(dtype), torch.tensor([12, 5], dtype=torch.int32)
+    live = torch.where(reference.live(12, prefix, x), x, 0).double()
+
+    def truth(x: torch.Tensor) -> torch.Tensor:
+        """By the taps, each of which meets an image position or none."""
+        size = checks.output_size(x, w, stride, sides, dilation)
+        y = bias.double().view(1, -1, 1, 1).repeat(2, 1, *size)
+        for i, j in itertools.product(range(kernel[0]), range(kernel[1])):
+            rows = {r: r * stride[0] - sides[0] + i * dilation[0] for r in range(size[0])}
+            cols = {c: c * stride[1] - sides[2] + j * dilation[1] for c in range(size[1])}
+            for r, c in itertools.product(*({k for k, v in line.items() if 0 <= v < end} for line, end in
+                                            ((rows, height), (cols, width)))):  # fmt: skip
+                pixel = x[:, :, rows[r], cols[c]].view(2, groups, -1)
+                tap = w[:, :, i, j].double().view(groups, 24 // groups, -1)
+                y[:, :, r, c] += torch.einsum("ngi,goi->ngo", pixel, tap).flatten(1)
+        return y
+
+    last = x.contiguous(memory_format=torch.channels_last)
+    for image, narrow, given in ((x, None, x.double()), (last, None, x.double()), (last, prefix, live)):
+        y = rnp_kernels.prefix_conv2d(image, w, bias, stride, sides, dilation, groups, in_prefix=narrow)
+        tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 0.05
+        torch.testing.assert_close(y.double(), truth(given), rtol=tolerance, atol=tolerance)
+        assert y.is_contiguous(memory_format=torch.channels_last) == (image is last)
+
+
+def test_modules_and_gradients_of_positions_far_apart() -> None:
+    """Against the same layer of nearer positions: 8 rows and columns of which a tap meets the first, others none."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 8, 8)
+    near, far = rnp_kernels.PrefixConv2d(8, 12, 3, 40, 40), rnp_kernels.PrefixConv2d(8, 12, 3, 10**8, 10**8)
+    far.load_state_dict(near.state_dict())
+    assert _C.far_apart((8, 8, 8), (12, 8, 3, 3), (10**8,) * 2, (10**8,) * 4, (1, 1), 1)
+    assert not _C.far_apart((8, 8, 8), (12, 8, 3, 3), (40, 40), (40,) * 4, (1, 1), 1)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 0.1
+        results = []
+        for conv in (near, far):
+            image, conv = x.to(dtype).requires_grad_(), conv.to(dtype)
+            for prefix in (None, torch.tensor([8, 3], dtype=torch.int32)):
+                for _ in range(3):
+                    y = conv(image, prefix)
+                results.append((y, *torch.autograd.grad(y.sin().sum(), (image, conv.weight, conv.bias))))
+        assert results[0][0].shape == (2, 12, 3, 3)
+        for ours, theirs in zip(results[2] + results[3], results[0] + results[1], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)

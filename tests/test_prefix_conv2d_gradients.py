@@ -141,3 +141,60 @@ def test_grad_mode_and_inference_mode() -> None:
     assert not rnp_kernels.prefix_conv2d(x, w.detach()).requires_grad
     with torch.inference_mode():
         assert rnp_kernels.prefix_conv2d(x, w).is_inference()
+
+
+@pytest.mark.parametrize("pooled_alone", [True, False])
+def test_the_means_of_float64_have_gradients_in_float64(pooled_alone: bool) -> None:
+    x, w = torch.randn(2, 3, 3, 3).double(), torch.randn(4, 3, 1, 1).double().requires_grad_()
+    output, means = rnp_kernels.prefix_conv2d(x, w, pooled=True)
+    upstream = torch.randn(2, 4)
+    ours = torch.autograd.grad(means if pooled_alone else (means, output), w, upstream if pooled_alone else
+                               (upstream, torch.zeros_like(output)))[0]  # fmt: skip
+    theirs = torch.einsum("no,ni->oi", upstream.double(), x.mean((2, 3)))
+    torch.testing.assert_close(ours[:, :, 0, 0], theirs, rtol=1e-12, atol=1e-12)
+
+
+DILATED = {  # channels, kernel, dilation, padding: of depthwise layers
+    "3x3": (32, (3, 3), 2, 2),
+    "few channels": (8, (3, 3), (3, 1), (3, 1)),
+    "uneven padding": (32, (3, 3), 2, (1, 3, 2, 2)),
+    "one row": (32, (1, 3), (3, 2), (0, 2)),
+    "pointwise": (32, (1, 1), (2, 1), 0),
+}
+
+
+@pytest.mark.parametrize("way", ["operator", "pruned", "module", "autocast", "training", "reference"])
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("name", DILATED)
+def test_dilated_depthwise_weights_in_bfloat16(name: str, last: bool, way: str) -> None:
+    """oneDNN's gradient is garbage here."""
+    channels, kernel, dilation, padding = DILATED[name]
+    if way in ("module", "autocast", "training") and name == "uneven padding":
+        return
+    torch.manual_seed(0)
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(2, channels, 33, 33).bfloat16().contiguous(memory_format=layout)
+    prefix = torch.tensor([channels, channels // 2], dtype=torch.int32) if way == "pruned" else None
+    w = torch.randn(channels, 1, *kernel).bfloat16()
+    arguments = (1, padding, dilation, channels)
+    exact = w.double().requires_grad_()
+    y = rnp_kernels.prefix_conv2d(x.double(), exact, None, *arguments, out_prefix=prefix)
+    upstream = torch.randn(y.shape).bfloat16()
+    (expected,) = torch.autograd.grad(y, exact, upstream.double())
+    (ours,) = leaves = [(w.float() if way == "autocast" else w.clone()).requires_grad_()]
+    if way in ("module", "autocast"):
+        conv = rnp_kernels.PrefixConv2d(channels, channels, kernel, 1, padding, dilation, channels, bias=False)
+        conv.weight = torch.nn.Parameter(ours.detach())
+        leaves = [conv.weight]
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+            if way in ("module", "autocast"):
+                output = conv(x)
+            elif way == "training":
+                output = rnp_kernels.training.conv2d(x, ours, None, *arguments)
+            else:
+                with rnp_kernels.backend("reference" if way == "reference" else "auto"):
+                    output = rnp_kernels.prefix_conv2d(x, ours, None, *arguments, out_prefix=prefix)
+        (gradient,) = torch.autograd.grad(output, leaves, upstream)
+        assert output.dtype is torch.bfloat16
+        assert (gradient.double() - expected).abs().max() <= 0.02 * expected.abs().max()

@@ -1,6 +1,7 @@
 // What every backend of prefix_conv2d shares: shapes, pointers and options, in plain types. No torch header is needed.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 
@@ -24,11 +25,27 @@ struct ConvShape {
   int64_t group_out() const { return c_out / groups; }
 };
 
-// Output length of one axis; negative or zero where the kernel does not fit.
+// A padding is less (the bindings check it), so that positions of a padded input fit into 64 bits.
+constexpr int64_t kEndOfPadding = int64_t{1} << 61;
+
+// Output length of one axis; zero where the kernel does not fit, or the padded input into 64 bits.
 inline int64_t conv_output_size(int64_t in, int64_t kernel, int64_t stride, int64_t pad_a, int64_t pad_b,
                                 int64_t dilation) {
-  const int64_t span = in + pad_a + pad_b - dilation * (kernel - 1) - 1;
-  return span < 0 ? 0 : span / stride + 1;
+  if (in < 0 || in >= 2 * kEndOfPadding || std::max(pad_a, pad_b) >= kEndOfPadding || kernel < 1) return 0;
+  const int64_t last = in + pad_a + pad_b - 1;  // position of the padded input
+  if (last < 0 || (kernel > 1 && dilation > last / (kernel - 1))) return 0;
+  return (last - dilation * (kernel - 1)) / stride + 1;
+}
+
+// Whether stride or dilation are so large, and with them the padding, that few of the positions which the outputs span
+// lie in the image. Kernels that copy bands of a padded input would copy little but zeros, of any amount. Products of
+// two strides or dilations that are not so large fit into 64 bits.
+inline bool far_apart(const ConvShape& s) {
+  const auto far = [](int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t dilation) {
+    if (std::max(stride, dilation) >= int64_t{1} << 31) return true;
+    return kernel > 1 && (out - 1) * stride + (kernel - 1) * dilation > 8 * (in + out) + 64;
+  };
+  return far(s.h, s.out_h, s.kh, s.stride_h, s.dilation_h) || far(s.w, s.out_w, s.kw, s.stride_w, s.dilation_w);
 }
 
 // Channels of group g that a prefix over all channels (in their order across groups) leaves alive.

@@ -29,6 +29,9 @@ Stock stock_path(const ConvShape& shape, DType dtype, bool channels_last, StockB
 // Whether oneDNN, and so torch, computes this layer as it should.
 bool onednn_is_right(const ConvShape& shape, DType dtype);
 
+// Whether its gradients are right too.
+bool onednn_grads_are_right(const ConvShape& shape, DType dtype);
+
 // The same for a step of training: forward and both gradients, float32, full width. bench/dropin.py --training measures
 // it. kOneDnn: as torch chooses, which is oneDNN but for small samples alone.
 Stock training_path(const ConvShape& shape, bool channels_last);

@@ -37,10 +37,10 @@ struct Phase {
 std::vector<Phase> phases(int64_t size, int64_t out, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
   const int64_t common = std::gcd(stride, dilation);
   std::vector<Phase> all;
-  for (int64_t r = 0; r < stride; ++r) {
+  for (int64_t first = 0; first < std::min(stride, size); ++first) {
+    const int64_t r = (first + pad) % stride;
     Phase p = {};
-    p.first = (r + stride - pad % stride) % stride;
-    if (p.first >= size) continue;
+    p.first = first;
     p.count = (size - p.first + stride - 1) / stride;
     p.tap_step = stride / common;
     p.dilation = dilation / common;

@@ -268,6 +268,7 @@ void prefix_conv2d(const PrefixConv2dParams& p, const Threads& threads) {
 
 std::string describe_kernel(const ConvShape& s, DType dtype) {
   if (dtype == DType::kFloat64) return "plain float64 kernel";
+  if (far_apart(s)) return "plain kernel, for taps far apart";
   const bool converted = dtype != DType::kFloat32 && !layout_in_use(s, dtype).pairs;
   const std::string name =
       std::string(isa_name(current_isa())) + " kernels, " + (converted ? "converted to float32, " : "");

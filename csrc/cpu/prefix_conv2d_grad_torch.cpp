@@ -40,7 +40,7 @@ struct Call {
                     ": dilation must be two positive integers");
     STD_TORCH_CHECK(padding.size() == 4, op, ": padding must be (top, bottom, left, right); got ", padding.size(),
                     " values");
-    for (int64_t pad : padding) STD_TORCH_CHECK(pad >= 0, op, ": padding must not be negative; got ", pad);
+    check_paddings(op, padding);
     STD_TORCH_CHECK(groups > 0 && weight[0] % groups == 0, op, ": output channels must be divisible by groups; got ",
                     weight[0], " channels, ", groups, " groups");
     STD_TORCH_CHECK(input[1] == weight[1] * groups, op, ": the weight with groups=", groups, " needs ",
@@ -69,11 +69,11 @@ struct Call {
 
   // Whether ours is the faster way; `wins`: in bfloat16 at full width. oneDNN multiplies halves with the processor's
   // own instructions and has kernels for groups of few channels; narrow widths make up for that, but for a few channels
-  // a panel is nearly empty.
+  // a panel is nearly empty. Layers whose taps are far apart need a kernel that knows no padding.
   bool ours(bool (*wins)(const ConvShape&, bool, StockBFloat16)) const {
     const ConvShape& s = p.shape;
     const bool narrow = p.in_prefix || p.out_prefix;
-    if (p.dtype == DType::kFloat64) return false;
+    if (p.dtype == DType::kFloat64 || far_apart(s)) return false;
     if (!onednn_is_right(s, p.dtype)) return true;
     if (s.groups > 1 && (!narrow || std::min(s.group_in(), s.group_out()) < 8)) return false;
     if (p.dtype == DType::kFloat32 || narrow) return true;

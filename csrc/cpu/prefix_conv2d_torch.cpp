@@ -1,5 +1,6 @@
 // Binding of prefix_conv2d and pack_weight on the CPU: check every argument, allocate, fill the plain structs, run.
 #include <algorithm>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -82,7 +83,7 @@ ConvShape checked_shape(const Tensor& input, const Tensor& weight, const std::ve
                   ": dilation must be two positive integers");
   STD_TORCH_CHECK(padding.size() == 4, kOp, ": padding must be (top, bottom, left, right); got ", padding.size(),
                   " values");
-  for (int64_t pad : padding) STD_TORCH_CHECK(pad >= 0, kOp, ": padding must not be negative; got ", pad);
+  check_paddings(kOp, padding);
   ConvShape s;
   s.n = input.size(0);
   s.c_in = input.size(1);
@@ -104,6 +105,11 @@ ConvShape checked_shape(const Tensor& input, const Tensor& weight, const std::ve
   s.out_w = conv_output_size(s.w, s.kw, s.stride_w, s.pad_left, s.pad_right, s.dilation_w);
   STD_TORCH_CHECK(s.out_h > 0 && s.out_w > 0, kOp, ": the dilated kernel must fit into the padded input; got input ",
                   text(input), ", weight ", text(weight));
+  int64_t bytes = static_cast<int64_t>(input.element_size());
+  for (int64_t size : {s.n, s.c_out, s.out_h, s.out_w})
+    STD_TORCH_CHECK(!__builtin_mul_overflow(bytes, size, &bytes), kOp,
+                    ": the output must have less than 2^63 bytes; got (", s.n, ", ", s.c_out, ", ", s.out_h, ", ",
+                    s.out_w, ")");
   return s;
 }
 
@@ -246,8 +252,11 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
     p.residual = residual->const_data_ptr();
     p.residual_stride = strides_of(*residual);
   }
+  const bool far = far_apart(s);
   std::optional<Tensor> transformed;
-  if (winograd && winograd_can(s, p.dtype)) {
+  if (far) {
+    // Only the plain kernel, which knows no padding, computes this layer.
+  } else if (winograd && winograd_can(s, p.dtype)) {
     transformed = usable_winograd(weight, PackedLayout(s), *winograd, &p.winograd_tile);
     p.winograd = static_cast<const float*>(transformed->const_data_ptr());
   } else if (transforms_in_call(s, p.dtype)) {
@@ -278,7 +287,7 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
     p.winograd = transform_for_call(view_of(kOp, weight), {p.winograd_tile, s.c_in, s.c_out, s.kh}, torch_threads(),
                                     in_live, out_live);
   std::optional<Tensor> weights;
-  if (p.dtype != DType::kFloat64 && (!p.winograd || !WinogradSamples(p).all())) {
+  if (p.dtype != DType::kFloat64 && !far && (!p.winograd || !WinogradSamples(p).all())) {
     const PackedLayout layout = layout_in_use(s, p.dtype);
     p.pairs = layout.pairs;
     weights = usable_packed(weight, layout, packed, in_live, out_live);
@@ -303,7 +312,12 @@ std::tuple<Tensor, Tensor> prefix_conv2d_cpu(const Tensor& input, const Tensor& 
   p.output = output.mutable_data_ptr();
   p.output_stride = strides_of(output);
   p.pooled = pooled ? static_cast<float*>(means.mutable_data_ptr()) : nullptr;
-  if (s.n > 0) prefix_conv2d(p, torch_threads());
+  try {
+    if (s.n > 0) (far ? prefix_conv2d_plain : prefix_conv2d)(p, torch_threads());
+  } catch (const std::bad_alloc&) {
+    STD_TORCH_CHECK(false, kOp, ": not enough memory beside the output; got input ", text(input), ", weight ",
+                    text(weight));
+  }
   for (int64_t i : stock) {
     Tensor samples = input;  // narrow takes no const tensor
     Tensor to = torch::stable::narrow(output, 0, i, 1);

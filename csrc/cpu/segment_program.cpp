@@ -242,6 +242,9 @@ class Parser {
             std::min({s.pad_top, s.pad_bottom, s.pad_left, s.pad_right, s.weight, s.lines}) < 0 || s.c_in % s.groups ||
             s.c_out % s.groups)
           fail(l.text, "conv needs a geometry of positive sizes");
+        if (std::max({s.kh, s.kw, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.pad_top, s.pad_bottom,
+                      s.pad_left, s.pad_right}) >= int64_t{1} << 31)
+          fail(l.text, "conv needs a geometry of sizes less than 2^31");
         if (limit(s.in) > s.c_in || limit(s.out) > s.c_out) fail(l.text, "a prefix must not exceed the channels");
         if (s.lines > 0 ? s.row < 0 || limit(s.row) >= s.lines : s.row >= 0)
           fail(l.text, "conv needs a row within the lines of its tables, and only then");

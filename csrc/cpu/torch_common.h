@@ -41,6 +41,14 @@ inline void check_cpu(const char* op, const char* name, const torch::stable::Ten
   STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU like the input");
 }
 
+// (top, bottom, left, right).
+inline void check_paddings(const char* op, const std::vector<int64_t>& padding) {
+  for (int64_t pad : padding) {
+    STD_TORCH_CHECK(pad >= 0, op, ": padding must not be negative; got ", pad);
+    STD_TORCH_CHECK(pad < kEndOfPadding, op, ": padding must be less than 2^61; got ", pad);
+  }
+}
+
 // An int32 vector with one entry per sample, read and checked against [0, limit].
 inline std::vector<int32_t> checked_indices(const char* op, const char* name,
                                             const std::optional<torch::stable::Tensor>& t, int64_t n, int64_t limit) {

@@ -46,6 +46,12 @@ TEST(macs_output_size_of_one_axis) {
   CHECK_EQUAL(conv_output_size(9, 3, 2, 1, 1, 1), 5);
   CHECK_EQUAL(conv_output_size(10, 3, 1, 0, 2, 2), 8);
   CHECK_EQUAL(conv_output_size(2, 5, 1, 1, 1, 1), 0);  // the kernel does not fit
+  CHECK_EQUAL(conv_output_size(0, 1, 1, 0, 0, 1), 0);
+  CHECK_EQUAL(conv_output_size(8, 3, 1, 0, 0, int64_t{1} << 62), 0);
+  CHECK_EQUAL(conv_output_size(8, 5, 1, 1, 1, int64_t{1} << 62), 0);  // 4 x 2^62 = 0 in 64 bits
+  CHECK_EQUAL(conv_output_size(8, 3, 1, INT64_MAX, INT64_MAX, 1), 0);
+  CHECK_EQUAL(conv_output_size(8, 3, int64_t{1} << 60, kEndOfPadding - 1, kEndOfPadding - 1, 1), 5);
+  CHECK_EQUAL(conv_output_size(8, 1, INT64_MAX, 1, 1, INT64_MAX), 1);
 }
 
 }  // namespace
