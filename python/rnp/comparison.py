@@ -20,7 +20,7 @@ import rnp
 from rnp import stock
 from rnp.data import SceneLoader, Scenes
 from rnp.evaluation import EvaluationReport
-from rnp.measure import in_turn, median
+from rnp.measure import in_turn, median, quantile
 from rnp.network import PrunedNetwork
 from rnp.policies import Fixed, FullWidth, Uniform
 
@@ -216,9 +216,13 @@ class Comparison:
         path = min(paths, key=totals.__getitem__)
         theoretical = self.pruned.dense_macs / self.thin.dense_macs
         measured = totals["dense"] / totals[path]
+        rounds = {name: [sum(column) for column in zip(*rows, strict=True)] for name, rows in times.items()}
+        ratios = [dense / thin for dense, thin in zip(rounds["dense"], rounds[path], strict=True)]
         milliseconds = {name: 1e3 * seconds / self.timing_batches for name, seconds in totals.items()}
         timing = {
             "measured_speedup": measured,
+            "measured_p20": quantile(ratios, 0.2),
+            "measured_p80": quantile(ratios, 0.8),
             "realised_fraction": measured / theoretical,
             "timed_theoretical_speedup": theoretical,
             "dense_ms": milliseconds["dense"],

@@ -53,8 +53,8 @@ def full_plan(minutes: float) -> Plan:
         lengths=tuple(Length(seconds=round(SHARES[phase] * training, 1)) for phase in PHASES),
         thin=Length(seconds=training),
         targets=(1.5, 2.0, MAIN_TARGET, 4.0, 5.0),
-        timing_batches=16,
-        rounds=5,
+        timing_batches=12,
+        rounds=9,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from rnp import plots
 from rnp.data import Scenes
 
-COLUMNS = ("policy", "accuracy, %", "95 % interval", "MACs, M", "theory", "measured", "realised")
+COLUMNS = ("policy", "accuracy, %", "95 % interval", "MACs, M", "theory", "measured", "p20–p80", "realised")
 
 
 def targets(findings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -80,6 +80,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['mean_macs'] / 1e6:.2f}",
         f"{row['theoretical_speedup']:.2f}×",
         f"{row['measured_speedup']:.2f}×",
+        f"{row['measured_p20']:.2f}–{row['measured_p80']:.2f}",
         f"{row['realised_fraction']:.2f}",
     ]
 

@@ -25,6 +25,8 @@ def row(
         "mean_macs": 2e7 / theory,
         "theoretical_speedup": theory,
         "measured_speedup": measured,
+        "measured_p20": 0.9 * measured,
+        "measured_p80": 1.1 * measured,
         "realised_fraction": measured / theory,
         "dense_path": "prepacked",
         "batch_size": 32,
