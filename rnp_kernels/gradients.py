@@ -26,12 +26,20 @@ def _mask(tensor: Tensor, prefix: Tensor | None) -> Tensor:
     return tensor if prefix is None else torch.where(live(tensor.shape[1], prefix, tensor), tensor, 0)
 
 
-def torch_is_right(input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
-    """Whether torch computes this layer and its gradients right in its dtype; in float32 it always does."""
-    if not input.is_cpu or input.dtype not in (torch.bfloat16, torch.float16) or 0 in input.shape:
-        return True
-    name = str(input.dtype).removeprefix("torch.")
-    return _C.onednn_grads_are_right(input.shape[1:], weight.shape, stride, padding, dilation, groups, name)
+def right_dtype(
+    input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+) -> torch.dtype:  # fmt: skip
+    """In which torch computes this layer and its gradients right: the layer's own where that is possible.
+
+    Far apart, oneDNN breaks down; it has no float64.
+    """
+    dtype = input.dtype
+    if not input.is_cpu or dtype is torch.float64 or 0 in input.shape:
+        return dtype
+    layer = (input.shape[1:], weight.shape, stride, padding, dilation, groups)
+    if _C.far_apart(*layer):
+        return torch.float64
+    return dtype if _C.onednn_grads_are_right(*layer, str(dtype).removeprefix("torch.")) else torch.float32
 
 
 def _convolution_backward(
@@ -40,9 +48,8 @@ def _convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of the plain convolution. aten has one padding per axis, so an uneven one is padded beforehand."""
     top, bottom, left, right = padding
-    dtype = grad_output.dtype
-    if not torch_is_right(input, weight, stride, padding, dilation, groups):
-        grad_output, input, weight = grad_output.float(), input.float(), weight.float()
+    dtype, safe = grad_output.dtype, right_dtype(input, weight, stride, padding, dilation, groups)
+    grad_output, input, weight = grad_output.to(safe), input.to(safe), weight.to(safe)
     even = top == bottom and left == right
     if not even:
         input = F.pad(input, (left, right, top, bottom))

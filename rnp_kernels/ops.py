@@ -44,10 +44,9 @@ def _reference(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
         input, weight, bias, residual = registrations.autocast_operands(device, input, weight, bias, scale, residual)
         checks.check_types(input, weight, autocast=False)
     dtype = input.dtype
-    if not torch.compiler.is_compiling() and not gradients.torch_is_right(
-        input, weight, stride, padding, dilation, groups
-    ):
-        input, weight, residual = input.float(), weight.float(), None if residual is None else residual.float()
+    if not torch.compiler.is_compiling():
+        right = gradients.right_dtype(input, weight, stride, padding, dilation, groups)
+        input, weight, residual = input.to(right), weight.to(right), None if residual is None else residual.to(right)
     with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
         output, mean = reference.prefix_conv2d(
             input, weight, bias, stride, padding, dilation, groups, in_prefix=in_prefix, out_prefix=out_prefix,
