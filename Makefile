@@ -2,7 +2,7 @@
 # Ubuntu split Python: apt install python3-venv python3-dev g++ make.)
 #
 #   make demo       .venv with the package, then `rnp demo`        make test       C++ tests (ctest), then pytest
-#   make bench      .venv with the rivals too, then `rnp bench`: build/bench/index.html (about 27 minutes)
+#   make bench      .venv with the rivals too, then `rnp bench`: build/bench/index.html (well over half an hour)
 #   make lint       ruff and clang-format, changing nothing        make sanitize   the C++ tests under ASan and UBSan
 #   make proof      no clock involved: multiply-adds counted, and instructions under valgrind against the committed budget
 #   make wheel      build/wheel/*.whl, built in isolation          make clean      removes .venv and everything built
