@@ -99,7 +99,7 @@ def losses(rows: list[dict[str, Any]]) -> list[str]:
 def rivals(rows: list[dict[str, Any]]) -> list[str]:
     """Pruned work by ours and by the others, of the dense baseline's speed: operator, layers (middle) and networks."""
     sides = ("masked", "slices", "per width")
-    out = [line("pruned", "width", "ours", *sides, "theory"), "|---" * 6 + "|"]
+    out = [line("pruned", "width", "ours", *sides, "theory"), "|---" * 7 + "|"]
     layers: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         speed = speedups(row)
